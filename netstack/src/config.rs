@@ -1,0 +1,215 @@
+//! What is wanted of the stack: plain data, and the limits that are not configurable.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use smoltcp::time::Duration;
+
+/// Everything the stack needs to know.
+#[derive(Debug, Clone)]
+pub struct StackSpec {
+    /// Link MTU in bytes (the IP packet, without the Ethernet header).
+    pub mtu: u16,
+    /// Addresses of the inside.
+    pub guest: Link,
+    /// Addresses of the gateway (the stack itself).
+    pub gateway: Link,
+    /// DNS forwarder at the gateway's addresses.
+    pub dns: DnsSpec,
+    /// Whether the gateway's addresses stand for the host's loopback (TCP/UDP ports other than DNS), and the host's
+    /// own addresses may be reached.
+    pub allow_host_loopback: bool,
+}
+
+/// Addresses of one end of the TAP link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Link {
+    /// Ethernet address. That of the guest should be the TAP's own; the stack also learns it from what the guest sends.
+    pub mac: [u8; 6],
+    /// IPv4 address and prefix length.
+    pub v4: (Ipv4Addr, u8),
+    /// IPv6 address and prefix length (a ULA).
+    pub v6: (Ipv6Addr, u8),
+}
+
+impl Link {
+    /// The address of the same family as `like`.
+    pub(crate) fn ip_like(&self, like: IpAddr) -> IpAddr {
+        match like {
+            IpAddr::V4(_) => self.v4.0.into(),
+            IpAddr::V6(_) => self.v6.0.into(),
+        }
+    }
+
+    /// Whether `ip` is this end's own address.
+    pub(crate) fn is(&self, ip: IpAddr) -> bool {
+        ip == self.ip_like(ip)
+    }
+
+    /// Whether `ip` lies in the link's subnet.
+    pub(crate) fn contains(&self, ip: IpAddr) -> bool {
+        match ip {
+            IpAddr::V4(ip) => {
+                let mask = u32::MAX.checked_shl(32 - u32::from(self.v4.1.min(32))).unwrap_or(0);
+                (u32::from(ip) ^ u32::from(self.v4.0)) & mask == 0
+            }
+            IpAddr::V6(ip) => {
+                let mask = u128::MAX.checked_shl(128 - u32::from(self.v6.1.min(128))).unwrap_or(0);
+                (u128::from(ip) ^ u128::from(self.v6.0)) & mask == 0
+            }
+        }
+    }
+
+    /// Whether `ip` is the subnet's network or broadcast address.
+    pub(crate) fn is_subnet_edge(&self, ip: IpAddr) -> bool {
+        let IpAddr::V4(ip) = ip else { return false };
+        let host_bits = u32::MAX.checked_shr(u32::from(self.v4.1.min(32))).unwrap_or(0);
+        // RFC 3021: a /31 and a /32 have no such addresses.
+        host_bits > 1
+            && self.contains(ip.into())
+            && matches!(u32::from(ip) & host_bits, low if low == 0 || low == host_bits)
+    }
+}
+
+/// The DNS forwarder.
+#[derive(Debug, Clone, Default)]
+pub struct DnsSpec {
+    /// Resolvers to forward to; empty: those of the host's /etc/resolv.conf, re-read when it changes.
+    pub upstreams: Vec<SocketAddr>,
+    /// Names answered by the forwarder itself.
+    pub hosts: Vec<(String, IpAddr)>,
+}
+
+/// A published port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Publish {
+    /// Host address; `None`: all, IPv4 and IPv6.
+    pub host_ip: Option<IpAddr>,
+    /// Port on the host; 0: any free one.
+    pub host_port: u16,
+    /// Port inside.
+    pub inside_port: u16,
+    /// Protocol.
+    pub protocol: Protocol,
+}
+
+/// Transport protocol of a published port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// Errors of this crate.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A published port cannot be bound.
+    #[error("cannot listen on {addr}")]
+    Listen {
+        /// The address on the host.
+        addr: SocketAddr,
+        /// Cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The descriptor is not a TAP made by [`open_tap`](crate::open_tap).
+    #[error("the descriptor is not a TAP with virtio headers")]
+    NotATap,
+    /// The stack's thread or one of its descriptors cannot be made.
+    #[error("cannot start the network stack: {what}")]
+    Start {
+        /// What was being made.
+        what: &'static str,
+        /// Cause.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Bytes of each of the two rings of a TCP flow. The window scale follows from it. Only what is used becomes memory.
+pub(crate) const RING: usize = 512 * 1024;
+/// Rings kept for the next flow instead of being unmapped.
+pub(crate) const RING_POOL: usize = 32;
+/// TCP flows at once, whatever the descriptor limit.
+pub(crate) const MAX_TCP_FLOWS: usize = 16_384;
+/// TCP flows whose other end has not answered yet, at once.
+pub(crate) const MAX_HALF_OPEN: usize = 2_048;
+/// How long the guest may leave data or a FIN of ours unacknowledged before the flow is given up. Its kernel answers
+/// even window probes, whatever its programs do, so silence means that it is gone.
+pub(crate) const GUEST_SILENCE: Duration = Duration::from_secs(180);
+/// How long the guest has to answer the SYN of a connection to a published port.
+pub(crate) const INBOUND_CONNECT: Duration = Duration::from_secs(10);
+
+/// UDP sockets at once (a quarter of the descriptors if that is fewer).
+pub(crate) const MAX_UDP_SOCKETS: usize = 4_096;
+/// Destinations remembered for each UDP socket.
+pub(crate) const MAX_UDP_PEERS: usize = 64;
+/// Flows of published UDP ports at once.
+pub(crate) const MAX_UDP_INBOUND: usize = 4_096;
+/// Idle time of a UDP flow that got an answer (RFC 4787 REQ-5 asks for two minutes at least).
+pub(crate) const UDP_IDLE: Duration = Duration::from_secs(180);
+/// Idle time of a UDP flow that got none.
+pub(crate) const UDP_UNANSWERED: Duration = Duration::from_secs(60);
+/// Idle time of a UDP flow to port 53.
+pub(crate) const UDP_DNS_IDLE: Duration = Duration::from_secs(15);
+
+/// Ping sockets at once.
+pub(crate) const MAX_PINGS: usize = 64;
+/// Idle time of a ping socket.
+pub(crate) const PING_IDLE: Duration = Duration::from_secs(30);
+
+/// DNS queries under way at once.
+pub(crate) const MAX_DNS_QUERIES: usize = 128;
+/// Time for one resolver to answer. Three tries stay below the five seconds that a libc waits.
+pub(crate) const DNS_TRY: Duration = Duration::from_millis(1_500);
+/// Queries under way on one TCP connection to the forwarder.
+pub(crate) const MAX_DNS_PIPELINE: usize = 16;
+/// Idle time of a TCP connection to the forwarder (RFC 7766 section 6.2.3: a few seconds).
+pub(crate) const DNS_TCP_IDLE: Duration = Duration::from_secs(10);
+
+/// Datagrams being put together from fragments at once.
+pub(crate) const MAX_REASSEMBLIES: usize = 64;
+/// How long fragments wait for the rest (RFC 8200 section 4.5: 60 seconds).
+pub(crate) const REASSEMBLY: Duration = Duration::from_secs(30);
+
+/// Frames towards the guest that wait for the TAP to take them.
+pub(crate) const MAX_PENDING_FRAMES: usize = 1_024;
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// The addresses that the tests of this crate use.
+    pub(crate) fn spec() -> StackSpec {
+        StackSpec {
+            mtu: 1500,
+            guest: Link {
+                mac: [0x52, 0x54, 0, 0, 0, 2],
+                v4: (Ipv4Addr::new(10, 0, 2, 100), 24),
+                v6: ("fd00::100".parse().expect("address"), 64),
+            },
+            gateway: Link {
+                mac: [0x52, 0x54, 0, 0, 0, 1],
+                v4: (Ipv4Addr::new(10, 0, 2, 2), 24),
+                v6: ("fd00::2".parse().expect("address"), 64),
+            },
+            dns: DnsSpec::default(),
+            allow_host_loopback: false,
+        }
+    }
+
+    #[test]
+    fn subnets_and_their_edges() {
+        let link = spec().guest;
+        let ip = |text: &str| text.parse::<IpAddr>().expect("address");
+        assert!(link.contains(ip("10.0.2.255")) && !link.contains(ip("10.0.3.1")));
+        assert!(link.contains(ip("fd00::1")) && !link.contains(ip("fd00:0:0:1::1")));
+        assert!(link.is_subnet_edge(ip("10.0.2.255")) && link.is_subnet_edge(ip("10.0.2.0")));
+        assert!(!link.is_subnet_edge(ip("10.0.2.1")) && !link.is_subnet_edge(ip("10.0.3.255")));
+        let whole = Link { v4: (link.v4.0, 0), v6: (link.v6.0, 0), ..link };
+        assert!(whole.contains(ip("192.0.2.1")) && whole.contains(ip("2001:db8::1")));
+        let single = Link { v4: (link.v4.0, 32), v6: (link.v6.0, 128), ..link };
+        assert!(!single.contains(ip("10.0.2.101")) && !single.is_subnet_edge(ip("10.0.2.100")));
+    }
+}

@@ -1,0 +1,216 @@
+//! Packets that the stack itself makes: UDP, ICMP errors and echo replies, ARP and neighbour advertisements.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use smoltcp::wire::{
+    ArpOperation, ArpPacket, ArpRepr, EthernetAddress, Icmpv4Packet, Icmpv6Packet, Icmpv6Repr, IpProtocol,
+    NdiscNeighborFlags, NdiscRepr, checksum,
+};
+
+use crate::device::{Offload, Tap};
+use crate::flow::Endpoint;
+use crate::fragment::send_fragmented;
+use crate::ingress::{self, ICMP, ICMPV6, Packet, UDP};
+
+/// Hop limit of what we send.
+const HOPS: u8 = 64;
+
+fn ip_header_len(ip: IpAddr) -> usize {
+    if ip.is_ipv6() { 40 } else { 20 }
+}
+
+fn small(n: usize) -> u16 {
+    u16::try_from(n).unwrap_or(u16::MAX)
+}
+
+/// Sends a UDP datagram to the guest, in fragments if the link demands it.
+pub(crate) fn udp(tap: &mut Tap, from: Endpoint, to: Endpoint, payload: &[u8]) {
+    let header_len = ip_header_len(to.ip);
+    let udp_len = 8 + payload.len();
+    if udp_len > 65_535 - 20 {
+        return;
+    }
+    let fits = header_len + udp_len <= tap.mtu;
+    let sum = |bytes: &[u8]| {
+        let len = u32::try_from(udp_len).unwrap_or_default();
+        let pseudo = checksum::pseudo_header(&from.ip.into(), &to.ip.into(), IpProtocol::Udp, len);
+        // RFC 768: zero means none, so a sum of zero is sent as all ones.
+        match !checksum::combine(&[pseudo, checksum::data(bytes)]) {
+            0 => u16::MAX,
+            sum => sum,
+        }
+    };
+    let write_udp = |udp: &mut [u8]| {
+        udp[..2].copy_from_slice(&from.port.to_be_bytes());
+        udp[2..4].copy_from_slice(&to.port.to_be_bytes());
+        udp[4..6].copy_from_slice(&small(udp_len).to_be_bytes());
+        udp[6..8].fill(0);
+        udp[8..].copy_from_slice(payload);
+        let sum = sum(udp);
+        udp[6..8].copy_from_slice(&sum.to_be_bytes());
+    };
+    if fits {
+        let len = header_len + udp_len;
+        let packet = tap.packet_mut(len);
+        ingress::write_ip_header(packet, from.ip, to.ip, UDP, HOPS);
+        let segment = &mut packet[header_len..];
+        segment[..2].copy_from_slice(&from.port.to_be_bytes());
+        segment[2..4].copy_from_slice(&to.port.to_be_bytes());
+        segment[4..6].copy_from_slice(&small(udp_len).to_be_bytes());
+        segment[8..].copy_from_slice(payload);
+        let udp_len = u32::try_from(udp_len).unwrap_or_default();
+        let pseudo = checksum::pseudo_header(&from.ip.into(), &to.ip.into(), IpProtocol::Udp, udp_len);
+        segment[6..8].copy_from_slice(&pseudo.to_be_bytes());
+        tap.send_ip(len, Offload::checksum(small(header_len), 6));
+    } else {
+        let mut segment = vec![0; udp_len];
+        write_udp(&mut segment);
+        send_fragmented(tap, from.ip, to.ip, UDP, &segment);
+    }
+}
+
+/// What an ICMP error says: type, code, and the word behind the checksum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct IcmpError {
+    pub(crate) kind: u8,
+    pub(crate) code: u8,
+    pub(crate) word: u32,
+}
+
+/// Errors that exist in both families.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unreachable {
+    Network,
+    Host,
+    Prohibited,
+}
+
+impl IcmpError {
+    pub(crate) fn unreachable(is_v6: bool, what: Unreachable) -> Self {
+        let (kind, code) = match (is_v6, what) {
+            (false, Unreachable::Network) => (3, 0),
+            (false, Unreachable::Host) => (3, 1),
+            (false, Unreachable::Prohibited) => (3, 13),
+            (true, Unreachable::Network) => (1, 0),
+            (true, Unreachable::Prohibited) => (1, 1),
+            (true, Unreachable::Host) => (1, 3),
+        };
+        Self { kind, code, word: 0 }
+    }
+
+    pub(crate) fn time_exceeded(is_v6: bool) -> Self {
+        Self { kind: if is_v6 { 3 } else { 11 }, code: 0, word: 0 }
+    }
+}
+
+/// Sends an ICMP error from `from` about `original`, a packet of the guest that starts with its IP header.
+///
+/// The caller sees to it that the original was no ICMP error and had one sender and one receiver (RFC 1122 section
+/// 3.2.2, RFC 4443 section 2.4).
+pub(crate) fn icmp_error(tap: &mut Tap, from: IpAddr, to: IpAddr, error: IcmpError, original: &[u8]) {
+    // As much of it as fits into the least packet that everybody must take (RFC 1812: 576; RFC 4443: 1,280).
+    let most = if to.is_ipv6() { 1280 - 48 } else { 576 - 28 };
+    let original = &original[..original.len().min(most)];
+    let header_len = ip_header_len(to);
+    let len = header_len + 8 + original.len();
+    let packet = tap.packet_mut(len);
+    packet[header_len] = error.kind;
+    packet[header_len + 1] = error.code;
+    packet[header_len + 4..header_len + 8].copy_from_slice(&error.word.to_be_bytes());
+    packet[header_len + 8..].copy_from_slice(original);
+    finish_icmp(packet, from, to);
+    tap.send_ip(len, Offload::NONE);
+}
+
+/// Sends an ICMP message (header and all; its checksum is filled in), in fragments if the link demands it.
+pub(crate) fn icmp(tap: &mut Tap, from: IpAddr, to: IpAddr, message: &[u8]) {
+    let header_len = ip_header_len(to);
+    let len = header_len + message.len();
+    if message.len() < 8 || len > 65_535 {
+        return;
+    }
+    if len <= tap.mtu {
+        let packet = tap.packet_mut(len);
+        packet[header_len..].copy_from_slice(message);
+        finish_icmp(packet, from, to);
+        tap.send_ip(len, Offload::NONE);
+    } else {
+        let mut packet = vec![0; len];
+        packet[header_len..].copy_from_slice(message);
+        let protocol = finish_icmp(&mut packet, from, to);
+        send_fragmented(tap, from, to, protocol, &packet[header_len..]);
+    }
+}
+
+/// Writes the IP header and the ICMP checksum; the protocol.
+fn finish_icmp(packet: &mut [u8], from: IpAddr, to: IpAddr) -> u8 {
+    match (from, to) {
+        (IpAddr::V6(src), IpAddr::V6(dst)) => {
+            ingress::write_ip_header(packet, from, to, ICMPV6, HOPS);
+            Icmpv6Packet::new_unchecked(&mut packet[40..]).fill_checksum(&src, &dst);
+            ICMPV6
+        }
+        _ => {
+            ingress::write_ip_header(packet, from, to, ICMP, HOPS);
+            Icmpv4Packet::new_unchecked(&mut packet[20..]).fill_checksum();
+            ICMP
+        }
+    }
+}
+
+/// The header of a packet as the guest sent it, for an ICMP error about it, when only the flow is known.
+pub(crate) fn original_udp(guest: Endpoint, remote: Endpoint, payload: &[u8]) -> Vec<u8> {
+    let mut udp = Vec::with_capacity(8 + payload.len());
+    udp.extend(guest.port.to_be_bytes());
+    udp.extend(remote.port.to_be_bytes());
+    udp.extend(small(8 + payload.len()).to_be_bytes());
+    udp.extend([0; 2]);
+    udp.extend(payload);
+    ingress::rebuild(guest.ip, remote.ip, UDP, HOPS, &udp)
+}
+
+/// Whether an ICMP error may be sent about `packet`.
+pub(crate) fn deserves_icmp_error(packet: &Packet<'_>) -> bool {
+    let is_error = match (packet.protocol, packet.payload().first()) {
+        (ICMP, Some(kind)) => !matches!(kind, 0 | 8 | 13 | 14),
+        (ICMPV6, Some(kind)) => *kind < 128,
+        (ICMP | ICMPV6, None) => true,
+        _ => false,
+    };
+    let later_fragment = packet.fragment.is_some_and(|piece| piece.offset != 0);
+    let group = match packet.dst {
+        IpAddr::V4(ip) => ip.is_multicast() || ip.is_broadcast(),
+        IpAddr::V6(ip) => ip.is_multicast(),
+    };
+    !is_error && !later_fragment && !group
+}
+
+/// Answers an ARP request.
+pub(crate) fn arp_reply(tap: &mut Tap, target: Ipv4Addr, source_mac: [u8; 6], source: Ipv4Addr) {
+    let reply = ArpRepr::EthernetIpv4 {
+        operation: ArpOperation::Reply,
+        source_hardware_addr: EthernetAddress(tap.gateway_mac()),
+        source_protocol_addr: target,
+        target_hardware_addr: EthernetAddress(source_mac),
+        target_protocol_addr: source,
+    };
+    let mut payload = [0; 28];
+    reply.emit(&mut ArpPacket::new_unchecked(&mut payload[..]));
+    tap.send_arp(&payload);
+}
+
+/// Answers a neighbour solicitation (RFC 4861 section 7.2.4).
+pub(crate) fn neighbour_advert(tap: &mut Tap, target: Ipv6Addr, to: Ipv6Addr) {
+    let advert = Icmpv6Repr::Ndisc(NdiscRepr::NeighborAdvert {
+        flags: NdiscNeighborFlags::ROUTER | NdiscNeighborFlags::SOLICITED | NdiscNeighborFlags::OVERRIDE,
+        target_addr: target,
+        lladdr: Some(EthernetAddress(tap.gateway_mac()).into()),
+    });
+    let message_len = advert.buffer_len();
+    let packet = tap.packet_mut(40 + message_len);
+    // Neighbour discovery is believed only with the greatest hop limit.
+    ingress::write_ip_header(packet, target.into(), to.into(), ICMPV6, 255);
+    let mut icmp = Icmpv6Packet::new_unchecked(&mut packet[40..]);
+    advert.emit(&target, &to, &mut icmp, &smoltcp::phy::ChecksumCapabilities::default());
+    tap.send_ip(40 + message_len, Offload::NONE);
+}

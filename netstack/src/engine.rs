@@ -1,0 +1,590 @@
+//! The event loop: one thread, one epoll, no wake-up without a reason.
+//!
+//! A turn: wait; note what happened to host sockets; take up to [`TURN_FRAMES`] frames from the guest, each of which
+//! goes through [`ingress`](crate::ingress) to the module of its protocol; exchange queries and answers between TCP and
+//! DNS; look after every TCP flow that anything happened to; fire timers. All state belongs to this thread.
+//!
+//! While the TAP takes no more frames nothing is read from it, and flows rest; when it does again, what waits goes first.
+//!
+//! A panic ends the network with a message in the log, not the process: the thread owns everything it uses.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::net::IpAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use smoltcp::time::{Duration, Instant};
+use smoltcp::wire::{Icmpv6Message, Icmpv6Packet, NdiscRepr, UdpPacket};
+
+use crate::config::{Error, StackSpec};
+use crate::device::{self, ReadResult, Tap};
+use crate::dns::{Dns, Origin};
+use crate::emit;
+use crate::flow::{Endpoint, FlowId, TimerKey, Timers};
+use crate::forward::{self, Forward, Published};
+use crate::fragment::Reassembly;
+use crate::host::{Budget, Routes};
+use crate::icmp::Icmp;
+use crate::ingress::{self, Drop as Dropped, ICMP, ICMPV6, Inbound, Packet, TCP, UDP};
+use crate::policy::{self, DNS_PORT, Rules, Transport, Verdict};
+use crate::stats::{Counters, Stats};
+use crate::sys;
+use crate::tcp::Tcp;
+use crate::udp::Udp;
+
+/// Frames taken from the guest in one turn.
+const TURN_FRAMES: usize = 64;
+/// Events taken in one turn.
+const TURN_EVENTS: usize = 256;
+
+/// What an epoll event belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Token {
+    Tap,
+    Stop,
+    Tcp(FlowId),
+    Udp(FlowId),
+    Ping(FlowId),
+    Dns(FlowId),
+    TcpListener(usize),
+    UdpListener(usize),
+}
+
+impl Token {
+    fn pack(self) -> u64 {
+        let index = |index: usize| u64::try_from(index).unwrap_or_default();
+        let (kind, rest) = match self {
+            Self::Tap => (0, 0),
+            Self::Stop => (1, 0),
+            Self::Tcp(id) => (2, id.pack()),
+            Self::Udp(id) => (3, id.pack()),
+            Self::Ping(id) => (4, id.pack()),
+            Self::Dns(id) => (5, id.pack()),
+            Self::TcpListener(i) => (6, index(i)),
+            Self::UdpListener(i) => (7, index(i)),
+        };
+        kind << 56 | rest
+    }
+
+    fn unpack(bits: u64) -> Option<Self> {
+        let rest = bits & !(0xff << 56);
+        let id = FlowId::unpack(rest);
+        let index = usize::try_from(rest).ok()?;
+        Some(match bits >> 56 {
+            0 => Self::Tap,
+            1 => Self::Stop,
+            2 => Self::Tcp(id),
+            3 => Self::Udp(id),
+            4 => Self::Ping(id),
+            5 => Self::Dns(id),
+            6 => Self::TcpListener(index),
+            7 => Self::UdpListener(index),
+            _ => return None,
+        })
+    }
+}
+
+/// Numbers that the guest cannot foresee: a keyed hash (SipHash, key from the kernel) of a counter.
+#[derive(Debug, Default)]
+pub(crate) struct Random(RandomState, u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.1 += 1;
+        let mut hasher = self.0.build_hasher();
+        hasher.write_u64(self.1);
+        hasher.finish()
+    }
+}
+
+/// What the modules of the protocols share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) spec: StackSpec,
+    rules: Rules,
+    routes: Routes,
+    pub(crate) tap: Tap,
+    epoll: Epoll,
+    pub(crate) timers: Timers,
+    pub(crate) stats: Arc<Counters>,
+    pub(crate) budget: Budget,
+    pub(crate) random: Random,
+    /// Buffer for datagrams of the host's side.
+    pub(crate) datagram: Box<[u8]>,
+    /// A descriptor was closed, so listeners that were starved of them may go on.
+    pub(crate) descriptor_freed: bool,
+}
+
+impl Shared {
+    /// Watches a descriptor. It is forgotten when it is closed, as no other copy of it exists.
+    pub(crate) fn watch(&self, fd: BorrowedFd<'_>, token: Token, flags: EpollFlags) -> nix::Result<()> {
+        self.epoll.add(fd, EpollEvent::new(flags, token.pack()))
+    }
+
+    /// What is to be done with a flow of the guest's to `remote`.
+    pub(crate) fn decide(&mut self, transport: Transport, remote: Endpoint) -> Verdict {
+        // The gateway is known without asking.
+        let route = if self.spec.gateway.is(remote.ip) {
+            policy::RouteKind::Unknown
+        } else {
+            self.routes.kind_of(remote.ip)
+        };
+        policy::decide(&self.rules, transport, remote.into(), route)
+    }
+
+    /// Whether `ip` is an address that the guest may send from.
+    fn is_guest(&self, ip: IpAddr) -> bool {
+        let link = &self.spec.guest;
+        link.contains(ip) && !self.spec.gateway.is(ip) && !link.is_subnet_edge(ip)
+    }
+}
+
+/// The stack, without its thread.
+#[derive(Debug)]
+pub(crate) struct Engine {
+    sh: Shared,
+    tcp: Tcp,
+    udp: Udp,
+    icmp: Icmp,
+    dns: Dns,
+    forward: Forward,
+    reassembly: Reassembly,
+    /// Where frames are read into.
+    buffer: Box<[u8]>,
+    /// The TAP is watched for room, since frames wait.
+    watching_room: bool,
+    /// There may be more frames than one turn takes.
+    more_frames: bool,
+    /// Flows have more to do than one turn takes.
+    more_work: bool,
+}
+
+/// How a turn ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Turn {
+    Goes,
+    /// Asked to stop, or the TAP is gone.
+    Ends,
+}
+
+impl Engine {
+    pub(crate) fn new(
+        tap: OwnedFd,
+        spec: &StackSpec,
+        published: Published,
+        segmentation: bool,
+        now: Instant,
+    ) -> nix::Result<Self> {
+        let stats = Arc::<Counters>::default();
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let mut sh = Shared {
+            spec: spec.clone(),
+            rules: Rules::new(spec),
+            routes: Routes::default(),
+            tap: Tap::new(tap, spec, segmentation, Arc::clone(&stats)),
+            epoll,
+            timers: Timers::default(),
+            stats,
+            budget: forward::budget_for(&published),
+            random: Random::default(),
+            datagram: device::frame_buffer(),
+            descriptor_freed: false,
+        };
+        sh.watch(sh.tap.as_fd(), Token::Tap, EpollFlags::EPOLLIN)?;
+        let forward = Forward::new(&mut sh, published)?;
+        Ok(Self {
+            tcp: Tcp::new(&mut sh, now),
+            udp: Udp::default(),
+            icmp: Icmp::default(),
+            dns: Dns::new(&spec.dns),
+            forward,
+            reassembly: Reassembly::default(),
+            buffer: device::frame_buffer(),
+            watching_room: false,
+            more_frames: false,
+            more_work: false,
+            sh,
+        })
+    }
+
+    /// Time until the next timer; `None`: until something happens.
+    fn patience(&self, now: Instant) -> Option<Duration> {
+        if (self.more_frames || self.more_work) && !self.sh.tap.is_blocked() {
+            return Some(Duration::ZERO);
+        }
+        self.sh.timers.next_at().map(|at| if at > now { at - now } else { Duration::ZERO })
+    }
+
+    /// One turn: waits for `clock`'s next timer or an event, and does what there is to do.
+    pub(crate) fn turn(&mut self, clock: &mut impl FnMut() -> Instant, most: Option<Duration>) -> Turn {
+        let patience = match (self.patience(clock()), most) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        };
+        let timeout = match patience {
+            None => EpollTimeout::NONE,
+            // Rounded up: a timer that fires a little early would be set again at once, over and over.
+            Some(patience) => {
+                let millis = patience.total_micros().div_ceil(1000).min(60_000);
+                EpollTimeout::try_from(i32::try_from(millis).unwrap_or(60_000)).unwrap_or(EpollTimeout::ZERO)
+            }
+        };
+        let mut events = [EpollEvent::empty(); TURN_EVENTS];
+        let count = match self.sh.epoll.wait(&mut events, timeout) {
+            Ok(count) => count,
+            Err(Errno::EINTR) => 0,
+            Err(errno) => {
+                tracing::error!(%errno, "the network stack cannot wait for events; it ends");
+                return Turn::Ends;
+            }
+        };
+        let now = clock();
+        let mut frames = self.more_frames;
+        for event in events.iter().take(count) {
+            let flags = event.events();
+            match Token::unpack(event.data()) {
+                Some(Token::Tap) => {
+                    if flags.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP) {
+                        tracing::debug!("the TAP is gone");
+                        return Turn::Ends;
+                    }
+                    frames |= flags.contains(EpollFlags::EPOLLIN);
+                    if flags.contains(EpollFlags::EPOLLOUT) {
+                        self.sh.tap.flush();
+                        self.more_work = true;
+                    }
+                }
+                Some(Token::Stop) => return Turn::Ends,
+                Some(Token::Tcp(id)) => self.tcp.host_event(&mut self.sh, now, id, flags),
+                Some(Token::Udp(id)) => self.udp.host_event(&mut self.sh, now, id, flags),
+                Some(Token::Ping(id)) => self.icmp.host_event(&mut self.sh, now, id, flags),
+                Some(Token::Dns(id)) => self.dns.host_event(&mut self.sh, now, id),
+                Some(Token::TcpListener(i)) => self.forward.accept(&mut self.sh, now, i, &mut self.tcp),
+                Some(Token::UdpListener(i)) => self.forward.receive(&mut self.sh, now, i, &mut self.udp),
+                None => {}
+            }
+        }
+        if frames && self.read_frames(now) == Turn::Ends {
+            return Turn::Ends;
+        }
+        self.fire_timers(now);
+        // A query may be answered at once, and the answer let its flow take the next query.
+        loop {
+            self.more_work = self.tcp.run(&mut self.sh, now);
+            let queries = std::mem::take(&mut self.tcp.dns_queries);
+            for query in &queries {
+                self.dns.query(&mut self.sh, now, Origin::Tcp(query.flow), &query.message);
+            }
+            if !self.deliver_answers() {
+                break;
+            }
+        }
+        if std::mem::take(&mut self.sh.descriptor_freed) && self.forward.has_starved() {
+            for index in self.forward.take_starved() {
+                self.forward.accept(&mut self.sh, now, index, &mut self.tcp);
+            }
+            self.more_work = true;
+        }
+        self.watch_room();
+        Turn::Goes
+    }
+
+    /// Hands the forwarder's answers out; whether a TCP flow got one.
+    fn deliver_answers(&mut self) -> bool {
+        let mut tcp = false;
+        for answer in std::mem::take(&mut self.dns.answers) {
+            match answer.origin {
+                Origin::Udp { guest, gateway } => {
+                    if !self.sh.tap.is_congested() {
+                        emit::udp(&mut self.sh.tap, gateway, guest, &answer.message);
+                    }
+                }
+                Origin::Tcp(id) => {
+                    self.tcp.dns_answer(id, &answer.message);
+                    tcp = true;
+                }
+            }
+        }
+        tcp
+    }
+
+    /// Watches the TAP for room while frames wait, and only then.
+    fn watch_room(&mut self) {
+        let blocked = self.sh.tap.is_blocked();
+        if blocked != self.watching_room {
+            // Nothing is read meanwhile, so frames of the guest must not wake us.
+            let flags = if blocked { EpollFlags::EPOLLOUT } else { EpollFlags::EPOLLIN };
+            let mut event = EpollEvent::new(flags, Token::Tap.pack());
+            if let Err(errno) = self.sh.epoll.modify(self.sh.tap.as_fd(), &mut event) {
+                tracing::error!(%errno, "cannot watch the TAP");
+            }
+            self.watching_room = blocked;
+        }
+    }
+
+    fn read_frames(&mut self, now: Instant) -> Turn {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        self.more_frames = true;
+        for _ in 0..TURN_FRAMES {
+            if self.sh.tap.is_blocked() {
+                break;
+            }
+            match self.sh.tap.read(&mut buffer) {
+                ReadResult::Frame(len) => self.frame(now, buffer.get(..len).unwrap_or_default()),
+                ReadResult::Empty => {
+                    self.more_frames = false;
+                    break;
+                }
+                ReadResult::Gone => {
+                    self.buffer = buffer;
+                    return Turn::Ends;
+                }
+            }
+        }
+        self.buffer = buffer;
+        Turn::Goes
+    }
+
+    /// A frame from the guest, its virtio header included.
+    fn frame(&mut self, now: Instant, buffer: &[u8]) {
+        let Some(frame) = Tap::frame(buffer) else {
+            self.sh.stats.dropped_malformed.one();
+            return;
+        };
+        match ingress::parse_frame(frame.bytes, self.sh.tap.gateway_mac(), frame.checksum_pending) {
+            Ok(Inbound::Arp { source_mac, source, target }) => {
+                if target == self.sh.spec.gateway.v4.0 && self.sh.is_guest(source.into()) {
+                    self.sh.tap.learn_guest_mac(source_mac);
+                    if !self.sh.tap.is_congested() {
+                        emit::arp_reply(&mut self.sh.tap, target, source_mac, source);
+                    }
+                }
+            }
+            Ok(Inbound::Ip(packet)) => self.packet(now, &packet, ingress::source_mac(frame.bytes)),
+            Err(Dropped::Malformed) => self.sh.stats.dropped_malformed.one(),
+            Err(Dropped::NotForUs) => {}
+        }
+    }
+
+    fn packet(&mut self, now: Instant, packet: &Packet<'_>, mac: Option<[u8; 6]>) {
+        if packet.dst.is_multicast() || packet.dst == IpAddr::from([255; 4]) {
+            if packet.protocol == ICMPV6 && packet.fragment.is_none() {
+                return self.neighbour(packet, mac);
+            }
+            self.sh.stats.dropped_multicast.one();
+            return;
+        }
+        if !self.sh.is_guest(packet.src) {
+            // Link-local neighbours ask about us by unicast, too, to see whether we still are there.
+            if packet.protocol == ICMPV6 && packet.fragment.is_none() {
+                return self.neighbour(packet, mac);
+            }
+            self.sh.stats.dropped_source.one();
+            return;
+        }
+        if let Some(mac) = mac {
+            self.sh.tap.learn_guest_mac(mac);
+        }
+        let Some(piece) = packet.fragment else { return self.datagram(now, packet) };
+        let was_empty = self.reassembly.is_empty();
+        match self.reassembly.add(now, packet, piece) {
+            Ok(Some(whole)) => match ingress::parse_ip(&whole, false) {
+                Ok(whole) if whole.fragment.is_none() => self.datagram(now, &whole),
+                _ => self.sh.stats.dropped_malformed.one(),
+            },
+            Ok(None) if was_empty => {
+                self.sh.timers.set(now + crate::config::REASSEMBLY, TimerKey::Reassembly);
+            }
+            Ok(None) => {}
+            Err(()) => self.sh.stats.dropped_malformed.one(),
+        }
+    }
+
+    /// A whole datagram from the guest.
+    fn datagram(&mut self, now: Instant, packet: &Packet<'_>) {
+        if !ingress::verify_checksum(packet) {
+            self.sh.stats.dropped_malformed.one();
+            return;
+        }
+        match (packet.protocol, packet.is_v6()) {
+            (TCP, _) => self.tcp.ingress(&mut self.sh, now, packet),
+            (UDP, _) => self.udp_datagram(now, packet),
+            (ICMP, false) => self.icmp.ingress(&mut self.sh, now, packet),
+            (ICMPV6, true) => {
+                self.neighbour(packet, None);
+                self.icmp.ingress(&mut self.sh, now, packet);
+            }
+            // Protocols that a host socket cannot carry.
+            _ => {
+                self.sh.stats.refused_by_policy.one();
+                crate::udp::unreachable(&mut self.sh, packet, emit::Unreachable::Prohibited);
+            }
+        }
+    }
+
+    fn udp_datagram(&mut self, now: Instant, packet: &Packet<'_>) {
+        if self.sh.spec.gateway.is(packet.dst)
+            && let Ok(datagram) = UdpPacket::new_checked(packet.payload())
+            && datagram.dst_port() == DNS_PORT
+            && datagram.src_port() != 0
+        {
+            let guest = Endpoint::new(packet.src, datagram.src_port());
+            let gateway = Endpoint::new(packet.dst, DNS_PORT);
+            let origin = Origin::Udp { guest, gateway };
+            self.dns.query(&mut self.sh, now, origin, datagram.payload());
+            self.deliver_answers();
+            return;
+        }
+        if packet.hop_limit <= 1 && emit::deserves_icmp_error(packet) && !self.sh.tap.is_congested() {
+            let from = self.sh.spec.gateway.ip_like(packet.dst);
+            let error = emit::IcmpError::time_exceeded(packet.is_v6());
+            return emit::icmp_error(&mut self.sh.tap, from, packet.src, error, packet.bytes);
+        }
+        self.udp.ingress(&mut self.sh, now, packet, &self.forward.udp);
+    }
+
+    /// Answers a neighbour solicitation for the gateway; other neighbour discovery and MLD mean nothing here.
+    fn neighbour(&mut self, packet: &Packet<'_>, mac: Option<[u8; 6]>) {
+        let (IpAddr::V6(src), Ok(icmp)) = (packet.src, Icmpv6Packet::new_checked(packet.payload())) else {
+            return;
+        };
+        // RFC 4861 section 7.1.1: the hop limit proves that the sender is on the link.
+        if icmp.msg_type() != Icmpv6Message::NeighborSolicit
+            || packet.hop_limit != 255
+            || src.is_unspecified()
+            || src.is_multicast()
+            || !ingress::verify_checksum(packet)
+        {
+            return;
+        }
+        if let Ok(NdiscRepr::NeighborSolicit { target_addr, .. }) = NdiscRepr::parse(&icmp)
+            && target_addr == self.sh.spec.gateway.v6.0
+            && !self.sh.tap.is_congested()
+        {
+            if let Some(mac) = mac {
+                self.sh.tap.learn_guest_mac(mac);
+            }
+            emit::neighbour_advert(&mut self.sh.tap, target_addr, src);
+        }
+    }
+
+    fn fire_timers(&mut self, now: Instant) {
+        while let Some(key) = self.sh.timers.pop_due(now) {
+            match key {
+                TimerKey::Tcp(id) => self.tcp.timer(now, id),
+                TimerKey::Udp(id) => self.udp.timer(&mut self.sh, now, id),
+                TimerKey::UdpInbound => self.udp.inbound_timer(&mut self.sh, now),
+                TimerKey::Ping(id) => self.icmp.timer(&mut self.sh, now, id),
+                TimerKey::Dns(id) => self.dns.timer(&mut self.sh, now, id),
+                TimerKey::Reassembly => {
+                    if let Some(at) = self.reassembly.expire(now) {
+                        self.sh.timers.set(at, TimerKey::Reassembly);
+                    }
+                }
+            }
+        }
+        self.deliver_answers();
+    }
+}
+
+/// A running stack: one thread.
+#[derive(Debug)]
+pub struct Stack {
+    thread: Option<JoinHandle<()>>,
+    stop: Arc<EventFd>,
+    stats: Arc<Counters>,
+}
+
+/// The monotonic clock, with an arbitrary beginning.
+fn clock() -> impl FnMut() -> Instant {
+    let start = std::time::Instant::now();
+    move || {
+        let micros = i64::try_from(start.elapsed().as_micros()).unwrap_or(i64::MAX);
+        // Not from zero: smoltcp takes zero for "long ago".
+        Instant::from_micros(micros.saturating_add(1_000_000))
+    }
+}
+
+impl Stack {
+    /// Starts the stack's thread on `tap`, which came from [`open_tap`](crate::open_tap), in whatever network
+    /// namespace. The flows' other ends are sockets of the calling thread's network namespace.
+    ///
+    /// Nothing is read, resolved or connected before the guest's first frame asks for it.
+    ///
+    /// # Errors
+    ///
+    /// If `tap` is none, or a descriptor or the thread cannot be made.
+    pub fn start(tap: OwnedFd, spec: &StackSpec, published: Published) -> Result<Self, Error> {
+        if !sys::is_vnet_tap(tap.as_fd()) {
+            return Err(Error::NotATap);
+        }
+        let failed = |what| move |errno: Errno| Error::Start { what, source: errno.into() };
+        sys::set_vnet_header_len(tap.as_fd()).map_err(failed("virtio header"))?;
+        let segmentation = sys::set_offload(tap.as_fd())
+            .inspect_err(
+                |errno| tracing::warn!(%errno, "the TAP takes no super-segments: the network will be slower"),
+            )
+            .is_ok();
+        nonblocking(tap.as_fd()).map_err(failed("non-blocking TAP"))?;
+        let mut clock = clock();
+        let mut engine =
+            Engine::new(tap, spec, published, segmentation, clock()).map_err(failed("event loop"))?;
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let stop = Arc::new(EventFd::from_flags(flags).map_err(failed("stop event"))?);
+        engine.sh.watch(stop.as_fd(), Token::Stop, EpollFlags::EPOLLIN).map_err(failed("stop event"))?;
+        let stats = Arc::clone(&engine.sh.stats);
+        let body = move || {
+            // Signals are the business of the process's main thread.
+            let _ = nix::sys::signal::SigSet::all().thread_block();
+            let run = catch_unwind(AssertUnwindSafe(|| while engine.turn(&mut clock, None) == Turn::Goes {}));
+            if run.is_err() {
+                tracing::error!(
+                    "the network stack failed (this is a defect): the sandbox has no network from here on"
+                );
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("netstack".into())
+            .spawn(body)
+            .map_err(|source| Error::Start { what: "thread", source })?;
+        Ok(Self { thread: Some(thread), stop, stats })
+    }
+
+    /// What the stack has done so far.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.stats.snapshot()
+    }
+
+    /// Whether the stack's thread still runs. It ends by itself when the TAP's network namespace is gone.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
+    /// Ends the thread and closes every flow. Dropping the stack does the same.
+    pub fn stop(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Stack {
+    fn drop(&mut self) {
+        // Fails only if the counter would overflow, in which case the thread has been told.
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn nonblocking(fd: BorrowedFd<'_>) -> nix::Result<()> {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
+}

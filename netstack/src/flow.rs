@@ -1,0 +1,202 @@
+//! What all kinds of flows share: their names, a table that notices stale names, and the queue of timers.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::net::{IpAddr, SocketAddr};
+
+use smoltcp::time::Instant;
+
+/// An address and port, without the scope and flow label that `SocketAddr` carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Endpoint {
+    pub(crate) ip: IpAddr,
+    pub(crate) port: u16,
+}
+
+impl Endpoint {
+    pub(crate) fn new(ip: IpAddr, port: u16) -> Self {
+        Self { ip, port }
+    }
+}
+
+impl From<SocketAddr> for Endpoint {
+    fn from(addr: SocketAddr) -> Self {
+        Self { ip: addr.ip(), port: addr.port() }
+    }
+}
+
+impl From<Endpoint> for SocketAddr {
+    fn from(end: Endpoint) -> Self {
+        Self::new(end.ip, end.port)
+    }
+}
+
+impl From<Endpoint> for smoltcp::wire::IpEndpoint {
+    fn from(end: Endpoint) -> Self {
+        Self::new(end.ip.into(), end.port)
+    }
+}
+
+/// A flow as the guest sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct FlowKey {
+    pub(crate) guest: Endpoint,
+    pub(crate) remote: Endpoint,
+}
+
+/// Name of an entry of a [`Slab`]. Never valid again once its entry is gone, so that an event or a timer that was
+/// under way cannot meet the next flow in the same place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct FlowId {
+    index: u32,
+    generation: u32,
+}
+
+/// Generations fit into an epoll token beside the index and the kind.
+const GENERATIONS: u32 = 1 << 24;
+
+impl FlowId {
+    pub(crate) fn pack(self) -> u64 {
+        u64::from(self.generation) << 32 | u64::from(self.index)
+    }
+
+    pub(crate) fn unpack(bits: u64) -> Self {
+        let [_, g2, g1, g0, i3, i2, i1, i0] = bits.to_be_bytes();
+        Self { index: u32::from_be_bytes([i3, i2, i1, i0]), generation: u32::from_be_bytes([0, g2, g1, g0]) }
+    }
+}
+
+/// A table with stable names.
+#[derive(Debug)]
+pub(crate) struct Slab<T> {
+    entries: Vec<(u32, Option<T>)>,
+    free: Vec<u32>,
+}
+
+impl<T> Default for Slab<T> {
+    fn default() -> Self {
+        Self { entries: Vec::new(), free: Vec::new() }
+    }
+}
+
+impl<T> Slab<T> {
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len() - self.free.len()
+    }
+
+    pub(crate) fn insert_with(&mut self, make: impl FnOnce(FlowId) -> T) -> FlowId {
+        if let Some(index) = self.free.pop()
+            && let Some((generation, slot)) = self.entries.get_mut(index as usize)
+        {
+            let id = FlowId { index, generation: *generation };
+            *slot = Some(make(id));
+            return id;
+        }
+        let index = u32::try_from(self.entries.len()).expect("limits keep tables far below 2^32 entries");
+        let id = FlowId { index, generation: 0 };
+        self.entries.push((0, Some(make(id))));
+        id
+    }
+
+    pub(crate) fn get(&self, id: FlowId) -> Option<&T> {
+        let (generation, slot) = self.entries.get(id.index as usize)?;
+        slot.as_ref().filter(|_| *generation == id.generation)
+    }
+
+    pub(crate) fn get_mut(&mut self, id: FlowId) -> Option<&mut T> {
+        let (generation, slot) = self.entries.get_mut(id.index as usize)?;
+        slot.as_mut().filter(|_| *generation == id.generation)
+    }
+
+    pub(crate) fn remove(&mut self, id: FlowId) -> Option<T> {
+        let (generation, slot) = self.entries.get_mut(id.index as usize)?;
+        if *generation != id.generation {
+            return None;
+        }
+        let value = slot.take()?;
+        *generation = (*generation + 1) % GENERATIONS;
+        self.free.push(id.index);
+        Some(value)
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (FlowId, &T)> {
+        (0u32..).zip(&self.entries).filter_map(|(index, (generation, slot))| {
+            slot.as_ref().map(|value| (FlowId { index, generation: *generation }, value))
+        })
+    }
+}
+
+/// What a timer belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum TimerKey {
+    Tcp(FlowId),
+    Udp(FlowId),
+    UdpInbound,
+    Ping(FlowId),
+    Dns(FlowId),
+    Reassembly,
+}
+
+/// Timers, earliest first. One cannot be cancelled: its owner finds when it fires that it is not due, and sets another.
+/// So the owner keeps the time of its earliest timer and sets one only if it needs an earlier one; then a busy flow
+/// costs one entry per second or so, not one per packet, and an idle one costs nothing.
+#[derive(Debug, Default)]
+pub(crate) struct Timers(BinaryHeap<Reverse<(Instant, TimerKey)>>);
+
+impl Timers {
+    pub(crate) fn set(&mut self, at: Instant, key: TimerKey) {
+        self.0.push(Reverse((at, key)));
+    }
+
+    pub(crate) fn next_at(&self) -> Option<Instant> {
+        self.0.peek().map(|Reverse((at, _))| *at)
+    }
+
+    pub(crate) fn pop_due(&mut self, now: Instant) -> Option<TimerKey> {
+        if self.next_at()? > now {
+            return None;
+        }
+        self.0.pop().map(|Reverse((_, key))| key)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use smoltcp::time::Duration;
+
+    #[test]
+    fn a_name_dies_with_its_entry() {
+        let mut slab = Slab::default();
+        let first = slab.insert_with(|_| "first");
+        assert_eq!(slab.remove(first), Some("first"));
+        let second = slab.insert_with(|_| "second");
+        assert_ne!(first, second);
+        assert!(slab.get(first).is_none() && slab.remove(first).is_none());
+        assert_eq!(slab.get(second), Some(&"second"));
+        assert_eq!(slab.len(), 1);
+    }
+
+    #[test]
+    fn names_survive_packing() {
+        let mut slab = Slab::default();
+        for round in 0..300 {
+            let id = slab.insert_with(|_| round);
+            assert_eq!(FlowId::unpack(id.pack()), id);
+            assert_eq!(FlowId::unpack(id.pack() | 0x7f << 56), id, "the kind's byte is not part of the name");
+            slab.remove(id);
+        }
+    }
+
+    #[test]
+    fn timers_fire_in_order_and_not_early() {
+        let mut timers = Timers::default();
+        let at = |s| Instant::ZERO + Duration::from_secs(s);
+        timers.set(at(2), TimerKey::Reassembly);
+        timers.set(at(1), TimerKey::UdpInbound);
+        assert_eq!(timers.pop_due(at(0)), None);
+        assert_eq!(timers.pop_due(at(5)), Some(TimerKey::UdpInbound));
+        assert_eq!(timers.pop_due(at(1)), None);
+        assert_eq!(timers.next_at(), Some(at(2)));
+    }
+}

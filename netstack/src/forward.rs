@@ -1,0 +1,297 @@
+//! Published ports: host sockets that lead into the guest.
+//!
+//! They are bound before anything else is started ([`Published::bind`]), all or none, so that a busy port is an error of
+//! the caller's and not of a sandbox that runs already. A port without a host address is bound twice, for IPv4 and for
+//! IPv6, with the same number.
+//!
+//! The guest sees the peer's own address, unless that means something else inside: loopback, link-local, and what looks
+//! like the guest's own subnet appear as the gateway.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::epoll::EpollFlags;
+use nix::sys::socket::{
+    Backlog, SockFlag, SockType, SockaddrStorage, bind, getpeername, getsockname, listen, setsockopt, socket,
+    sockopt,
+};
+use smoltcp::time::Instant;
+
+use crate::config::{Error, Link, Protocol, Publish};
+use crate::engine::{Shared, Token};
+use crate::flow::Endpoint;
+use crate::host::{self, Budget, HostFd};
+use crate::tcp::Tcp;
+use crate::udp::{self, Arrival, Udp};
+
+/// Connections or datagrams taken from one socket before others get their turn.
+const TURN: usize = 64;
+/// How often another pair of free ports is looked for, if the one found for IPv4 is taken for IPv6.
+const PORT_TRIES: usize = 32;
+
+#[derive(Debug)]
+struct Bound {
+    fd: OwnedFd,
+    addr: SocketAddr,
+    protocol: Protocol,
+    inside_port: u16,
+}
+
+/// Host sockets bound for published ports, before anything else is started.
+#[derive(Debug, Default)]
+pub struct Published(Vec<Bound>);
+
+impl Published {
+    /// Binds every port or none.
+    ///
+    /// # Errors
+    ///
+    /// The first address that cannot be bound, and why.
+    pub fn bind(ports: &[Publish]) -> Result<Self, Error> {
+        let mut bound = Vec::new();
+        for port in ports {
+            bound.extend(bind_port(port)?);
+        }
+        Ok(Self(bound))
+    }
+
+    /// What is bound, in the order of the ports given to [`Published::bind`]: address, protocol and port inside.
+    pub fn addresses(&self) -> impl Iterator<Item = (SocketAddr, Protocol, u16)> {
+        self.0.iter().map(|bound| (bound.addr, bound.protocol, bound.inside_port))
+    }
+}
+
+fn bind_port(port: &Publish) -> Result<Vec<Bound>, Error> {
+    if let Some(ip) = port.host_ip {
+        return Ok(vec![bind_one(SocketAddr::new(ip, port.host_port), port)?]);
+    }
+    let mut tries = 0;
+    loop {
+        let v4 = bind_one((Ipv4Addr::UNSPECIFIED, port.host_port).into(), port)?;
+        match bind_one((Ipv6Addr::UNSPECIFIED, v4.addr.port()).into(), port) {
+            Ok(v6) => return Ok(vec![v4, v6]),
+            // A host without IPv6.
+            Err(Error::Listen { source, .. })
+                if matches!(
+                    source.raw_os_error().map(Errno::from_raw),
+                    Some(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL)
+                ) =>
+            {
+                return Ok(vec![v4]);
+            }
+            Err(error) => {
+                tries += 1;
+                if port.host_port != 0 || tries >= PORT_TRIES {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
+
+fn bind_one(addr: SocketAddr, port: &Publish) -> Result<Bound, Error> {
+    let open = || -> nix::Result<(OwnedFd, SocketAddr)> {
+        let kind = match port.protocol {
+            Protocol::Tcp => SockType::Stream,
+            Protocol::Udp => SockType::Datagram,
+        };
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+        let fd = socket(host::family(addr.ip()), kind, flags, None)?;
+        if addr.is_ipv6() {
+            setsockopt(&fd, sockopt::Ipv6V6Only, &true)?;
+        }
+        if port.protocol == Protocol::Tcp {
+            // Connections of an earlier run in TIME-WAIT are no reason to fail. (A listener still is.)
+            setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+        } else {
+            udp::want_local_address(&fd, addr.is_ipv6())?;
+        }
+        bind(fd.as_raw_fd(), &SockaddrStorage::from(addr))?;
+        if port.protocol == Protocol::Tcp {
+            listen(&fd, Backlog::MAXCONN)?;
+        }
+        let name: SockaddrStorage = getsockname(fd.as_raw_fd())?;
+        Ok((fd, udp::socket_addr(&name).unwrap_or(addr)))
+    };
+    match open() {
+        Ok((fd, addr)) => Ok(Bound { fd, addr, protocol: port.protocol, inside_port: port.inside_port }),
+        Err(errno) => Err(Error::Listen { addr, source: errno.into() }),
+    }
+}
+
+/// The published ports of a running stack.
+#[derive(Debug, Default)]
+pub(crate) struct Forward {
+    tcp: Vec<(OwnedFd, u16)>,
+    pub(crate) udp: Vec<HostFd>,
+    udp_ports: Vec<u16>,
+    /// Listeners that could not accept for want of descriptors.
+    starved: Vec<usize>,
+}
+
+impl Forward {
+    /// Takes over the bound sockets and watches them.
+    pub(crate) fn new(sh: &mut Shared, published: Published) -> nix::Result<Self> {
+        let mut forward = Self::default();
+        for bound in published.0 {
+            match bound.protocol {
+                Protocol::Tcp => {
+                    let token = Token::TcpListener(forward.tcp.len());
+                    // Edge-triggered, so that a listener which may not accept does not spin.
+                    sh.watch(bound.fd.as_fd(), token, EpollFlags::EPOLLIN | EpollFlags::EPOLLET)?;
+                    forward.tcp.push((bound.fd, bound.inside_port));
+                }
+                Protocol::Udp => {
+                    sh.watch(bound.fd.as_fd(), Token::UdpListener(forward.udp.len()), EpollFlags::EPOLLIN)?;
+                    forward.udp.push(sh.budget.hold(bound.fd));
+                    forward.udp_ports.push(bound.inside_port);
+                }
+            }
+        }
+        Ok(forward)
+    }
+
+    /// Connections wait at a listener.
+    pub(crate) fn accept(&mut self, sh: &mut Shared, now: Instant, index: usize, tcp: &mut Tcp) {
+        let Some((listener, inside_port)) = self.tcp.get(index) else { return };
+        for _ in 0..TURN {
+            if sh.budget.check().is_err() {
+                break;
+            }
+            let fd = match crate::sys::accept(listener.as_fd()) {
+                Ok(fd) => fd,
+                Err(Errno::EAGAIN) => return,
+                // The connection was gone before we came (accept(2)).
+                Err(Errno::ECONNABORTED | Errno::EINTR | Errno::EPROTO) => continue,
+                Err(errno) => {
+                    tracing::debug!(%errno, "a published port cannot accept");
+                    break;
+                }
+            };
+            let peer =
+                getpeername::<SockaddrStorage>(fd.as_raw_fd()).ok().as_ref().and_then(udp::socket_addr);
+            // Without a name the peer is gone already.
+            let Some(peer) = peer else { continue };
+            let from = seen_as(&sh.spec.guest, &sh.spec.gateway, peer);
+            let to = Endpoint::new(sh.spec.guest.ip_like(peer.ip()), *inside_port);
+            let fd = sh.budget.hold(fd);
+            tcp.inbound(sh, now, fd, from, to);
+        }
+        if !self.starved.contains(&index) {
+            self.starved.push(index);
+        }
+    }
+
+    /// Listeners that had to stop, to be tried again.
+    pub(crate) fn take_starved(&mut self) -> Vec<usize> {
+        std::mem::take(&mut self.starved)
+    }
+
+    pub(crate) fn has_starved(&self) -> bool {
+        !self.starved.is_empty()
+    }
+
+    /// Datagrams wait at a published socket.
+    pub(crate) fn receive(&mut self, sh: &mut Shared, now: Instant, index: usize, udp: &mut Udp) {
+        let (Some(fd), Some(&inside_port)) = (self.udp.get(index), self.udp_ports.get(index)) else { return };
+        let mut buffer = std::mem::take(&mut sh.datagram);
+        for _ in 0..TURN {
+            if sh.tap.is_congested() {
+                break;
+            }
+            let (len, peer, local) = match udp::receive(fd, &mut buffer) {
+                Ok(received) => received,
+                Err(Errno::EINTR) => continue,
+                Err(Errno::EAGAIN) => break,
+                // An error of an earlier answer, reported once.
+                Err(_) => continue,
+            };
+            let seen = seen_as(&sh.spec.guest, &sh.spec.gateway, peer);
+            let to = Endpoint::new(sh.spec.guest.ip_like(peer.ip()), inside_port);
+            let payload = buffer.get(..len).unwrap_or_default();
+            udp.inbound(sh, now, Arrival { port: index, real: peer, local, seen, to }, payload);
+        }
+        sh.datagram = buffer;
+    }
+}
+
+/// What the guest shall see as the peer of a connection to a published port.
+fn seen_as(guest: &Link, gateway: &Link, peer: SocketAddr) -> Endpoint {
+    let ip = peer.ip();
+    let strange = match ip {
+        IpAddr::V4(ip) => ip.is_loopback() || ip.is_link_local() || ip.is_unspecified() || ip.is_multicast(),
+        IpAddr::V6(ip) => {
+            ip.is_loopback() || ip.is_unicast_link_local() || ip.is_unspecified() || ip.is_multicast()
+        }
+    };
+    let ip = if strange || guest.contains(ip) { gateway.ip_like(ip) } else { ip };
+    Endpoint::new(ip, peer.port())
+}
+
+/// Sockets of published ports count, so that those of flows do not take the last descriptor.
+pub(crate) fn budget_for(published: &Published) -> Budget {
+    let mut budget = Budget::from_rlimit();
+    budget.limit = budget.limit.saturating_sub(published.0.len() / 2).max(16);
+    budget
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{TcpListener, TcpStream, UdpSocket};
+
+    fn publish(host_ip: Option<&str>, host_port: u16, protocol: Protocol) -> Publish {
+        let host_ip = host_ip.map(|ip| ip.parse().expect(ip));
+        Publish { host_ip, host_port, inside_port: 80, protocol }
+    }
+
+    #[test]
+    fn a_port_without_an_address_is_bound_for_both_families() {
+        let published = Published::bind(&[publish(None, 0, Protocol::Tcp)]).expect("bound");
+        let bound: Vec<_> = published.addresses().collect();
+        assert_eq!(bound.len(), 2);
+        assert_eq!(bound[0].0.port(), bound[1].0.port());
+        assert_ne!(bound[0].0.port(), 0);
+        for ip in ["127.0.0.1", "::1"] {
+            TcpStream::connect((ip, bound[0].0.port())).expect(ip);
+        }
+    }
+
+    #[test]
+    fn all_are_bound_or_none() {
+        let taken = TcpListener::bind("127.0.0.1:0").expect("listener");
+        let addr = taken.local_addr().expect("address");
+        let free = UdpSocket::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("address");
+        let ports = [
+            publish(Some("127.0.0.1"), free.port(), Protocol::Udp),
+            publish(Some("127.0.0.1"), addr.port(), Protocol::Tcp),
+        ];
+        match Published::bind(&ports) {
+            Err(Error::Listen { addr: failed, source }) => {
+                assert_eq!(failed, addr);
+                assert_eq!(source.kind(), std::io::ErrorKind::AddrInUse);
+            }
+            other => panic!("{other:?}"),
+        }
+        UdpSocket::bind(free).expect("the first one was let go");
+    }
+
+    #[test]
+    fn peers_that_mean_something_else_inside_appear_as_the_gateway() {
+        let spec = crate::config::tests::spec();
+        let seen = |peer: &str| seen_as(&spec.guest, &spec.gateway, peer.parse().expect(peer));
+        for (peer, ip) in [
+            ("127.0.0.1:5", "10.0.2.2"),
+            ("[::1]:5", "fd00::2"),
+            ("[fe80::1]:5", "fd00::2"),
+            ("10.0.2.100:5", "10.0.2.2"),
+            ("10.0.2.77:5", "10.0.2.2"),
+            ("[fd00::77]:5", "fd00::2"),
+            ("192.0.2.7:5", "192.0.2.7"),
+            ("[2001:db8::7]:5", "2001:db8::7"),
+        ] {
+            assert_eq!(seen(peer), Endpoint::new(ip.parse().expect(ip), 5), "{peer}");
+        }
+    }
+}

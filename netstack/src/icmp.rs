@@ -1,0 +1,224 @@
+//! ICMP: echo requests through the host's unprivileged ping sockets (icmp(7)), one for each identifier of the guest.
+//!
+//! The host's kernel puts its own identifier into a request; the reply gets the guest's back. Errors of the network
+//! (unreachable, time exceeded) come out of the socket's error queue, with the request as their cause, so traceroute
+//! works. Echo requests to the gateway are answered here. Everything else that the guest sends as ICMP is dropped, but
+//! for neighbour solicitations, which the engine answers.
+//!
+//! Where the host forbids ping sockets (`net.ipv4.ping_group_range`) the guest is told "administratively prohibited"
+//! and the log says so once.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
+
+use nix::errno::Errno;
+use nix::sys::epoll::EpollFlags;
+use nix::sys::socket::SockProtocol;
+use smoltcp::time::Instant;
+
+use crate::config::{MAX_PINGS, PING_IDLE};
+use crate::emit::{self, Unreachable};
+use crate::engine::{Shared, Token};
+use crate::flow::{Endpoint, FlowId, Slab, TimerKey};
+use crate::host::{self, HostFd};
+use crate::ingress::{ICMP, ICMPV6, Packet};
+use crate::policy::{Transport, Verdict};
+use crate::udp;
+
+const MAX_DESTINATIONS: usize = 16;
+const TURN_REPLIES: usize = 64;
+
+/// Types of echo request and reply.
+fn echo_types(is_v6: bool) -> (u8, u8) {
+    if is_v6 { (128, 129) } else { (8, 0) }
+}
+
+#[derive(Debug)]
+struct Ping {
+    /// The guest's address, and its identifier as the port.
+    guest: Endpoint,
+    fd: HostFd,
+    destinations: Vec<IpAddr>,
+    used: Instant,
+}
+
+/// All ping sockets.
+#[derive(Debug, Default)]
+pub(crate) struct Icmp {
+    pings: Slab<Ping>,
+    by_guest: HashMap<Endpoint, FlowId>,
+    forbidden_logged: bool,
+}
+
+impl Icmp {
+    /// An ICMP message from the guest; its checksum has been verified.
+    pub(crate) fn ingress(&mut self, sh: &mut Shared, now: Instant, packet: &Packet<'_>) {
+        let message = packet.payload();
+        let (request, reply) = echo_types(packet.is_v6());
+        let [kind, 0, _, _, id_high, id_low, _, _, ..] = message else { return };
+        if *kind != request {
+            return;
+        }
+        match sh.decide(Transport::Ping, Endpoint::new(packet.dst, 0)) {
+            Verdict::Gateway => {
+                if !sh.tap.is_congested() {
+                    let mut answer = message.to_vec();
+                    answer[0] = reply;
+                    emit::icmp(&mut sh.tap, packet.dst, packet.src, &answer);
+                }
+            }
+            Verdict::Refuse(reason) if reason.is_silent() => sh.stats.dropped_multicast.one(),
+            Verdict::Refuse(_) => {
+                sh.stats.refused_by_policy.one();
+                udp::unreachable(sh, packet, Unreachable::Prohibited);
+            }
+            Verdict::Allow(to) => {
+                let guest = Endpoint::new(packet.src, u16::from_be_bytes([*id_high, *id_low]));
+                self.request(sh, now, packet, guest, to);
+            }
+        }
+    }
+
+    fn request(
+        &mut self,
+        sh: &mut Shared,
+        now: Instant,
+        packet: &Packet<'_>,
+        guest: Endpoint,
+        to: SocketAddr,
+    ) {
+        let id = match self.by_guest.get(&guest) {
+            Some(&id) => id,
+            None => match self.open(sh, now, guest) {
+                Ok(id) => id,
+                Err(errno) => {
+                    if matches!(errno, Errno::EMFILE | Errno::ENFILE) {
+                        sh.stats.refused_by_limit.one();
+                    } else if !self.forbidden_logged {
+                        self.forbidden_logged = true;
+                        tracing::warn!(%errno, "the host forbids ping sockets (sysctl net.ipv4.ping_group_range): echo requests from inside are refused");
+                    }
+                    return udp::unreachable(sh, packet, Unreachable::Prohibited);
+                }
+            },
+        };
+        let Some(ping) = self.pings.get_mut(id) else { return };
+        ping.used = now;
+        if !ping.destinations.contains(&to.ip()) {
+            if ping.destinations.len() >= MAX_DESTINATIONS {
+                ping.destinations.remove(0);
+            }
+            ping.destinations.push(to.ip());
+        }
+        let hops = match packet.hop_limit {
+            0 | 1 => {
+                let from = sh.spec.gateway.ip_like(packet.dst);
+                let error = emit::IcmpError::time_exceeded(packet.is_v6());
+                return emit::icmp_error(&mut sh.tap, from, packet.src, error, packet.bytes);
+            }
+            hops => (hops < 64).then_some(hops - 1),
+        };
+        let to = SocketAddr::new(to.ip(), 0);
+        let mut sent = udp::send_to(&ping.fd, packet.payload(), to, hops);
+        if sent.is_err_and(|errno| errno != Errno::EAGAIN) {
+            self.errors(sh, id);
+            if let Some(ping) = self.pings.get(id) {
+                sent = udp::send_to(&ping.fd, packet.payload(), to, hops);
+            }
+        }
+        match sent {
+            Ok(()) => {}
+            Err(Errno::ENETUNREACH) => udp::unreachable(sh, packet, Unreachable::Network),
+            Err(Errno::EHOSTUNREACH) => udp::unreachable(sh, packet, Unreachable::Host),
+            Err(Errno::EACCES | Errno::EPERM) => udp::unreachable(sh, packet, Unreachable::Prohibited),
+            Err(_) => sh.stats.dropped_datagrams.one(),
+        }
+    }
+
+    fn open(&mut self, sh: &mut Shared, now: Instant, guest: Endpoint) -> nix::Result<FlowId> {
+        if self.pings.len() >= MAX_PINGS
+            && let Some((oldest, _)) = self.pings.iter().min_by_key(|(_, ping)| ping.used)
+        {
+            sh.stats.evicted.one();
+            self.remove(sh, oldest);
+        }
+        let protocol = if guest.ip.is_ipv6() { SockProtocol::IcmpV6 } else { SockProtocol::Icmp };
+        let fd = host::datagram_socket(&sh.budget, guest.ip, Some(protocol))?;
+        let id = self.pings.insert_with(|_| Ping { guest, fd, destinations: Vec::new(), used: now });
+        self.by_guest.insert(guest, id);
+        sh.stats.ping_flows.set(self.pings.len());
+        if let Some(ping) = self.pings.get(id) {
+            let watched = sh.watch(ping.fd.as_fd(), Token::Ping(id), EpollFlags::EPOLLIN);
+            watched.inspect_err(|_| self.remove(sh, id))?;
+        }
+        sh.timers.set(now + PING_IDLE, TimerKey::Ping(id));
+        Ok(id)
+    }
+
+    fn remove(&mut self, sh: &mut Shared, id: FlowId) {
+        if let Some(ping) = self.pings.remove(id) {
+            self.by_guest.remove(&ping.guest);
+            sh.stats.ping_flows.set(self.pings.len());
+            sh.descriptor_freed = true;
+        }
+    }
+
+    pub(crate) fn timer(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
+        let Some(ping) = self.pings.get(id) else { return };
+        let until = ping.used + PING_IDLE;
+        if until <= now {
+            self.remove(sh, id);
+        } else {
+            sh.timers.set(until, TimerKey::Ping(id));
+        }
+    }
+
+    pub(crate) fn host_event(&mut self, sh: &mut Shared, now: Instant, id: FlowId, events: EpollFlags) {
+        if events.intersects(EpollFlags::EPOLLERR) {
+            self.errors(sh, id);
+        }
+        let Some(ping) = self.pings.get_mut(id) else { return };
+        let mut buffer = std::mem::take(&mut sh.datagram);
+        for _ in 0..TURN_REPLIES {
+            if sh.tap.is_congested() {
+                break;
+            }
+            let (len, from) = match udp::receive(&ping.fd, &mut buffer) {
+                Ok((len, from, _)) => (len, from),
+                Err(Errno::EINTR) => continue,
+                Err(_) => break,
+            };
+            let Some(message) = buffer.get_mut(..len).filter(|message| message.len() >= 8) else { continue };
+            if message[0] != echo_types(ping.guest.ip.is_ipv6()).1 || !ping.destinations.contains(&from.ip())
+            {
+                sh.stats.dropped_datagrams.one();
+                continue;
+            }
+            ping.used = now;
+            message[4..6].copy_from_slice(&ping.guest.port.to_be_bytes());
+            emit::icmp(&mut sh.tap, from.ip(), ping.guest.ip, message);
+        }
+        sh.datagram = buffer;
+    }
+
+    fn errors(&mut self, sh: &mut Shared, id: FlowId) {
+        let Some(ping) = self.pings.get(id) else { return };
+        for _ in 0..TURN_REPLIES {
+            let Some(error) = udp::receive_error(&ping.fd) else { break };
+            let destination = error.destination.ip();
+            let (Some(icmp), true) = (error.icmp, ping.destinations.contains(&destination)) else { continue };
+            // The queue holds our request, with the host's identifier.
+            let mut request = error.payload;
+            if request.len() < 8 {
+                continue;
+            }
+            request[4..6].copy_from_slice(&ping.guest.port.to_be_bytes());
+            let protocol = if destination.is_ipv6() { ICMPV6 } else { ICMP };
+            let original = crate::ingress::rebuild(ping.guest.ip, destination, protocol, 64, &request);
+            let from = error.offender.filter(|ip| !ip.is_loopback()).unwrap_or(destination);
+            emit::icmp_error(&mut sh.tap, from, ping.guest.ip, icmp, &original);
+        }
+        let _ = host::socket_error(ping.fd.as_fd());
+    }
+}

@@ -1,0 +1,91 @@
+//! A TCP/IP stack in a thread, which connects a TAP device to ordinary sockets of the host.
+//!
+//! The guest's kernel, at the other end of the TAP, believes that it talks to a router. There is none: TCP ends here
+//! ([smoltcp] is the peer that the guest's kernel talks to), and every flow goes on as a plain socket of this process,
+//! with the rights of whoever runs it. So no privilege is needed on the host, and nothing there is configured.
+//!
+//! ```text
+//!  guest's kernel                         this thread                              host's kernel
+//!  ──────────────   frames   ┌────────┐  packets  ┌─────────────────────┐  bytes   ─────────────
+//!   eth ── TAP ──────────────│ device │───────────│ tcp: smoltcp + rings │──────── stream sockets
+//!                            │ ingress│           │ udp: table of flows  │──────── datagram sockets
+//!                            │ fragment           │ icmp: ping sockets   │──────── ping sockets
+//!                            └────────┘           │ dns: forwarder       │──────── resolvers
+//!                              engine ─ timers    │ forward: listeners   │──────── published ports
+//!                                                 └─────────────────────┘
+//!                              policy: a pure function asked before any flow's first packet leaves
+//! ```
+//!
+//! Where to look: what may be reached, [`policy`]; how a connection lives and ends, [`tcp`]; why it is fast, [`device`];
+//! what a hostile frame meets first, [`ingress`]; every limit with its number, [`config`]; every `unsafe` line, [`sys`].
+//!
+//! What it refuses to do: it never opens a path but /dev/net/tun (in [`open_tap`]) and /etc/resolv.conf, never runs a
+//! program, never needs a capability (but for [`open_tap`], which is called inside), never wakes up without a reason, and
+//! keeps no data but in the rings of TCP flows.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use netstack::{DnsSpec, Link, Published, Stack, StackSpec, open_tap};
+//! // In the guest's network namespace; the descriptor may then be sent elsewhere.
+//! let tap = open_tap("tap0")?;
+//! let spec = StackSpec {
+//!     mtu: 1500,
+//!     guest: Link {
+//!         mac: [0x52, 0x54, 0, 0, 0, 2],
+//!         v4: ([10, 0, 2, 100].into(), 24),
+//!         v6: ("fd00::100".parse()?, 64),
+//!     },
+//!     gateway: Link {
+//!         mac: [0x52, 0x54, 0, 0, 0, 1],
+//!         v4: ([10, 0, 2, 2].into(), 24),
+//!         v6: ("fd00::2".parse()?, 64),
+//!     },
+//!     dns: DnsSpec::default(),
+//!     allow_host_loopback: false,
+//! };
+//! // In the host's.
+//! let stack = Stack::start(tap, &spec, Published::bind(&[])?)?;
+//! println!("{:?}", stack.stats());
+//! stack.stop();
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The guest's side has to be configured by the caller: the TAP's Ethernet address and MTU as in the spec, link up, both
+//! addresses (IPv6 without duplicate address detection), default routes through the gateway's addresses.
+
+mod config;
+mod device;
+mod dns;
+mod emit;
+mod engine;
+mod flow;
+mod forward;
+mod fragment;
+mod host;
+mod icmp;
+mod ingress;
+mod policy;
+mod stats;
+mod sys;
+mod tcp;
+mod udp;
+
+pub use config::{DnsSpec, Error, Link, Protocol, Publish, StackSpec};
+pub use engine::Stack;
+pub use forward::Published;
+pub use stats::Stats;
+
+use std::os::fd::OwnedFd;
+
+/// Makes the TAP `name` in the calling thread's network namespace, ready for [`Stack::start`].
+///
+/// Needs CAP_NET_ADMIN in that namespace, and /dev/net/tun. The descriptor may be sent to a process elsewhere; the
+/// device lives as long as the descriptor does.
+///
+/// # Errors
+///
+/// What the kernel said: ENOENT or EACCES for /dev/net/tun, EPERM or EBUSY for the device.
+pub fn open_tap(name: &str) -> std::io::Result<OwnedFd> {
+    sys::open_tap(name)
+}

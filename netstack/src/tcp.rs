@@ -1,0 +1,705 @@
+//! TCP flows: a smoltcp socket towards the guest, a plain host socket on the other side, two rings between them.
+//!
+//! States of a flow, and what each permits:
+//!
+//! - `Connecting`: the guest's SYN is held, the host socket connects. No smoltcp socket and no ring exists yet, so this
+//!   is cheap (a descriptor and some hundred bytes), and there may be [`MAX_HALF_OPEN`] of them; a SYN beyond that is
+//!   dropped and the guest repeats it. When the host socket is connected the held SYN is fed to a new smoltcp socket,
+//!   which answers it: the guest sees "connected" only if its peer does. A refusal becomes a RST, an unreachable
+//!   destination an ICMP error (RFC 1122 section 4.2.3.9 makes that end a SYN-SENT), a time-out silence: the guest's own
+//!   timer has then run out, too.
+//! - `Open`: data flows. Host to guest: `recv` straight into the transmit ring, as much as there is room. Guest to host:
+//!   `send` straight out of the receive ring. A side that does not read fills its ring, which closes the window or stops
+//!   the reading; nothing is buffered anywhere else.
+//! - gone: the table forgets the flow at once. TIME-WAIT is never kept: the TAP neither delays nor repeats segments.
+//!
+//! Ends. The host's EOF becomes a FIN behind the ring's last byte; the guest's FIN becomes `shutdown(SHUT_WR)` when the
+//! ring is empty. The host's error becomes a RST, the guest's RST closes the host socket with a reset. So each side sees
+//! what it would have seen without us.
+//!
+//! A connection to DNS at the gateway has the forwarder for its other side (`Far::Dns`).
+//!
+//! Timers: smoltcp's own (retransmission, window probes), and the guest's silence ([`GUEST_SILENCE`]). An idle flow has
+//! none. Work is per flow: frames find theirs by hash and mark it dirty, events likewise; only dirty flows are looked
+//! at, once per turn of the engine, however many frames came. Acknowledgements are thereby sent once per turn, too.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd};
+
+use nix::errno::Errno;
+use nix::sys::epoll::EpollFlags;
+use nix::sys::socket::{MsgFlags, Shutdown, recv, send, shutdown};
+use smoltcp::iface::{Interface, SocketSet};
+use smoltcp::socket::tcp::State;
+use smoltcp::time::{Duration, Instant};
+use smoltcp::wire::TcpPacket;
+
+use crate::config::{
+    DNS_TCP_IDLE, GUEST_SILENCE, INBOUND_CONNECT, MAX_DNS_PIPELINE, MAX_HALF_OPEN, MAX_TCP_FLOWS, RING,
+    RING_POOL,
+};
+use crate::device::FlowDevice;
+use crate::emit::{self, IcmpError, Unreachable};
+use crate::engine::{Shared, Token};
+use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
+use crate::host::{self, HostFd};
+use crate::ingress::{self, Packet};
+use crate::policy::{Transport, Verdict};
+use crate::sys::{RingSocket, Rings};
+
+/// Bytes moved for one flow before the others get their turn.
+const TURN_BUDGET: usize = 1024 * 1024;
+/// Pages of a finished flow that moved more than this go back to the kernel.
+const KEEP_WARM: usize = 64 * 1024;
+
+/// The other side of a flow.
+#[derive(Debug)]
+enum Far {
+    Host(HostSide),
+    Dns(DnsSide),
+}
+
+#[derive(Debug)]
+struct HostSide {
+    fd: HostFd,
+    /// What epoll last said. It says so once, so these stay set until the kernel answers EAGAIN.
+    readable: bool,
+    writable: bool,
+    /// The peer's FIN is somewhere in the queue: a short read then does not mean that there is nothing more to read.
+    fin_queued: bool,
+    /// Everything up to the peer's FIN has been read.
+    eof: bool,
+    /// The guest's FIN has been passed on.
+    shut: bool,
+}
+
+/// The forwarder's side of a DNS connection.
+#[derive(Debug, Default)]
+struct DnsSide {
+    /// Bytes from the guest that are no whole query yet.
+    input: Vec<u8>,
+    /// Answers that did not fit into the ring yet.
+    output: VecDeque<u8>,
+    under_way: usize,
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// Holds the guest's SYN as a plain IP packet.
+    Connecting {
+        syn: Vec<u8>,
+    },
+    Open(Box<RingSocket>),
+}
+
+#[derive(Debug)]
+struct Flow {
+    key: FlowKey,
+    phase: Phase,
+    far: Far,
+    /// The guest's segment size.
+    mss: u16,
+    /// In the list of dirty flows.
+    dirty: bool,
+    /// The guest has sent a FIN that smoltcp accepted.
+    guest_fin: bool,
+    /// The smoltcp socket has begun to close its sending half.
+    closed: bool,
+    /// The last acknowledgement of a connection in TIME-WAIT has been sent.
+    finished: bool,
+    /// A connection to a published port that the guest has not accepted yet.
+    inbound_until: Option<Instant>,
+    /// When the guest was last heard of.
+    heard: Instant,
+    /// The flow's earliest timer.
+    timer: Option<Instant>,
+    /// Bytes moved, so that the rings' pages can be given back.
+    moved: usize,
+}
+
+/// A query that came over TCP.
+#[derive(Debug)]
+pub(crate) struct DnsQuery {
+    pub(crate) flow: FlowId,
+    pub(crate) message: Vec<u8>,
+}
+
+/// All TCP flows.
+pub(crate) struct Tcp {
+    iface: Interface,
+    /// Without a socket: smoltcp answers what it is fed with a RST.
+    nobody: SocketSet<'static>,
+    flows: Slab<Flow>,
+    by_key: HashMap<FlowKey, FlowId>,
+    half_open: usize,
+    dirty: Vec<FlowId>,
+    pool: Vec<Rings>,
+    /// Queries to be fetched by the engine.
+    pub(crate) dns_queries: Vec<DnsQuery>,
+}
+
+impl std::fmt::Debug for Tcp {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tcp").field("flows", &self.flows.len()).finish_non_exhaustive()
+    }
+}
+
+/// Clock of TCP timestamps: milliseconds (RFC 7323 section 5.4 wants 1 ms to 1 s).
+fn timestamp_clock() -> u32 {
+    use nix::time::{ClockId, clock_gettime};
+    let Ok(now) = clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE) else { return 0 };
+    let millis = now.tv_sec().wrapping_mul(1000).wrapping_add(now.tv_nsec() / 1_000_000);
+    u32::try_from(millis & i64::from(u32::MAX)).unwrap_or_default()
+}
+
+impl Tcp {
+    pub(crate) fn new(sh: &mut Shared, now: Instant) -> Self {
+        let mut config = smoltcp::iface::Config::new(smoltcp::wire::HardwareAddress::Ip);
+        config.random_seed = sh.random.next();
+        let mut device = FlowDevice { tap: &mut sh.tap, rx: None, mss: 0 };
+        let mut iface = Interface::new(config, &mut device, now);
+        // Every address that the guest may ask for is ours.
+        iface.set_any_ip(true);
+        Self {
+            iface,
+            nobody: SocketSet::new(Vec::new()),
+            flows: Slab::default(),
+            by_key: HashMap::new(),
+            half_open: 0,
+            dirty: Vec::new(),
+            pool: Vec::new(),
+            dns_queries: Vec::new(),
+        }
+    }
+
+    /// A segment from the guest.
+    pub(crate) fn ingress(&mut self, sh: &mut Shared, now: Instant, packet: &Packet<'_>) {
+        let Ok(segment) = TcpPacket::new_checked(packet.payload()) else {
+            sh.stats.dropped_malformed.one();
+            return;
+        };
+        let guest = Endpoint::new(packet.src, segment.src_port());
+        let remote = Endpoint::new(packet.dst, segment.dst_port());
+        let only_syn = segment.syn() && !segment.ack() && !segment.rst() && !segment.fin();
+        if guest.port == 0 || remote.port == 0 || segment.syn() && (segment.rst() || segment.fin()) {
+            sh.stats.dropped_malformed.one();
+            return;
+        }
+        let key = FlowKey { guest, remote };
+        match self.by_key.get(&key) {
+            Some(&id) => self.flow_ingress(sh, now, id, packet),
+            None if only_syn => self.outbound(sh, now, key, packet),
+            None => self.refuse(sh, now, packet),
+        }
+    }
+
+    fn flow_ingress(&mut self, sh: &mut Shared, now: Instant, id: FlowId, packet: &Packet<'_>) {
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        flow.heard = now;
+        match &mut flow.phase {
+            Phase::Connecting { .. } => {
+                // A repeated SYN changes nothing; a RST means that the guest has given up.
+                if TcpPacket::new_unchecked(packet.payload()).rst() {
+                    self.remove(sh, id, true);
+                }
+            }
+            Phase::Open(socket) => {
+                let plain = packet.plain();
+                let mut widened = None;
+                if TcpPacket::new_unchecked(packet.payload()).syn() {
+                    // The guest's answer to our SYN: it, too, announces a segment size.
+                    let mut copy = plain.to_vec();
+                    let at = if packet.is_v6() { 40 } else { 20 };
+                    let mss = sh.tap.widen_syn(&mut copy, at, packet.is_v6());
+                    if flow.inbound_until.is_some() {
+                        flow.mss = mss;
+                    }
+                    widened = Some(copy);
+                }
+                let rx = widened.as_deref().unwrap_or(&plain);
+                let mut device = FlowDevice { tap: &mut sh.tap, rx: Some(rx), mss: flow.mss };
+                socket.poll_ingress(&mut self.iface, now, &mut device);
+                let state = socket.state();
+                flow.guest_fin |=
+                    matches!(state, State::CloseWait | State::LastAck | State::Closing | State::TimeWait);
+                if state != State::SynSent {
+                    flow.inbound_until = None;
+                }
+                self.mark(id);
+            }
+        }
+    }
+
+    /// Answers a segment that belongs to no flow: a RST, unless it is one.
+    fn refuse(&mut self, sh: &mut Shared, now: Instant, packet: &Packet<'_>) {
+        let plain = packet.plain();
+        let mut device = FlowDevice { tap: &mut sh.tap, rx: Some(&plain), mss: 536 };
+        let _ = self.iface.poll_ingress_single(now, &mut device, &mut self.nobody);
+    }
+
+    /// A SYN for a new flow.
+    fn outbound(&mut self, sh: &mut Shared, now: Instant, key: FlowKey, packet: &Packet<'_>) {
+        match sh.decide(Transport::Tcp, key.remote) {
+            Verdict::Gateway => self.outbound_dns(sh, now, key, packet),
+            Verdict::Allow(to) => self.outbound_host(sh, now, key, packet, to),
+            Verdict::Refuse(reason) => {
+                tracing::debug!(?reason, to = %SocketAddr::from(key.remote), "TCP connection refused");
+                sh.stats.refused_by_policy.one();
+                if !reason.is_silent() {
+                    self.refuse(sh, now, packet);
+                }
+            }
+        }
+    }
+
+    fn outbound_host(
+        &mut self,
+        sh: &mut Shared,
+        now: Instant,
+        key: FlowKey,
+        packet: &Packet<'_>,
+        to: SocketAddr,
+    ) {
+        if self.half_open >= MAX_HALF_OPEN {
+            // As a listener with a full queue does: the guest tries again in a second.
+            sh.stats.refused_by_limit.one();
+            return;
+        }
+        if self.flows.len() >= MAX_TCP_FLOWS {
+            sh.stats.refused_by_limit.one();
+            return self.refuse(sh, now, packet);
+        }
+        let (fd, connected) = match host::tcp_connect(&sh.budget, to) {
+            Ok(opened) => opened,
+            Err(errno) => return self.fail_syn(sh, now, packet, errno),
+        };
+        let syn = packet.plain().into_owned();
+        let far =
+            HostSide { fd, readable: false, writable: connected, fin_queued: false, eof: false, shut: false };
+        self.half_open += 1;
+        let id = self.insert(sh, now, key, Phase::Connecting { syn }, Far::Host(far));
+        let Some(Flow { far: Far::Host(host), .. }) = self.flows.get(id) else { return };
+        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
+        if let Err(errno) = sh.watch(host.fd.as_fd(), Token::Tcp(id), flags) {
+            self.remove(sh, id, true);
+            return self.fail_syn(sh, now, packet, errno);
+        }
+        sh.stats.tcp_out.one();
+        if connected {
+            self.establish(sh, now, id);
+        }
+    }
+
+    fn outbound_dns(&mut self, sh: &mut Shared, now: Instant, key: FlowKey, packet: &Packet<'_>) {
+        if self.flows.len() >= MAX_TCP_FLOWS {
+            sh.stats.refused_by_limit.one();
+            return self.refuse(sh, now, packet);
+        }
+        let syn = packet.plain().into_owned();
+        self.half_open += 1;
+        let id = self.insert(sh, now, key, Phase::Connecting { syn }, Far::Dns(DnsSide::default()));
+        self.establish(sh, now, id);
+    }
+
+    /// A connection to a published port has been accepted. `from` is what the guest shall see as its peer.
+    pub(crate) fn inbound(
+        &mut self,
+        sh: &mut Shared,
+        now: Instant,
+        fd: HostFd,
+        from: Endpoint,
+        to: Endpoint,
+    ) {
+        let mut key = FlowKey { guest: to, remote: from };
+        // The port is the peer's own where it is free, else any.
+        for _ in 0..64 {
+            if !self.by_key.contains_key(&key) {
+                break;
+            }
+            let [a, b, ..] = sh.random.next().to_ne_bytes();
+            key.remote.port = u16::from_ne_bytes([a, b]) | 0x8000;
+        }
+        let refuse = |sh: &mut Shared, fd: HostFd| {
+            sh.stats.refused_by_limit.one();
+            host::reset_on_close(fd.as_fd());
+        };
+        if self.by_key.contains_key(&key) || self.flows.len() >= MAX_TCP_FLOWS {
+            return refuse(sh, fd);
+        }
+        let Some(mut socket) = self.new_socket() else { return refuse(sh, fd) };
+        if socket.connect(&mut self.iface, key.guest.into(), key.remote.into()).is_err() {
+            return refuse(sh, fd);
+        }
+        host::tune_tcp(fd.as_fd());
+        let far = HostSide { fd, readable: true, writable: true, fin_queued: false, eof: false, shut: false };
+        let id = self.insert(sh, now, key, Phase::Open(Box::new(socket)), Far::Host(far));
+        sh.stats.tcp_in.one();
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        flow.inbound_until = Some(now + INBOUND_CONNECT);
+        let Far::Host(host) = &flow.far else { return };
+        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
+        if sh.watch(host.fd.as_fd(), Token::Tcp(id), flags).is_err() {
+            return self.remove(sh, id, true);
+        }
+        self.mark(id);
+    }
+
+    fn insert(&mut self, sh: &mut Shared, now: Instant, key: FlowKey, phase: Phase, far: Far) -> FlowId {
+        let id = self.flows.insert_with(|_| Flow {
+            key,
+            phase,
+            far,
+            mss: 536,
+            dirty: false,
+            guest_fin: false,
+            closed: false,
+            finished: false,
+            inbound_until: None,
+            heard: now,
+            timer: None,
+            moved: 0,
+        });
+        self.by_key.insert(key, id);
+        sh.stats.tcp_flows.set(self.flows.len());
+        id
+    }
+
+    fn new_socket(&mut self) -> Option<RingSocket> {
+        let rings = match self.pool.pop() {
+            Some(rings) => rings,
+            None => Rings::map(RING)
+                .inspect_err(|error| tracing::warn!(%error, "no memory for a TCP connection"))
+                .ok()?,
+        };
+        let mut socket = RingSocket::new(rings);
+        socket.configure(timestamp_clock);
+        Some(socket)
+    }
+
+    /// The other side is there: lets smoltcp answer the held SYN.
+    fn establish(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
+        let Some(mut socket) = self.new_socket() else { return self.remove(sh, id, true) };
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        let Phase::Connecting { syn } = &mut flow.phase else { return };
+        let is_v6 = flow.key.remote.ip.is_ipv6();
+        flow.mss = sh.tap.widen_syn(syn, if is_v6 { 40 } else { 20 }, is_v6);
+        let mut device = FlowDevice { tap: &mut sh.tap, rx: Some(syn), mss: flow.mss };
+        if socket.listen(flow.key.remote.into()).is_err() {
+            return self.remove(sh, id, true);
+        }
+        socket.poll_ingress(&mut self.iface, now, &mut device);
+        flow.phase = Phase::Open(Box::new(socket));
+        self.half_open -= 1;
+        self.mark(id);
+    }
+
+    /// Tells the guest why its SYN led nowhere.
+    fn fail_syn(&mut self, sh: &mut Shared, now: Instant, packet: &Packet<'_>, errno: Errno) {
+        tracing::debug!(%errno, to = %packet.dst, "TCP connection failed");
+        let what = match errno {
+            Errno::ENETUNREACH | Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT => Unreachable::Network,
+            Errno::EHOSTUNREACH => Unreachable::Host,
+            // The host's own rules, a firewall's for example, forbid it.
+            Errno::EACCES | Errno::EPERM => Unreachable::Prohibited,
+            Errno::ETIMEDOUT => return,
+            errno => {
+                if matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) {
+                    sh.stats.refused_by_limit.one();
+                }
+                return self.refuse(sh, now, packet);
+            }
+        };
+        let error = IcmpError::unreachable(packet.is_v6(), what);
+        let from = sh.spec.gateway.ip_like(packet.dst);
+        emit::icmp_error(&mut sh.tap, from, packet.src, error, packet.bytes);
+    }
+
+    fn mark(&mut self, id: FlowId) {
+        if let Some(flow) = self.flows.get_mut(id)
+            && !flow.dirty
+        {
+            flow.dirty = true;
+            self.dirty.push(id);
+        }
+    }
+
+    /// Something happened to a host socket.
+    pub(crate) fn host_event(&mut self, sh: &mut Shared, now: Instant, id: FlowId, events: EpollFlags) {
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        let Far::Host(host) = &mut flow.far else { return };
+        let broken = events.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);
+        if let Phase::Connecting { syn } = &flow.phase {
+            if !events.intersects(EpollFlags::EPOLLOUT | EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP) {
+                return;
+            }
+            let error = host::socket_error(host.fd.as_fd());
+            host.readable = true;
+            host.writable = true;
+            host.fin_queued = events.contains(EpollFlags::EPOLLRDHUP);
+            match error {
+                None => self.establish(sh, now, id),
+                Some(errno) => {
+                    let syn = syn.clone();
+                    self.remove(sh, id, true);
+                    if let Ok(packet) = ingress::parse_ip(&syn, true) {
+                        self.fail_syn(sh, now, &packet, errno);
+                    }
+                }
+            }
+            return;
+        }
+        host.readable |= broken || events.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP);
+        host.writable |= broken || events.contains(EpollFlags::EPOLLOUT);
+        host.fin_queued |= broken || events.contains(EpollFlags::EPOLLRDHUP);
+        self.mark(id);
+    }
+
+    /// An answer for a query that came over TCP.
+    pub(crate) fn dns_answer(&mut self, id: FlowId, answer: &[u8]) {
+        let Some(Flow { far: Far::Dns(dns), .. }) = self.flows.get_mut(id) else { return };
+        dns.under_way = dns.under_way.saturating_sub(1);
+        if let Ok(len) = u16::try_from(answer.len()) {
+            dns.output.extend(len.to_be_bytes());
+            dns.output.extend(answer);
+        }
+        self.mark(id);
+    }
+
+    pub(crate) fn timer(&mut self, now: Instant, id: FlowId) {
+        if let Some(flow) = self.flows.get_mut(id)
+            && flow.timer.is_some_and(|at| at <= now)
+        {
+            flow.timer = None;
+            self.mark(id);
+        }
+    }
+
+    /// Looks after every dirty flow once; whether some still have work to do.
+    pub(crate) fn run(&mut self, sh: &mut Shared, now: Instant) -> bool {
+        let mut list = std::mem::take(&mut self.dirty);
+        for &id in &list {
+            if let Some(flow) = self.flows.get_mut(id) {
+                flow.dirty = false;
+                self.service(sh, now, id);
+            }
+        }
+        list.clear();
+        // Flows that were marked again meanwhile are in the new list; keep the larger allocation.
+        if self.dirty.is_empty() {
+            self.dirty = list;
+        }
+        !self.dirty.is_empty() && !sh.tap.is_blocked()
+    }
+
+    fn service(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        let Phase::Open(socket) = &mut flow.phase else { return };
+        let before = flow.moved;
+        let mut fate = match &mut flow.far {
+            Far::Host(host) => {
+                let fate = move_host(socket, host, &mut flow.moved, flow.closed);
+                // An end of the host's stream is passed on at once: the flow's last word often comes with it.
+                if host.eof && !flow.closed {
+                    flow.closed = true;
+                    socket.close();
+                }
+                if flow.guest_fin && !host.shut && !socket.can_recv() {
+                    host.shut = true;
+                    let _ = shutdown(host.fd.as_raw_fd(), Shutdown::Write);
+                }
+                fate
+            }
+            Far::Dns(dns) => {
+                move_dns(id, socket, dns, &mut self.dns_queries);
+                let idle = now >= flow.heard + DNS_TCP_IDLE && dns.under_way == 0;
+                let done = flow.guest_fin && dns.under_way == 0 && !socket.can_recv();
+                if (done || idle) && dns.output.is_empty() && !flow.closed {
+                    flow.closed = true;
+                    socket.close();
+                }
+                Fate::Goes
+            }
+        };
+        if fate == Fate::Broken
+            || flow.inbound_until.is_some_and(|until| now >= until)
+            || (now >= flow.heard + GUEST_SILENCE && awaits_guest(socket))
+        {
+            socket.abort();
+            fate = Fate::Broken;
+        }
+        // Once in TIME-WAIT smoltcp has nothing to say but one acknowledgement, and would clear its ring in ten seconds.
+        if !flow.finished {
+            let mut device = FlowDevice { tap: &mut sh.tap, rx: None, mss: flow.mss };
+            while socket.poll_egress(&mut self.iface, now, &mut device) {}
+            flow.finished = socket.state() == State::TimeWait && !sh.tap.is_blocked();
+        }
+        if sh.tap.is_blocked() {
+            // The rest when the TAP takes frames again: the engine runs us then.
+            return self.mark(id);
+        }
+        match socket.state() {
+            _ if fate == Fate::Broken => return self.remove(sh, id, true),
+            // A SYN that was answered by a RST puts a listening socket back.
+            State::Listen => return self.remove(sh, id, true),
+            State::Closed if !(flow.guest_fin && flow.closed) => return self.remove(sh, id, true),
+            State::Closed | State::TimeWait => {
+                // Both sides have said their last word; what they said may still be on its way to the host.
+                let delivered = match &flow.far {
+                    Far::Host(host) => host.shut,
+                    Far::Dns(_) => true,
+                };
+                if delivered {
+                    return self.remove(sh, id, false);
+                }
+            }
+            _ => {}
+        }
+        if flow.moved - before >= TURN_BUDGET {
+            return self.mark(id);
+        }
+        self.arm(sh, now, id);
+    }
+
+    /// Sets the flow's timer, if it needs one that is earlier than the one it has.
+    fn arm(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        let Phase::Open(socket) = &flow.phase else { return };
+        let own = if flow.finished { None } else { socket.poll_at(&mut self.iface, now) };
+        // What is due now has just been done; a moment's patience keeps a misunderstanding from becoming a busy loop.
+        let own = own.map(|at| at.max(now + Duration::from_millis(10)));
+        let silence = awaits_guest(socket).then_some(flow.heard + GUEST_SILENCE);
+        let idle = matches!(flow.far, Far::Dns(_)).then_some(flow.heard + DNS_TCP_IDLE);
+        let wanted =
+            [own, silence, idle.filter(|_| !flow.closed), flow.inbound_until].into_iter().flatten().min();
+        let Some(at) = wanted.map(|at| at.max(now + Duration::from_millis(1))) else { return };
+        if flow.timer.is_none_or(|timer| at < timer) {
+            flow.timer = Some(at);
+            sh.timers.set(at, TimerKey::Tcp(id));
+        }
+    }
+
+    /// Ends a flow; `reset`: so that the host's peer notices that something went wrong.
+    fn remove(&mut self, sh: &mut Shared, id: FlowId, reset: bool) {
+        let Some(flow) = self.flows.remove(id) else { return };
+        self.by_key.remove(&flow.key);
+        sh.stats.tcp_flows.set(self.flows.len());
+        match flow.phase {
+            Phase::Connecting { .. } => self.half_open -= 1,
+            Phase::Open(socket) => {
+                let mut rings = socket.into_rings();
+                if self.pool.len() < RING_POOL {
+                    if flow.moved > KEEP_WARM {
+                        rings.release_pages();
+                    }
+                    self.pool.push(rings);
+                }
+            }
+        }
+        if reset && let Far::Host(host) = &flow.far {
+            host::reset_on_close(host.fd.as_fd());
+        }
+        sh.descriptor_freed = true;
+    }
+}
+
+/// Whether something of ours is on its way to the guest, which it has to acknowledge.
+fn awaits_guest(socket: &RingSocket) -> bool {
+    socket.send_queue() > 0
+        || matches!(
+            socket.state(),
+            State::SynSent | State::SynReceived | State::FinWait1 | State::Closing | State::LastAck
+        )
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Goes,
+    /// The host's side is gone, and the guest must know.
+    Broken,
+}
+
+/// Moves data between the rings and a host socket, as much as both sides take.
+fn move_host(socket: &mut RingSocket, host: &mut HostSide, moved: &mut usize, closed: bool) -> Fate {
+    let raw = host.fd.as_raw_fd();
+    while host.writable && socket.can_recv() {
+        let sent = socket.recv(|data| {
+            let sent = retry(|| send(raw, data, MsgFlags::MSG_NOSIGNAL));
+            (sent.unwrap_or(0), (sent, data.len()))
+        });
+        match sent {
+            Ok((Ok(n), len)) => {
+                *moved += n;
+                host.writable = n == len;
+            }
+            Ok((Err(Errno::EAGAIN), _)) => host.writable = false,
+            // The guest may still read what the peer sent before it went away, as it could without us.
+            Ok((Err(_), _)) if host.readable && !host.eof => break,
+            Ok((Err(_), _)) => return Fate::Broken,
+            Err(_) => break,
+        }
+    }
+    let limit = *moved + TURN_BUDGET;
+    while host.readable && !closed && !host.eof && socket.can_send() && *moved < limit {
+        let got = socket.send(|room| {
+            let got = retry(|| recv(raw, room, MsgFlags::empty()));
+            (got.unwrap_or(0), (got, room.len()))
+        });
+        match got {
+            Ok((Ok(0), _)) => host.eof = true,
+            Ok((Ok(n), room)) => {
+                *moved += n;
+                host.readable = n == room || host.fin_queued;
+            }
+            Ok((Err(Errno::EAGAIN), _)) => host.readable = false,
+            Ok((Err(_), _)) => return Fate::Broken,
+            Err(_) => break,
+        }
+    }
+    Fate::Goes
+}
+
+fn retry<R>(mut call: impl FnMut() -> nix::Result<R>) -> nix::Result<R> {
+    loop {
+        match call() {
+            Err(Errno::EINTR) => {}
+            result => return result,
+        }
+    }
+}
+
+/// Takes whole queries out of the receive ring, and puts answers into the transmit ring (RFC 1035 section 4.2.2).
+fn move_dns(id: FlowId, socket: &mut RingSocket, dns: &mut DnsSide, queries: &mut Vec<DnsQuery>) {
+    while dns.under_way < MAX_DNS_PIPELINE {
+        // Whatever comes, a query and its length fit into the ring's contiguous parts in two steps at most.
+        if socket.recv(|data| (data.len(), dns.input.extend_from_slice(data))).is_err()
+            && dns.input.is_empty()
+        {
+            break;
+        }
+        let Some((len, rest)) = dns.input.split_first_chunk() else { break };
+        let len = usize::from(u16::from_be_bytes(*len));
+        if rest.len() < len {
+            if socket.can_recv() {
+                continue;
+            }
+            break;
+        }
+        let message = rest[..len].to_vec();
+        dns.input.drain(..2 + len);
+        dns.under_way += 1;
+        queries.push(DnsQuery { flow: id, message });
+    }
+    while !dns.output.is_empty() && socket.can_send() {
+        let sent = socket.send(|room| {
+            let (first, _) = dns.output.as_slices();
+            let n = first.len().min(room.len());
+            room[..n].copy_from_slice(&first[..n]);
+            (n, n)
+        });
+        match sent {
+            Ok(n) => drop(dns.output.drain(..n)),
+            Err(_) => break,
+        }
+    }
+}

@@ -1,0 +1,499 @@
+//! UDP: one host socket for each address and port that the guest sends from.
+//!
+//! The mapping is endpoint-independent (RFC 4787 REQ-1): whatever destinations the guest talks to from one port, the
+//! world sees one port of the host, so that protocols which tell a third party about it work. What comes in is filtered
+//! by address (REQ-8): it must be from an address that the guest has sent to, any port of it. A destination passes the
+//! policy when it is first used; [`MAX_UDP_PEERS`] are remembered, the longest unused forgotten first.
+//!
+//! Ends by idleness only: [`UDP_IDLE`] after the last datagram either way, [`UDP_UNANSWERED`] if nothing ever came back,
+//! [`UDP_DNS_IDLE`] for flows to port 53. When the table or the descriptors are full, the longest idle flow gives way:
+//! a guest that sends from, or to, a million ports costs a bounded number of sockets.
+//!
+//! ICMP errors come out of the host socket's error queue (ip(7), IP_RECVERR) and are sent on with the guest's own
+//! datagram as the cause. Datagrams from the guest have been put together from their fragments before they come here.
+//!
+//! Published ports have flows of their own (`Inbound`), since their answers must leave from the published socket.
+
+use std::collections::HashMap;
+use std::io::{IoSlice, IoSliceMut};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd};
+
+use nix::errno::Errno;
+use nix::sys::epoll::EpollFlags;
+use nix::sys::socket::{
+    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, sockopt,
+};
+use smoltcp::time::{Duration, Instant};
+use smoltcp::wire::UdpPacket;
+
+use crate::config::{
+    MAX_UDP_INBOUND, MAX_UDP_PEERS, MAX_UDP_SOCKETS, UDP_DNS_IDLE, UDP_IDLE, UDP_UNANSWERED,
+};
+use crate::emit::{self, IcmpError, Unreachable};
+use crate::engine::{Shared, Token};
+use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
+use crate::host::{self, HostFd};
+use crate::ingress::Packet;
+use crate::policy::{DNS_PORT, Transport, Verdict};
+
+/// Datagrams read from one socket before others get their turn.
+const TURN_DATAGRAMS: usize = 64;
+/// Hop limits below this are passed on, one less, so that traceroute works; others mean "far enough".
+const TRACEROUTE_HOPS: u8 = 40;
+
+/// A destination of a flow.
+#[derive(Debug)]
+struct Peer {
+    /// As the guest sees it.
+    seen: Endpoint,
+    /// As the host sees it.
+    real: SocketAddr,
+    used: Instant,
+}
+
+#[derive(Debug)]
+struct Flow {
+    guest: Endpoint,
+    fd: HostFd,
+    peers: Vec<Peer>,
+    used: Instant,
+    answered: bool,
+}
+
+impl Flow {
+    fn lifetime(&self) -> Duration {
+        if self.peers.iter().all(|peer| peer.seen.port == DNS_PORT) {
+            UDP_DNS_IDLE
+        } else if self.answered {
+            UDP_IDLE
+        } else {
+            UDP_UNANSWERED
+        }
+    }
+}
+
+/// A flow that began outside, at a published port.
+#[derive(Debug)]
+struct Inbound {
+    /// Which published socket.
+    port: usize,
+    real: SocketAddr,
+    /// Which of the host's addresses the peer talks to: answers must come from it.
+    local: Option<IpAddr>,
+    used: Instant,
+}
+
+/// How a datagram came to a published socket.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Arrival {
+    /// Index of the socket.
+    pub(crate) port: usize,
+    /// The peer.
+    pub(crate) real: SocketAddr,
+    /// The host's address that it was sent to.
+    pub(crate) local: Option<IpAddr>,
+    /// What the guest shall see as its peer.
+    pub(crate) seen: Endpoint,
+    /// Where in the guest it goes.
+    pub(crate) to: Endpoint,
+}
+
+/// All UDP flows.
+#[derive(Debug, Default)]
+pub(crate) struct Udp {
+    flows: Slab<Flow>,
+    by_guest: HashMap<Endpoint, FlowId>,
+    inbound: HashMap<FlowKey, Inbound>,
+    inbound_timer: bool,
+}
+
+impl Udp {
+    /// A whole datagram from the guest. The engine has given those for the forwarder to it before.
+    pub(crate) fn ingress(&mut self, sh: &mut Shared, now: Instant, packet: &Packet<'_>, ports: &[HostFd]) {
+        let Ok(datagram) = UdpPacket::new_checked(packet.payload()) else {
+            sh.stats.dropped_malformed.one();
+            return;
+        };
+        let key = FlowKey {
+            guest: Endpoint::new(packet.src, datagram.src_port()),
+            remote: Endpoint::new(packet.dst, datagram.dst_port()),
+        };
+        if key.guest.port == 0 || key.remote.port == 0 {
+            sh.stats.dropped_malformed.one();
+            return;
+        }
+        let payload = datagram.payload();
+        if let Some(inbound) = self.inbound.get_mut(&key) {
+            inbound.used = now;
+            if let Some(fd) = ports.get(inbound.port) {
+                let sent = send_from(fd, payload, inbound.real, inbound.local);
+                count_send(sh, sent);
+            }
+            return;
+        }
+        let Some((id, real)) = self.route(sh, now, packet, key) else { return };
+        let Some(flow) = self.flows.get(id) else { return };
+        let hops = (packet.hop_limit < TRACEROUTE_HOPS).then_some(packet.hop_limit.saturating_sub(1));
+        let mut sent = send_to(&flow.fd, payload, real, hops);
+        if sent.is_err_and(|errno| errno != Errno::EAGAIN) {
+            // A pending error of an earlier datagram is reported once, by whatever call comes next.
+            self.errors(sh, id);
+            if let Some(flow) = self.flows.get(id) {
+                sent = send_to(&flow.fd, payload, real, hops);
+            }
+        }
+        if let Err(errno) = sent {
+            let what = match errno {
+                Errno::ENETUNREACH => Some(Unreachable::Network),
+                Errno::EHOSTUNREACH => Some(Unreachable::Host),
+                Errno::EACCES | Errno::EPERM => Some(Unreachable::Prohibited),
+                _ => None,
+            };
+            match what {
+                Some(what) => unreachable(sh, packet, what),
+                None => count_send(sh, Err(errno)),
+            }
+        }
+    }
+
+    /// The guest's flow, and where in the host's world a datagram of it goes. Both are made if need be.
+    fn route(
+        &mut self,
+        sh: &mut Shared,
+        now: Instant,
+        packet: &Packet<'_>,
+        key: FlowKey,
+    ) -> Option<(FlowId, SocketAddr)> {
+        let known = self.by_guest.get(&key.guest).copied();
+        if let Some(id) = known
+            && let Some(flow) = self.flows.get_mut(id)
+            && let Some(at) = flow.peers.iter().position(|peer| peer.seen == key.remote)
+        {
+            // The next one is probably for the same.
+            flow.peers.swap(0, at);
+            flow.used = now;
+            let peer = flow.peers.first_mut()?;
+            peer.used = now;
+            return Some((id, peer.real));
+        }
+        // Refused destinations do not deserve a socket.
+        let real = match sh.decide(Transport::Udp, key.remote) {
+            Verdict::Allow(real) => real,
+            Verdict::Gateway => return None,
+            Verdict::Refuse(reason) => {
+                refused(sh, packet, reason.is_silent());
+                return None;
+            }
+        };
+        let id = match known {
+            Some(id) => id,
+            None => self.open(sh, now, packet, key.guest)?,
+        };
+        let flow = self.flows.get_mut(id)?;
+        flow.used = now;
+        if flow.peers.len() >= MAX_UDP_PEERS
+            && let Some(oldest) = (0..flow.peers.len()).min_by_key(|&i| flow.peers[i].used)
+        {
+            flow.peers.swap_remove(oldest);
+        }
+        flow.peers.insert(0, Peer { seen: key.remote, real, used: now });
+        Some((id, real))
+    }
+
+    /// Makes a flow for what the guest sends from `guest`.
+    fn open(
+        &mut self,
+        sh: &mut Shared,
+        now: Instant,
+        packet: &Packet<'_>,
+        guest: Endpoint,
+    ) -> Option<FlowId> {
+        let most = MAX_UDP_SOCKETS.min(sh.budget.limit / 4).max(8);
+        if self.flows.len() >= most {
+            self.evict(sh);
+        }
+        let mut opened = host::datagram_socket(&sh.budget, guest.ip, None);
+        if matches!(opened, Err(Errno::EMFILE | Errno::ENFILE)) && self.evict(sh) {
+            opened = host::datagram_socket(&sh.budget, guest.ip, None);
+        }
+        let fd = match opened {
+            Ok(fd) => fd,
+            Err(errno) => {
+                tracing::debug!(%errno, "no socket for a UDP flow");
+                sh.stats.refused_by_limit.one();
+                unreachable(sh, packet, Unreachable::Prohibited);
+                return None;
+            }
+        };
+        let id =
+            self.flows.insert_with(|_| Flow { guest, fd, peers: Vec::new(), used: now, answered: false });
+        self.by_guest.insert(guest, id);
+        sh.stats.udp_flows.set(self.flows.len());
+        let flow = self.flows.get(id)?;
+        if let Err(errno) = sh.watch(flow.fd.as_fd(), Token::Udp(id), EpollFlags::EPOLLIN) {
+            tracing::debug!(%errno, "no socket for a UDP flow");
+            self.remove(sh, id);
+            return None;
+        }
+        sh.timers.set(now + UDP_DNS_IDLE, TimerKey::Udp(id));
+        Some(id)
+    }
+
+    /// Closes the flow that has been idle for longest; whether there was one.
+    pub(crate) fn evict(&mut self, sh: &mut Shared) -> bool {
+        let Some((id, _)) = self.flows.iter().min_by_key(|(_, flow)| flow.used) else { return false };
+        sh.stats.evicted.one();
+        self.remove(sh, id);
+        true
+    }
+
+    fn remove(&mut self, sh: &mut Shared, id: FlowId) {
+        if let Some(flow) = self.flows.remove(id) {
+            self.by_guest.remove(&flow.guest);
+            sh.stats.udp_flows.set(self.flows.len());
+            sh.descriptor_freed = true;
+        }
+    }
+
+    pub(crate) fn timer(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
+        let Some(flow) = self.flows.get(id) else { return };
+        let until = flow.used + flow.lifetime();
+        if until <= now {
+            self.remove(sh, id);
+        } else {
+            sh.timers.set(until, TimerKey::Udp(id));
+        }
+    }
+
+    /// The flow's host socket has something to say.
+    pub(crate) fn host_event(&mut self, sh: &mut Shared, now: Instant, id: FlowId, events: EpollFlags) {
+        if events.intersects(EpollFlags::EPOLLERR) {
+            self.errors(sh, id);
+        }
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        let mut buffer = std::mem::take(&mut sh.datagram);
+        for _ in 0..TURN_DATAGRAMS {
+            if sh.tap.is_congested() {
+                break;
+            }
+            let (len, from) = match receive(&flow.fd, &mut buffer) {
+                Ok((len, from, _)) => (len, from),
+                Err(Errno::EINTR) => continue,
+                Err(_) => break,
+            };
+            let Some(peer) = flow.peers.iter_mut().find(|peer| peer.real.ip() == from.ip()) else {
+                sh.stats.dropped_datagrams.one();
+                continue;
+            };
+            peer.used = now;
+            flow.used = now;
+            flow.answered = true;
+            let seen = Endpoint::new(peer.seen.ip, from.port());
+            emit::udp(&mut sh.tap, seen, flow.guest, buffer.get(..len).unwrap_or_default());
+        }
+        sh.datagram = buffer;
+    }
+
+    /// Turns what the error queue holds into ICMP errors.
+    fn errors(&mut self, sh: &mut Shared, id: FlowId) {
+        let Some(flow) = self.flows.get(id) else { return };
+        for _ in 0..TURN_DATAGRAMS {
+            let Some(error) = receive_error(&flow.fd) else { break };
+            let Some(peer) = flow.peers.iter().find(|peer| peer.real == error.destination) else { continue };
+            let Some(icmp) = error.icmp else { continue };
+            let original = emit::original_udp(flow.guest, peer.seen, &error.payload);
+            // The gateway that stands for loopback must not be told apart.
+            let from = match error.offender {
+                Some(ip) if ip != peer.real.ip() && !ip.is_loopback() => ip,
+                _ => peer.seen.ip,
+            };
+            emit::icmp_error(&mut sh.tap, from, flow.guest.ip, icmp, &original);
+        }
+        // A pending error would wake us again and again.
+        let _ = host::socket_error(flow.fd.as_fd());
+    }
+
+    /// A datagram has come to a published socket.
+    pub(crate) fn inbound(&mut self, sh: &mut Shared, now: Instant, arrival: Arrival, payload: &[u8]) {
+        let Arrival { port, real, local, seen, to } = arrival;
+        let mut key = FlowKey { guest: to, remote: seen };
+        // Two peers may look alike to the guest, if both appear as the gateway.
+        for _ in 0..16 {
+            match self.inbound.get(&key) {
+                Some(other) if other.real != real || other.port != port => {
+                    let [a, b, ..] = sh.random.next().to_ne_bytes();
+                    key.remote.port = u16::from_ne_bytes([a, b]) | 0x8000;
+                }
+                _ => break,
+            }
+        }
+        if !self.inbound.contains_key(&key) && self.inbound.len() >= MAX_UDP_INBOUND {
+            let oldest = self.inbound.iter().min_by_key(|(_, flow)| flow.used).map(|(key, _)| *key);
+            if let Some(oldest) = oldest {
+                self.inbound.remove(&oldest);
+                sh.stats.evicted.one();
+            }
+        }
+        self.inbound.insert(key, Inbound { port, real, local, used: now });
+        if !self.inbound_timer {
+            self.inbound_timer = true;
+            sh.timers.set(now + UDP_IDLE, TimerKey::UdpInbound);
+        }
+        emit::udp(&mut sh.tap, key.remote, key.guest, payload);
+    }
+
+    pub(crate) fn inbound_timer(&mut self, sh: &mut Shared, now: Instant) {
+        self.inbound.retain(|_, flow| flow.used + UDP_IDLE > now);
+        let next = self.inbound.values().map(|flow| flow.used + UDP_IDLE).min();
+        self.inbound_timer = next.is_some();
+        if let Some(at) = next {
+            sh.timers.set(at, TimerKey::UdpInbound);
+        }
+    }
+}
+
+fn refused(sh: &mut Shared, packet: &Packet<'_>, silently: bool) {
+    if silently {
+        sh.stats.dropped_multicast.one();
+    } else {
+        sh.stats.refused_by_policy.one();
+        unreachable(sh, packet, Unreachable::Prohibited);
+    }
+}
+
+/// Sends an ICMP error about the guest's packet.
+pub(crate) fn unreachable(sh: &mut Shared, packet: &Packet<'_>, what: Unreachable) {
+    if emit::deserves_icmp_error(packet) && !sh.tap.is_congested() {
+        let from = sh.spec.gateway.ip_like(packet.dst);
+        let error = IcmpError::unreachable(packet.is_v6(), what);
+        emit::icmp_error(&mut sh.tap, from, packet.src, error, packet.bytes);
+    }
+}
+
+fn count_send(sh: &mut Shared, sent: nix::Result<()>) {
+    if sent.is_err() {
+        sh.stats.dropped_datagrams.one();
+    }
+}
+
+/// Sends a datagram, with a hop limit of its own if given.
+pub(crate) fn send_to(fd: &HostFd, payload: &[u8], to: SocketAddr, hops: Option<u8>) -> nix::Result<()> {
+    let raw = fd.as_raw_fd();
+    let to_raw = SockaddrStorage::from(to);
+    let Some(hops) = hops.map(libc::c_int::from) else {
+        return nix::sys::socket::sendto(raw, payload, &to_raw, MsgFlags::MSG_NOSIGNAL).map(drop);
+    };
+    let control = match to {
+        SocketAddr::V4(_) => ControlMessage::Ipv4Ttl(&hops),
+        SocketAddr::V6(_) => ControlMessage::Ipv6HopLimit(&hops),
+    };
+    sendmsg(raw, &[IoSlice::new(payload)], &[control], MsgFlags::MSG_NOSIGNAL, Some(&to_raw)).map(drop)
+}
+
+/// Sends a datagram from one of the host's addresses.
+fn send_from(fd: &HostFd, payload: &[u8], to: SocketAddr, from: Option<IpAddr>) -> nix::Result<()> {
+    let to_raw = SockaddrStorage::from(to);
+    let v4;
+    let v6;
+    let control = match from {
+        Some(IpAddr::V4(ip)) => {
+            v4 = libc::in_pktinfo {
+                ipi_ifindex: 0,
+                ipi_spec_dst: libc::in_addr { s_addr: u32::from_ne_bytes(ip.octets()) },
+                ipi_addr: libc::in_addr { s_addr: 0 },
+            };
+            Some(ControlMessage::Ipv4PacketInfo(&v4))
+        }
+        Some(IpAddr::V6(ip)) => {
+            v6 = libc::in6_pktinfo { ipi6_addr: libc::in6_addr { s6_addr: ip.octets() }, ipi6_ifindex: 0 };
+            Some(ControlMessage::Ipv6PacketInfo(&v6))
+        }
+        None => None,
+    };
+    let payload = [IoSlice::new(payload)];
+    sendmsg(fd.as_raw_fd(), &payload, control.as_slice(), MsgFlags::MSG_NOSIGNAL, Some(&to_raw)).map(drop)
+}
+
+/// Asks for the local address of each datagram.
+pub(crate) fn want_local_address(fd: &impl AsFd, is_v6: bool) -> nix::Result<()> {
+    if is_v6 {
+        nix::sys::socket::setsockopt(fd, sockopt::Ipv6RecvPacketInfo, &true)
+    } else {
+        nix::sys::socket::setsockopt(fd, sockopt::Ipv4PacketInfo, &true)
+    }
+}
+
+/// Receives a datagram: its length, its sender, and the host's address it was sent to if that was asked for.
+pub(crate) fn receive(fd: &HostFd, buffer: &mut [u8]) -> nix::Result<(usize, SocketAddr, Option<IpAddr>)> {
+    let mut control = nix::cmsg_space!(libc::in6_pktinfo);
+    let mut parts = [IoSliceMut::new(buffer)];
+    let message =
+        recvmsg::<SockaddrStorage>(fd.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_DONTWAIT)?;
+    let local = message.cmsgs().ok().into_iter().flatten().find_map(|control| match control {
+        ControlMessageOwned::Ipv4PacketInfo(info) => {
+            Some(IpAddr::from(info.ipi_spec_dst.s_addr.to_ne_bytes()))
+        }
+        ControlMessageOwned::Ipv6PacketInfo(info) => Some(IpAddr::from(info.ipi6_addr.s6_addr)),
+        _ => None,
+    });
+    let from = message.address.as_ref().and_then(socket_addr).ok_or(Errno::EINTR)?;
+    Ok((message.bytes, from, local))
+}
+
+pub(crate) fn socket_addr(addr: &SockaddrStorage) -> Option<SocketAddr> {
+    match (addr.as_sockaddr_in(), addr.as_sockaddr_in6()) {
+        (Some(v4), _) => Some((*v4).into()),
+        (None, Some(v6)) => Some((*v6).into()),
+        _ => None,
+    }
+}
+
+/// An entry of a socket's error queue.
+#[derive(Debug)]
+pub(crate) struct QueuedError {
+    /// Where the datagram was sent to.
+    pub(crate) destination: SocketAddr,
+    /// What it contained.
+    pub(crate) payload: Vec<u8>,
+    /// Who complained.
+    pub(crate) offender: Option<IpAddr>,
+    /// What the guest is to be told; `None` if the error arose on the host itself and means nothing to it.
+    pub(crate) icmp: Option<IcmpError>,
+}
+
+/// The next error of a socket's queue.
+pub(crate) fn receive_error(fd: &HostFd) -> Option<QueuedError> {
+    let mut control = nix::cmsg_space!(libc::sock_extended_err, libc::sockaddr_in6, [u8; 64]);
+    let mut buffer = [0; 1280];
+    let mut parts = [IoSliceMut::new(&mut buffer)];
+    let flags = MsgFlags::MSG_ERRQUEUE | MsgFlags::MSG_DONTWAIT;
+    let (len, destination, error, offender) = {
+        let message =
+            recvmsg::<SockaddrStorage>(fd.as_raw_fd(), &mut parts, Some(&mut control), flags).ok()?;
+        let destination = message.address.as_ref().and_then(socket_addr)?;
+        let (error, offender) = message.cmsgs().ok()?.find_map(|control| match control {
+            ControlMessageOwned::Ipv4RecvErr(error, from) => {
+                Some((error, from.map(|from| IpAddr::from(from.sin_addr.s_addr.to_ne_bytes()))))
+            }
+            ControlMessageOwned::Ipv6RecvErr(error, from) => {
+                Some((error, from.map(|from| IpAddr::from(from.sin6_addr.s6_addr))))
+            }
+            _ => None,
+        })?;
+        (message.bytes, destination, error, offender)
+    };
+    let from_network = matches!(error.ee_origin, libc::SO_EE_ORIGIN_ICMP | libc::SO_EE_ORIGIN_ICMP6);
+    let is_v6 = destination.is_ipv6();
+    let icmp = if from_network {
+        let too_big = matches!((is_v6, error.ee_type, error.ee_code), (false, 3, 4) | (true, 2, _));
+        // The host's kernel fragments for the guest, so the path's MTU is the host's own affair.
+        (!too_big).then_some(IcmpError { kind: error.ee_type, code: error.ee_code, word: 0 })
+    } else {
+        let errno = i32::try_from(error.ee_errno).map(Errno::from_raw);
+        matches!(errno, Ok(Errno::EHOSTUNREACH | Errno::ENETUNREACH))
+            .then(|| IcmpError::unreachable(is_v6, Unreachable::Host))
+    };
+    let payload = buffer.get(..len).unwrap_or_default().to_vec();
+    Some(QueuedError { destination, payload, offender, icmp })
+}
