@@ -43,6 +43,12 @@ pub(crate) fn open_tap(name: &str) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
+/// Leaves the device to its network namespace: closing the descriptor no longer removes it.
+pub(crate) fn leave_tap_to_namespace(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: TUNSETPERSIST takes its argument by value.
+    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETPERSIST, 1) }).map(drop).map_err(io::Error::from)
+}
+
 /// Whether `fd` is a TAP in the mode this crate needs (IFF_TAP, IFF_VNET_HDR, no packet information).
 pub(crate) fn is_vnet_tap(fd: BorrowedFd<'_>) -> bool {
     // SAFETY: as in `open_tap`.
