@@ -1,0 +1,212 @@
+//! What is wanted: plain data, filled from flags today and from files and bundles later.
+//!
+//! Nothing here touches the machine. [`validate`](SandboxSpec::validate) turns a
+//! [`SandboxSpec`] into a [`ValidSpec`], the only type that [`crate::plan`] accepts.
+
+pub(crate) mod os;
+pub mod parse;
+mod validate;
+
+pub use validate::{SpecError, ValidSpec, check_box_name};
+
+use std::ffi::OsString;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// Everything that is wanted of one sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SandboxSpec {
+    /// Name of the box; `None`: one is made up.
+    pub name: Option<String>,
+    /// Keep nothing when the run is over.
+    pub remove: bool,
+    /// The payload.
+    pub process: ProcessSpec,
+    /// The file system.
+    pub fs: FsSpec,
+    /// User and group ids.
+    pub ids: IdsSpec,
+    /// The network.
+    pub net: NetSpec,
+    /// Host name inside; `None`: the name of the box.
+    pub hostname: Option<String>,
+    /// NIS domain name inside (domainname(1)).
+    pub domainname: Option<String>,
+    /// A time namespace with these offsets; `None`: the host's clocks.
+    pub time: Option<TimeSpec>,
+    /// Allow another sandbox inside this one: nested user namespaces, mounts,
+    /// /dev/fuse and /dev/net/tun.
+    pub nested: bool,
+}
+
+impl SandboxSpec {
+    /// `args` over the host's own tree, with everything else as `run` has it by default.
+    #[must_use]
+    pub fn new(args: Vec<OsString>) -> Self {
+        Self {
+            name: None,
+            remove: false,
+            process: ProcessSpec { args, inherit_env: true, ..ProcessSpec::default() },
+            fs: FsSpec::default(),
+            ids: IdsSpec::default(),
+            net: NetSpec::default(),
+            hostname: None,
+            domainname: None,
+            time: None,
+            nested: false,
+        }
+    }
+}
+
+/// The payload.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessSpec {
+    /// Command and arguments; the command is looked up in the payload's `PATH`.
+    #[serde(with = "os::list")]
+    pub args: Vec<OsString>,
+    /// Start from the caller's environment (over the host's tree) or from a minimal one.
+    pub inherit_env: bool,
+    /// Variables set (`Some`) or taken away (`None`), in order.
+    #[serde(with = "os::changes")]
+    pub env: Vec<(OsString, Option<OsString>)>,
+    /// Working directory inside, absolute.
+    #[serde(with = "os::option")]
+    pub workdir: Option<PathBuf>,
+    /// Who the payload runs as.
+    pub user: Option<UserSpec>,
+    /// Give the payload a terminal of its own (`-t`).
+    pub terminal: bool,
+    /// Keep standard input open although it is a terminal (`-i`).
+    pub interactive: bool,
+    /// End the payload after this time.
+    pub timeout: Option<Duration>,
+}
+
+/// `USER[:GROUP]`, each a name of the sandbox's /etc/passwd or /etc/group, or a number.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserSpec {
+    /// User name or number.
+    pub user: String,
+    /// Group name or number; `None`: the user's own group.
+    pub group: Option<String>,
+}
+
+/// The file system.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FsSpec {
+    /// What lies under the changes.
+    pub root: RootSpec,
+    /// Keep the changes in this directory instead of the box's own place.
+    #[serde(with = "os::option")]
+    pub upper: Option<PathBuf>,
+    /// No change at all is possible, except on volumes and tmpfs.
+    pub read_only: bool,
+    /// Directories and files of the host seen inside.
+    pub volumes: Vec<VolumeSpec>,
+    /// Empty file systems in memory.
+    pub tmpfs: Vec<TmpfsSpec>,
+}
+
+/// What lies under the changes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RootSpec {
+    /// The host's own file system.
+    #[default]
+    Host,
+    /// These directories, the lowest first. `--rootfs DIR` is one such layer.
+    Layers(#[serde(with = "os::list")] Vec<PathBuf>),
+}
+
+/// `--volume SRC:DST[:ro]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeSpec {
+    /// Path on the host.
+    #[serde(with = "os")]
+    pub host_path: PathBuf,
+    /// Path inside, absolute.
+    #[serde(with = "os")]
+    pub root_path: PathBuf,
+    /// Read-only, with everything mounted below it.
+    pub read_only: bool,
+}
+
+/// `--tmpfs DST[:size=…,mode=…]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TmpfsSpec {
+    /// Path inside, absolute.
+    #[serde(with = "os")]
+    pub root_path: PathBuf,
+    /// Limit in bytes; `None`: the kernel's default, half of the memory.
+    pub size: Option<u64>,
+    /// Permission bits of its root.
+    pub mode: u32,
+}
+
+/// User and group ids: `None` chooses by what the host allows.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdsSpec {
+    /// uid extents (`--uidmap INSIDE:OUTSIDE:COUNT`).
+    pub uid_map: Option<Vec<IdExtent>>,
+    /// gid extents (`--gidmap INSIDE:OUTSIDE:COUNT`).
+    pub gid_map: Option<Vec<IdExtent>>,
+}
+
+/// One line of uid_map or gid_map (user_namespaces(7)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdExtent {
+    /// First id inside.
+    pub inside: u32,
+    /// First id outside.
+    pub outside: u32,
+    /// Number of ids.
+    pub count: u32,
+}
+
+/// The network.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetSpec {
+    /// Which network.
+    pub mode: NetMode,
+    /// Ports of the host that lead inside.
+    pub publish: Vec<PublishSpec>,
+    /// The gateway's address stands for the host's loopback.
+    pub allow_host_loopback: bool,
+}
+
+/// `--network`
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetMode {
+    /// A network namespace served by the in-process stack.
+    #[default]
+    Stack,
+    /// A network namespace with nothing but its own loopback.
+    None,
+    /// The host's network.
+    Host,
+}
+
+/// `-p [IP:]HOST:INSIDE[/udp]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PublishSpec {
+    /// Address on the host; `None`: all.
+    pub host_ip: Option<IpAddr>,
+    /// Port on the host; 0: any free one.
+    pub host_port: u16,
+    /// Port inside.
+    pub inside_port: u16,
+    /// UDP instead of TCP.
+    pub udp: bool,
+}
+
+/// Offsets of a time namespace in seconds (time_namespaces(7)).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TimeSpec {
+    /// Added to CLOCK_MONOTONIC.
+    pub monotonic: i64,
+    /// Added to CLOCK_BOOTTIME.
+    pub boottime: i64,
+}
