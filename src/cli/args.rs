@@ -1,0 +1,258 @@
+//! The command line: definitions alone. Help, completions and manual pages come from here.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Be root inside, stay yourself outside: run a command in a sandbox, without root.
+#[derive(Debug, Parser)]
+#[command(name = "rootlet", version, max_term_width = 100, after_help = EXAMPLES)]
+pub(super) struct Cli {
+    /// What to log: error, warn, info, debug, trace, off, or a filter such as rootlet=debug
+    /// (default: $RUST_LOG, else warn)
+    #[arg(long, global = true, value_name = "LEVEL", help_heading = "Logging")]
+    pub(super) log_level: Option<String>,
+    /// Log to this file instead of standard error
+    #[arg(long, global = true, value_name = "FILE", help_heading = "Logging")]
+    pub(super) log_file: Option<PathBuf>,
+    /// What to do
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  rootlet run -- make install       run over your own files; nothing outside changes
+  rootlet diff last                 see what it changed
+  rootlet rm last                   drop it
+  rootlet run -it --rootfs ./debian -- bash
+  rootlet doctor                    what this machine allows, and how to mend what is missing";
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Run a command in a new sandbox
+    Run(Box<RunArgs>),
+    /// List what a box changed
+    Diff(DiffArgs),
+    /// List boxes
+    Ls(LsArgs),
+    /// Remove boxes with their changes
+    Rm(RmArgs),
+    /// Remove what killed runs left behind
+    Prune(PruneArgs),
+    /// Check what this machine allows and how to mend what is missing
+    Doctor(DoctorArgs),
+    /// Print a completion script for a shell
+    #[command(
+        after_help = "Example:\n  rootlet completions bash > ~/.local/share/bash-completion/completions/rootlet"
+    )]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print a manual page
+    #[command(after_help = "Example:\n  rootlet man run | man -l -")]
+    Man {
+        /// The subcommand; without one, the page of rootlet itself
+        subcommand: Option<String>,
+    },
+    /// Try one thing in a process of its own (for the doctor)
+    #[command(hide = true)]
+    InternalProbe {
+        /// Its name
+        probe: String,
+        /// What it is about
+        argument: Option<OsString>,
+    },
+}
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  rootlet run -- ./untrusted.sh
+      over your own files, copy-on-write: the script sees them, and changes only its box
+  rootlet run -p 8080:80 --rootfs ./debian -- nginx -g 'daemon off;'
+      a root file system directory, which is never changed; port 80 inside is 8080 outside
+  rootlet run -it --layer ./base --layer ./tools --upper ./changes -- sh
+      stacked layers, the lowest first; the changes are kept in ./changes
+  rootlet run --network none --rm --timeout 10m -v \"$PWD:/src:ro\" -w /src -- make test
+
+Exit status: the command's own, 128+N when signal N ended it; 124 the time limit ended it;
+125 rootlet itself failed; 126 the command cannot be executed; 127 it was not found.";
+
+/// `rootlet run`
+#[derive(Debug, Args)]
+#[command(
+    after_help = RUN_EXAMPLES,
+    override_usage = "rootlet run [OPTIONS] -- COMMAND [ARG]..."
+)]
+pub(super) struct RunArgs {
+    /// Name of the box (default: one is made up)
+    #[arg(long, value_name = "NAME", help_heading = "Box")]
+    pub(super) name: Option<String>,
+    /// Keep nothing when the run is over
+    #[arg(long, help_heading = "Box")]
+    pub(super) rm: bool,
+
+    /// Keep standard input open although it is a terminal
+    #[arg(short, long, help_heading = "Process")]
+    pub(super) interactive: bool,
+    /// Give the command a terminal of its own
+    #[arg(short, long, help_heading = "Process")]
+    pub(super) tty: bool,
+    /// Working directory inside (default: the current one over the host's files, else /)
+    #[arg(short, long, value_name = "DIR", help_heading = "Process")]
+    pub(super) workdir: Option<PathBuf>,
+    /// Set a variable; NAME alone takes the caller's value
+    #[arg(short, long, value_name = "NAME[=VALUE]", help_heading = "Process")]
+    pub(super) env: Vec<OsString>,
+    /// Set variables from the lines of a file
+    #[arg(long, value_name = "FILE", help_heading = "Process")]
+    pub(super) env_file: Vec<PathBuf>,
+    /// End the command after this time: 30 (seconds), 5s, 2m, 1h30m
+    #[arg(long, value_name = "TIME", help_heading = "Process")]
+    pub(super) timeout: Option<String>,
+
+    /// Run as this user (and group) of the sandbox, by name or number
+    #[arg(short, long, value_name = "USER[:GROUP]", help_heading = "Identity")]
+    pub(super) user: Option<String>,
+    /// Map user ids (needs --gidmap too)
+    #[arg(long, value_name = "INSIDE:OUTSIDE:COUNT", help_heading = "Identity")]
+    pub(super) uidmap: Vec<String>,
+    /// Map group ids (needs --uidmap too)
+    #[arg(long, value_name = "INSIDE:OUTSIDE:COUNT", help_heading = "Identity")]
+    pub(super) gidmap: Vec<String>,
+    /// Host name inside (default: the name of the box)
+    #[arg(long, value_name = "NAME", help_heading = "Identity")]
+    pub(super) hostname: Option<String>,
+    /// NIS domain name inside
+    #[arg(long, value_name = "NAME", help_heading = "Identity")]
+    pub(super) domainname: Option<String>,
+
+    /// Use this directory as the root file system; it is never changed
+    #[arg(long, value_name = "DIR", conflicts_with = "layer", help_heading = "Files")]
+    pub(super) rootfs: Option<PathBuf>,
+    /// Stack this directory on the layers before it (repeatable, the lowest first)
+    #[arg(long, value_name = "DIR[:ro]", help_heading = "Files")]
+    pub(super) layer: Vec<OsString>,
+    /// Keep the changes in this directory; used again, they are there again
+    #[arg(long, value_name = "DIR", help_heading = "Files")]
+    pub(super) upper: Option<PathBuf>,
+    /// Let nothing be changed, except on volumes and tmpfs
+    #[arg(long, help_heading = "Files")]
+    pub(super) read_only: bool,
+    /// Show a directory or file of the host inside; changes there are real
+    #[arg(short, long, value_name = "SRC:DST[:ro]", help_heading = "Files")]
+    pub(super) volume: Vec<OsString>,
+    /// Mount an empty file system in memory
+    #[arg(long, value_name = "DST[:size=N,mode=M]", help_heading = "Files")]
+    pub(super) tmpfs: Vec<OsString>,
+
+    /// The network
+    #[arg(long, value_enum, default_value_t = Network::Stack, value_name = "MODE", help_heading = "Network")]
+    pub(super) network: Network,
+    /// Publish a port: [IP:]HOST:INSIDE[/udp]
+    #[arg(short, long, value_name = "PORTS", help_heading = "Network")]
+    pub(super) publish: Vec<String>,
+    /// Let the gateway's address stand for the host's loopback
+    #[arg(long, help_heading = "Network")]
+    pub(super) allow_host_loopback: bool,
+
+    /// Allow another sandbox inside this one
+    #[arg(long, help_heading = "Sandbox")]
+    pub(super) nested: bool,
+    /// Offset of the monotonic clock inside, in seconds
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, help_heading = "Sandbox")]
+    pub(super) monotonic: Option<i64>,
+    /// Offset of the boot-time clock inside, in seconds
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, help_heading = "Sandbox")]
+    pub(super) boottime: Option<i64>,
+
+    /// Print what would be done, and do nothing
+    #[arg(long, help_heading = "Report")]
+    pub(super) dry_run: bool,
+    /// With --dry-run: print it as JSON
+    #[arg(long, requires = "dry_run", help_heading = "Report")]
+    pub(super) json: bool,
+    /// Write what happened to this file, as JSON
+    #[arg(long, value_name = "FILE", help_heading = "Report")]
+    pub(super) report: Option<PathBuf>,
+
+    /// What stands before `--`: an image
+    #[arg(hide = true, value_name = "IMAGE")]
+    pub(super) before: Vec<OsString>,
+    /// The command and its arguments
+    #[arg(last = true, value_name = "COMMAND")]
+    pub(super) command: Vec<OsString>,
+}
+
+/// `--network`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Network {
+    /// A network of its own, with everything the caller can reach, except the host's loopback
+    Stack,
+    /// A network of its own with nothing in it
+    None,
+    /// The host's network
+    Host,
+}
+
+/// `rootlet diff`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Each line is A (added), M (modified), D (deleted) or m (only mode, owner, times or\nattributes differ), and the path.\n\nExample:\n  rootlet diff last"
+)]
+pub(super) struct DiffArgs {
+    /// Name of the box; `last` is the latest
+    #[arg(value_name = "BOX")]
+    pub(super) name: String,
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// `rootlet ls`
+#[derive(Debug, Args)]
+pub(super) struct LsArgs {
+    /// Print names alone
+    #[arg(short, long, conflicts_with = "json")]
+    pub(super) quiet: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// `rootlet rm`
+#[derive(Debug, Args)]
+pub(super) struct RmArgs {
+    /// Names of boxes; `last` is the latest
+    #[arg(required = true, value_name = "BOX")]
+    pub(super) names: Vec<String>,
+    /// End a running box first
+    #[arg(short, long)]
+    pub(super) force: bool,
+}
+
+/// `rootlet prune`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Without --all, only leftovers go: boxes of runs with --rm that were killed, and of killed\nruns that had changed nothing."
+)]
+pub(super) struct PruneArgs {
+    /// Remove every box that is not running, with its changes
+    #[arg(short, long)]
+    pub(super) all: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// `rootlet doctor`
+#[derive(Debug, Args)]
+#[command(after_help = "Exit status: 0 when `rootlet run` can work (warnings allowed), 1 when it cannot.")]
+pub(super) struct DoctorArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
+}

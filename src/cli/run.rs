@@ -1,0 +1,385 @@
+//! `rootlet run`
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::Write as _;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+use serde::Serialize;
+
+use super::args::{Network, RunArgs};
+use super::output::{self, Failure};
+use super::{RUN_FAILED, own_env};
+use crate::error::{errno_of, errno_text};
+use crate::host::{HostFacts, hints, layers};
+use crate::launch::{self, LaunchError};
+use crate::plan::{self, BoxPlace, Plan, UpperPlan};
+use crate::report::RunReport;
+use crate::sandbox::{BoxRecord, BoxState, ExternalUpper, LockedBox, StateError, StateRoot, external_upper};
+use crate::spec::{self, NetMode, RootSpec, SandboxSpec, SpecError, TimeSpec, ValidSpec};
+
+/// What `--report` writes.
+#[derive(Debug, Serialize)]
+struct ReportFile<'a> {
+    /// Version of this format.
+    format: u32,
+    /// Name of the box, kept or not.
+    name: Option<&'a str>,
+    /// Exit status of rootlet.
+    exit_code: u8,
+    /// What happened to the payload; null when rootlet failed.
+    run: Option<&'a RunReport>,
+    /// The box was kept, with its changes.
+    kept: bool,
+    /// Why rootlet failed; null when it did not.
+    error: Option<String>,
+}
+
+/// A run that came to its end.
+struct Done {
+    name: String,
+    report: RunReport,
+    kept: bool,
+}
+
+/// Runs a command in a new sandbox.
+pub(super) fn run(args: &RunArgs) -> Result<u8, Failure> {
+    // Opened first: a report that cannot be written is a reason not to begin.
+    let report = args.report.as_deref().map(open_report).transpose()?;
+    let outcome = run_spec(args);
+    let code = match &outcome {
+        Ok(Some(done)) => done.report.outcome.exit_code(),
+        Ok(None) => 0,
+        Err(failure) => failure.code,
+    };
+    if let Some((path, mut file)) = report {
+        let done = outcome.as_ref().ok().and_then(Option::as_ref);
+        let text = ReportFile {
+            format: 1,
+            name: done.map(|done| done.name.as_str()),
+            exit_code: code,
+            run: done.map(|done| &done.report),
+            kept: done.is_some_and(|done| done.kept),
+            error: outcome.as_ref().err().map(|failure| {
+                std::iter::once(&failure.text).chain(&failure.causes).cloned().collect::<Vec<_>>().join(": ")
+            }),
+        };
+        let mut bytes = serde_json::to_vec_pretty(&text).unwrap_or_default();
+        bytes.push(b'\n');
+        file.write_all(&bytes).map_err(|source| report_failed(&path, &source))?;
+    }
+    outcome.map(|_| code)
+}
+
+fn open_report(path: &Path) -> Result<(PathBuf, File), Failure> {
+    File::create(path).map(|file| (path.to_owned(), file)).map_err(|source| report_failed(path, &source))
+}
+
+fn report_failed(path: &Path, source: &std::io::Error) -> Failure {
+    Failure::text(format!("cannot write the report {}", path.display()))
+        .cause(source.raw_os_error().map_or_else(|| source.to_string(), |n| errno_text(Errno::from_raw(n))))
+        .code(RUN_FAILED)
+}
+
+fn run_spec(args: &RunArgs) -> Result<Option<Done>, Failure> {
+    let spec = spec_of(args)?.validate().map_err(|error| usage(&error))?;
+    let facts = HostFacts::gather();
+    let root = layers::inspect(&spec, &facts).map_err(|error| {
+        let hint = error.hint();
+        Failure::new(&error).hint(hint).code(RUN_FAILED)
+    })?;
+    let state = StateRoot::open().map_err(|error| state_failed(&error, &facts))?;
+    let external = spec
+        .fs
+        .upper
+        .as_deref()
+        .map(external_upper)
+        .transpose()
+        .map_err(|error| state_failed(&error, &facts))?;
+    let place = |name: &str, upper: Option<UpperPlan>| BoxPlace {
+        name: name.to_owned(),
+        state_root: state.path().to_owned(),
+        state_dir: state.dir_of(name),
+        upper: upper.filter(|_| !spec.fs.read_only),
+        root,
+    };
+
+    if args.dry_run {
+        let name = spec.name.clone().unwrap_or_else(|| state.free_name());
+        let dir = state.dir_of(&name);
+        let own = UpperPlan { dir: dir.join("upper"), work: dir.join("work") };
+        let plan = make_plan(&spec, &facts, &place(&name, Some(external.unwrap_or(own))))?;
+        if args.json {
+            output::print_json(&plan::explain_json(&plan));
+        } else {
+            output::print(&plan::explain(&plan));
+        }
+        return Ok(None);
+    }
+
+    // From here on there is something to clean up: signals wait until the event loop of the
+    // launch, or our end, takes them.
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None)
+        .map_err(|errno| Failure::text("cannot block signals").cause(errno_text(errno)).code(RUN_FAILED))?;
+    let made = state.make_box(spec.name.as_deref()).map_err(|error| state_failed(&error, &facts))?;
+    let upper = external.clone().unwrap_or_else(|| made.upper());
+    let place = place(made.name(), Some(upper));
+    match launch_in(&made, &spec, &facts, &place, external.as_ref()) {
+        Ok((report, record)) => finish(made, &spec, report, record, &facts).map(Some),
+        Err(failure) => {
+            // The failure is what counts; what could not be removed, `prune` finds.
+            made.remove().ok();
+            Err(failure)
+        }
+    }
+}
+
+fn make_plan(spec: &ValidSpec, facts: &HostFacts, place: &BoxPlace) -> Result<Plan, Failure> {
+    plan::plan(spec, facts, place).map_err(|error| {
+        let hint = error.hint();
+        Failure::new(&error).hint(hint).code(RUN_FAILED)
+    })
+}
+
+fn launch_in(
+    made: &LockedBox,
+    spec: &ValidSpec,
+    facts: &HostFacts,
+    place: &BoxPlace,
+    external: Option<&UpperPlan>,
+) -> Result<(RunReport, BoxRecord), Failure> {
+    let plan = make_plan(spec, facts, place)?;
+    for note in &plan.notes {
+        tracing::info!(what = %note.what, reason = %note.reason, "plan");
+    }
+    let failed = |error: StateError| state_failed(&error, facts);
+    let record = BoxRecord::new(&plan, external.is_some());
+    made.write_record(&record).map_err(failed)?;
+    let external = external.map(ExternalUpper::lock).transpose().map_err(failed)?;
+    let outcome = launch::run(&plan);
+    if let Some(external) = external {
+        external.release().map_err(failed)?;
+    }
+    let report = outcome.map_err(|error| launch_failed(&error, facts))?;
+    Ok((report, record))
+}
+
+/// Keeps or removes the box, and says so in one line if it is kept.
+fn finish(
+    made: LockedBox,
+    spec: &ValidSpec,
+    report: RunReport,
+    mut record: BoxRecord,
+    facts: &HostFacts,
+) -> Result<Done, Failure> {
+    let failed = |error: StateError| state_failed(&error, facts);
+    let name = made.name().to_owned();
+    let changes = match &record.upper {
+        Some(upper) if report.changed && !spec.remove => count_changes(upper, &record.layers),
+        _ => Some(0),
+    };
+    if changes == Some(0) {
+        made.remove().map_err(failed)?;
+        return Ok(Done { name, report, kept: false });
+    }
+    made.remove_work().map_err(failed)?;
+    record.state = BoxState::Ended(report.outcome.clone());
+    made.write_record(&record).map_err(failed)?;
+    let what = match changes {
+        Some(1) => "1 change".into(),
+        Some(count) => format!("{count} changes"),
+        None => format!("more than {COUNT_MAX} changes"),
+    };
+    let place = match (&record.upper, record.upper_is_external) {
+        (Some(upper), true) => format!(" in {}", upper.display()),
+        _ => String::new(),
+    };
+    output::note(&format!(
+        "box {name} keeps {what}{place}: see 'rootlet diff {name}', drop with 'rootlet rm {name}'"
+    ));
+    Ok(Done { name, report, kept: true })
+}
+
+/// More changes than this are not counted at the end of a run.
+const COUNT_MAX: usize = 500;
+
+/// How many objects differ; `None`: too many to count, or they cannot be listed.
+fn count_changes(upper: &Path, layers: &[PathBuf]) -> Option<usize> {
+    let mut left = COUNT_MAX;
+    count_entries(upper, &mut left)?;
+    fsoverlay::changes(upper, layers).ok().map(|changes| changes.len())
+}
+
+/// Whether the tree has no more than `left` entries.
+fn count_entries(dir: &Path, left: &mut usize) -> Option<()> {
+    for entry in std::fs::read_dir(dir).ok()? {
+        let entry = entry.ok()?;
+        *left = left.checked_sub(1)?;
+        if entry.file_type().ok()?.is_dir() {
+            count_entries(&entry.path(), left)?;
+        }
+    }
+    Some(())
+}
+
+fn usage(error: &SpecError) -> Failure {
+    Failure::new(error).code(RUN_FAILED)
+}
+
+/// A failure of the state directory, with the hint of the doctor's table.
+fn state_failed(error: &StateError, facts: &HostFacts) -> Failure {
+    let hint = error.hint().or_else(|| {
+        errno_of(error).and_then(|errno| hints::hint("state", "", errno, facts)).map(|h| h.to_string())
+    });
+    Failure::new(error).hint(hint).code(RUN_FAILED)
+}
+
+fn launch_failed(error: &LaunchError, facts: &HostFacts) -> Failure {
+    let mut failure = Failure::new(error).code(error.exit_code());
+    let (step, object, errno) = match error {
+        LaunchError::Setup(setup) => {
+            let errno = Some(setup.cause()).filter(|_| setup.errno != 0);
+            if let Some(errno) = errno {
+                failure = failure.cause(errno_text(errno));
+            }
+            (setup.step.name(), setup.object.as_str(), errno)
+        }
+        LaunchError::Network(below) => {
+            let step = if matches!(below, netstack::Error::Listen { .. }) { "listen" } else { "network" };
+            (step, "", errno_of(below))
+        }
+        LaunchError::Overlay(below) => ("overlay", "", errno_of(below)),
+        other => match other.step() {
+            Some((step, errno)) => (step, "", Some(errno)),
+            None => ("supervise", "", errno_of(other)),
+        },
+    };
+    let hint = errno.and_then(|errno| hints::hint(step, object, errno, facts));
+    failure.hint(hint)
+}
+
+fn absolute(field: &'static str, path: &Path) -> Result<PathBuf, Failure> {
+    std::path::absolute(path).map_err(|_| {
+        usage(&SpecError::Invalid {
+            field,
+            value: path.to_string_lossy().into_owned(),
+            reason: "it is empty, or the current directory is gone".into(),
+        })
+    })
+}
+
+/// The spec that the flags describe.
+fn spec_of(args: &RunArgs) -> Result<SandboxSpec, Failure> {
+    check_words(args)?;
+    let mut spec = SandboxSpec::new(args.command.clone());
+    spec.name.clone_from(&args.name);
+    spec.remove = args.rm;
+    spec.hostname.clone_from(&args.hostname);
+    spec.domainname.clone_from(&args.domainname);
+    spec.nested = args.nested;
+    if args.monotonic.is_some() || args.boottime.is_some() {
+        spec.time =
+            Some(TimeSpec { monotonic: args.monotonic.unwrap_or(0), boottime: args.boottime.unwrap_or(0) });
+    }
+
+    if let Some(rootfs) = &args.rootfs {
+        spec.fs.root = RootSpec::Layers(vec![absolute("rootfs", rootfs)?]);
+    } else if !args.layer.is_empty() {
+        let layers = args.layer.iter().map(|text| layer_of(text)).collect::<Result<_, _>>()?;
+        spec.fs.root = RootSpec::Layers(layers);
+    }
+    spec.fs.upper = args.upper.as_deref().map(|upper| absolute("upper", upper)).transpose()?;
+    spec.fs.read_only = args.read_only;
+    for text in &args.volume {
+        let mut volume = spec::parse::volume(text).map_err(|error| usage(&error))?;
+        volume.host_path = absolute("volume", &volume.host_path)?;
+        spec.fs.volumes.push(volume);
+    }
+    for text in &args.tmpfs {
+        spec.fs.tmpfs.push(spec::parse::tmpfs(text).map_err(|error| usage(&error))?);
+    }
+
+    spec.process.inherit_env = spec.fs.root == RootSpec::Host;
+    spec.process.terminal = args.tty;
+    spec.process.interactive = args.interactive;
+    spec.process.workdir.clone_from(&args.workdir);
+    for path in &args.env_file {
+        let content = std::fs::read(path).map_err(|source| {
+            Failure::text(format!("cannot read the file of variables {}", path.display()))
+                .cause(
+                    source
+                        .raw_os_error()
+                        .map_or_else(|| source.to_string(), |n| errno_text(Errno::from_raw(n))),
+                )
+                .code(RUN_FAILED)
+        })?;
+        spec.process.env.extend(spec::parse::env_file(&content, &own_env));
+    }
+    spec.process.env.extend(args.env.iter().map(|text| spec::parse::env(text, &own_env)));
+    let text = |text: &Option<String>| text.clone();
+    if let Some(user) = text(&args.user) {
+        spec.process.user = Some(spec::parse::user(&user).map_err(|error| usage(&error))?);
+    }
+    if let Some(timeout) = text(&args.timeout) {
+        spec.process.timeout = Some(spec::parse::duration(&timeout).map_err(|error| usage(&error))?);
+    }
+    let extents = |field, texts: &[String]| {
+        let parse = |text: &String| spec::parse::id_extent(field, text).map_err(|error| usage(&error));
+        (!texts.is_empty()).then(|| texts.iter().map(parse).collect::<Result<Vec<_>, _>>()).transpose()
+    };
+    spec.ids.uid_map = extents("uidmap", &args.uidmap)?;
+    spec.ids.gid_map = extents("gidmap", &args.gidmap)?;
+
+    spec.net.mode = match args.network {
+        Network::Stack => NetMode::Stack,
+        Network::None => NetMode::None,
+        Network::Host => NetMode::Host,
+    };
+    spec.net.allow_host_loopback = args.allow_host_loopback;
+    for text in &args.publish {
+        spec.net.publish.extend(spec::parse::publish(text).map_err(|error| usage(&error))?);
+    }
+    Ok(spec)
+}
+
+/// What stands before `--` is an image, and what stands after it the command.
+fn check_words(args: &RunArgs) -> Result<(), Failure> {
+    let words: Vec<String> = args.before.iter().map(|word| word.to_string_lossy().into_owned()).collect();
+    match (words.as_slice(), args.command.is_empty()) {
+        ([], false) => Ok(()),
+        ([], true) => Err(Failure::text("no command is given")
+            .hint(Some("rootlet run [OPTIONS] -- COMMAND [ARG]..."))
+            .code(RUN_FAILED)),
+        (words, true) => {
+            let words = words.join(" ");
+            Err(Failure::text("`--` is missing before the command")
+                .hint(Some(format!("what stands before `--` is an image; write: rootlet run -- {words}")))
+                .code(RUN_FAILED))
+        }
+        ([image, ..], false) => Err(Failure::text(format!(
+            "cannot use the image {image:?}: images are not available in this version"
+        ))
+        .hint(Some("name an unpacked root file system with --rootfs DIR, or write nothing before `--`"))
+        .code(RUN_FAILED)),
+    }
+}
+
+/// `DIR[:ro]`
+fn layer_of(text: &OsStr) -> Result<PathBuf, Failure> {
+    let bytes = text.as_bytes();
+    let (dir, mode) = match bytes.iter().rposition(|&b| b == b':') {
+        Some(at) if matches!(&bytes[at + 1..], b"ro" | b"ro+wh" | b"rw") => (&bytes[..at], &bytes[at + 1..]),
+        _ => (bytes, &b"ro"[..]),
+    };
+    if mode != b"ro" {
+        return Err(usage(&SpecError::Invalid {
+            field: "layer",
+            value: text.to_string_lossy().into_owned(),
+            reason: "layers are read-only in this version; changes go to the upper directory".into(),
+        }));
+    }
+    absolute("layer", Path::new(&OsString::from(OsStr::from_bytes(dir))))
+}
