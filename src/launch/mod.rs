@@ -1,0 +1,188 @@
+//! From a plan to a running sandbox.
+//!
+//! Order, and why:
+//! 1. What can fail without anything having been made: layers opened, ports bound.
+//! 2. The clone, while this process still has one thread. Setup works from here on.
+//! 3. Id maps, if setup may not write its own.
+//! 4. The event loop ([`crate::supervise`]), which starts the overlay's server and the network
+//!    stack as their descriptors arrive, beside setup's own work.
+//!
+//! Undoing is the kernel's: mounts, processes and the TAP die with their namespaces, which die
+//! with setup. Whatever returns early drops the [`Sandbox`], which kills it.
+
+pub mod handshake;
+mod idmap;
+mod services;
+
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::PathBuf;
+use std::time::Instant;
+
+use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+
+use self::handshake::{Channel, SetupFailure, Step};
+use crate::plan::{Namespace, Plan};
+use crate::report::RunReport;
+use crate::stage::{self, Inherited};
+use crate::supervise;
+use crate::sys::process::{Cloned, clone_with};
+
+pub(crate) use services::Services;
+
+/// Why a sandbox was not started, or was lost.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// A step failed, here or in another process.
+    #[error(transparent)]
+    Setup(#[from] SetupFailure),
+    /// The layers cannot be opened.
+    #[error("cannot assemble the file system")]
+    Overlay(#[source] fsoverlay::Error),
+    /// A port cannot be published, or the stack cannot start.
+    #[error("cannot set up the network")]
+    Network(#[source] netstack::Error),
+    /// newuidmap or newgidmap refused or hung.
+    #[error("{} failed: {said}", helper.display())]
+    MapHelper {
+        /// The helper.
+        helper: PathBuf,
+        /// What it said.
+        said: String,
+    },
+    /// A system call of the supervisor itself.
+    #[error("cannot supervise the sandbox: {doing}")]
+    Supervise {
+        /// What was being done.
+        doing: &'static str,
+        /// What the kernel said.
+        #[source]
+        errno: Errno,
+    },
+}
+
+impl LaunchError {
+    /// 126: the command was found but cannot be executed; 127: not found; 125: all else.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Setup(failure) if failure.step == Step::Exec => match failure.cause() {
+                Errno::ENOENT => 127,
+                _ => 126,
+            },
+            _ => 125,
+        }
+    }
+
+    /// The failed step's stable name, by which the doctor's hints are found.
+    #[must_use]
+    pub fn step(&self) -> Option<(&'static str, Errno)> {
+        match self {
+            Self::Setup(failure) => Some((failure.step.name(), failure.cause())),
+            Self::MapHelper { .. } => Some((Step::MapHelper.name(), Errno::EPERM)),
+            _ => None,
+        }
+    }
+}
+
+/// The first process of a sandbox; dropped, it is killed, and with it everything inside.
+#[derive(Debug)]
+pub(crate) struct Sandbox {
+    pub(crate) pidfd: OwnedFd,
+    pub(crate) channel: Channel,
+    reaped: bool,
+}
+
+impl Sandbox {
+    /// Ends everything inside and waits for it: afterwards no process of the sandbox exists.
+    pub(crate) fn kill_and_reap(&mut self) {
+        if self.reaped {
+            return;
+        }
+        rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL).ok();
+        self.reap();
+    }
+
+    /// Waits for init to end by itself.
+    pub(crate) fn reap(&mut self) {
+        let by_pidfd = rustix::process::WaitId::PidFd(self.pidfd.as_fd());
+        while let Err(rustix::io::Errno::INTR) =
+            rustix::process::waitid(by_pidfd.clone(), rustix::process::WaitIdOptions::EXITED)
+        {}
+        self.reaped = true;
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        self.kill_and_reap();
+    }
+}
+
+/// Makes the sandbox, runs the payload, waits for its end.
+///
+/// The process must have one thread. The upper and work directories of the plan exist, in a
+/// state directory locked by the caller. Every signal is blocked from here on; the event loop
+/// takes those that matter.
+///
+/// # Errors
+/// Nothing is left of the sandbox when this returns, in either case.
+pub fn run(plan: &Plan) -> Result<RunReport, LaunchError> {
+    let started = Instant::now();
+    let mut services = Services::prepare(plan)?;
+
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None).map_err(during("blocking signals"))?;
+    let nofile = raise_nofile()?;
+    let (ours, theirs) =
+        Channel::pair().map_err(|errno| SetupFailure::new(Step::Handshake, "socketpair", errno))?;
+    let null_stdin = !plan.process.terminal
+        && !plan.process.interactive
+        && rustix::termios::isatty(rustix::stdio::stdin());
+
+    let flags = plan.namespaces.iter().copied().fold(0, |flags, namespace| flags | clone_flag(namespace));
+    let mut sandbox = match clone_with(flags).map_err(|errno| SetupFailure::new(Step::Clone, "", errno))? {
+        Cloned::Child => {
+            drop(ours);
+            stage::enter(plan, &Inherited { channel: theirs, nofile, null_stdin })
+        }
+        Cloned::Parent { pid, pidfd } => {
+            drop(theirs);
+            let sandbox = Sandbox { pidfd, channel: ours, reaped: false };
+            idmap::write(&plan.ids, pid, &sandbox.channel)?;
+            sandbox
+        }
+    };
+    let outcome = supervise::run(plan, &mut sandbox, &mut services);
+    sandbox.kill_and_reap();
+    let changed = services.finish();
+    Ok(RunReport { outcome: outcome?, wall: started.elapsed(), changed, published: services.published() })
+}
+
+fn during(doing: &'static str) -> impl Fn(Errno) -> LaunchError {
+    move |errno| LaunchError::Supervise { doing, errno }
+}
+
+fn clone_flag(namespace: Namespace) -> libc::c_int {
+    match namespace {
+        Namespace::User => libc::CLONE_NEWUSER,
+        Namespace::Pid => libc::CLONE_NEWPID,
+        Namespace::Mnt => libc::CLONE_NEWNS,
+        Namespace::Uts => libc::CLONE_NEWUTS,
+        Namespace::Ipc => libc::CLONE_NEWIPC,
+        Namespace::Net => libc::CLONE_NEWNET,
+        Namespace::Cgroup => libc::CLONE_NEWCGROUP,
+        // Made by setup: its offsets can only be set before a process is in it.
+        Namespace::Time => 0,
+    }
+}
+
+/// Raises our own limit on open files, as every flow and open file inside costs one; the
+/// payload gets the old one back.
+fn raise_nofile() -> Result<u64, LaunchError> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(during("RLIMIT_NOFILE"))?;
+    if soft < hard {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map_err(during("RLIMIT_NOFILE"))?;
+    }
+    Ok(soft)
+}

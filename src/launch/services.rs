@@ -1,0 +1,135 @@
+//! What the supervisor serves: the overlay and the network.
+
+use std::os::fd::OwnedFd;
+
+use fsoverlay::{Generated, GeneratedNode, LayerSpec, Overlay, OverlaySpec, Owners, UpperSpec};
+use netstack::{DnsSpec, Link, Protocol, Publish, Published, Stack, StackSpec};
+
+use super::LaunchError;
+use crate::plan::{NetPlan, Plan, StackPlan};
+use crate::report::PublishedPort;
+use crate::spec::IdExtent;
+
+/// Threads that serve the overlay: a request that waits for the disk must not hold up the others.
+const OVERLAY_WORKERS: usize = 4;
+
+/// The overlay and the network stack, from prepared to ended.
+pub(crate) struct Services {
+    overlay: Option<Overlay>,
+    server: Option<fsoverlay::Server>,
+    network: Option<(StackSpec, Published)>,
+    stack: Option<Stack>,
+    published: Vec<PublishedPort>,
+}
+
+impl Services {
+    /// Opens the layers and binds the ports; starts nothing.
+    pub(super) fn prepare(plan: &Plan) -> Result<Self, LaunchError> {
+        let overlay = Overlay::open(&overlay_spec(plan)).map_err(LaunchError::Overlay)?;
+        let mut network = None;
+        let mut published = Vec::new();
+        if let NetPlan::Stack(stack) = &plan.net {
+            let ports = Published::bind(&publish(stack)).map_err(LaunchError::Network)?;
+            published = ports
+                .addresses()
+                .map(|(host, protocol, inside_port)| PublishedPort {
+                    host,
+                    inside_port,
+                    udp: protocol == Protocol::Udp,
+                })
+                .collect();
+            network = Some((stack_spec(stack), ports));
+        }
+        Ok(Self { overlay: Some(overlay), server: None, network, stack: None, published })
+    }
+
+    /// Serves the overlay on its mounted descriptor.
+    pub(crate) fn serve_overlay(&mut self, fuse: OwnedFd) -> Result<(), LaunchError> {
+        if let Some(overlay) = self.overlay.take() {
+            self.server = Some(overlay.serve(fuse).map_err(LaunchError::Overlay)?);
+        }
+        Ok(())
+    }
+
+    /// Runs the network stack on the TAP.
+    pub(crate) fn start_network(&mut self, tap: OwnedFd) -> Result<(), LaunchError> {
+        if let Some((spec, published)) = self.network.take() {
+            self.stack = Some(Stack::start(tap, &spec, published).map_err(LaunchError::Network)?);
+        }
+        Ok(())
+    }
+
+    /// Where published ports are bound on the host, with the port inside.
+    pub(super) fn published(&self) -> Vec<PublishedPort> {
+        self.published.clone()
+    }
+
+    /// Ends both once the sandbox is gone; whether the overlay's upper holds a change.
+    pub(super) fn finish(&mut self) -> bool {
+        if let Some(stack) = self.stack.take() {
+            stack.stop();
+        }
+        let Some(server) = self.server.take() else { return false };
+        let changed = server.changed();
+        server.join();
+        changed
+    }
+}
+
+fn overlay_spec(plan: &Plan) -> OverlaySpec {
+    let extents = |map: &[IdExtent]| {
+        map.iter()
+            .map(|e| fsoverlay::IdExtent { inside: e.inside, outside: e.outside, count: e.count })
+            .collect::<Vec<_>>()
+    };
+    let layer = |layer: &crate::plan::LayerPlan| LayerSpec {
+        dir: layer.host_path.clone(),
+        owners: if layer.translate_owners {
+            Owners::Translated { uids: extents(&plan.ids.uids), gids: extents(&plan.ids.gids) }
+        } else {
+            Owners::Numeric
+        },
+        hidden: layer.hidden.clone(),
+    };
+    let generated = |object: &crate::plan::GeneratedPlan| Generated {
+        path: object.path.clone(),
+        mode: object.mode,
+        node: match &object.content {
+            Some(content) => GeneratedNode::File(content.clone().into_bytes()),
+            None => GeneratedNode::Dir,
+        },
+    };
+    OverlaySpec {
+        layers: plan.root.layers.iter().map(layer).collect(),
+        generated: plan.root.generated.iter().map(generated).collect(),
+        upper: plan.root.upper.as_ref().map(|u| UpperSpec { dir: u.dir.clone(), work: u.work.clone() }),
+        squash: plan.ids.single(),
+        workers: OVERLAY_WORKERS,
+    }
+}
+
+fn stack_spec(plan: &StackPlan) -> StackSpec {
+    StackSpec {
+        mtu: plan.mtu,
+        guest: Link { mac: StackPlan::GUEST_MAC, v4: plan.guest_v4, v6: plan.guest_v6 },
+        gateway: Link {
+            mac: StackPlan::GATEWAY_MAC,
+            v4: (plan.gateway_v4, plan.guest_v4.1),
+            v6: (plan.gateway_v6, plan.guest_v6.1),
+        },
+        dns: DnsSpec::default(),
+        allow_host_loopback: plan.allow_host_loopback,
+    }
+}
+
+fn publish(plan: &StackPlan) -> Vec<Publish> {
+    plan.publish
+        .iter()
+        .map(|p| Publish {
+            host_ip: p.host_ip,
+            host_port: p.host_port,
+            inside_port: p.inside_port,
+            protocol: if p.udp { Protocol::Udp } else { Protocol::Tcp },
+        })
+        .collect()
+}

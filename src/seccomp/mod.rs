@@ -1,0 +1,395 @@
+//! The system call filter of the payload.
+//!
+//! One classic-BPF program (seccomp(2)), built from the tables of [`profile`]. What it
+//! refuses does not depend on capabilities: the payload may be root in its own user
+//! namespace, and namespaces, mounts, io_uring, bpf and the like are kernel surface that
+//! builds and servers do not need.
+//!
+//! - Another architecture's calls (`int 0x80`, x32) and numbers newer than the profile
+//!   was reviewed for are `ENOSYS`.
+//! - Only integers are compared, and of each argument the low 32 bits, as the kernel does
+//!   for ioctl(2) requests and ids: high bits do not get round the filter.
+//! - Owners that the user namespace does not map, and device nodes, are handed to init
+//!   ([`crate::stage`]), which records them in the overlay.
+
+mod profile;
+
+use std::mem::offset_of;
+
+use nix::errno::Errno;
+
+use crate::plan::SeccompPlan;
+use crate::spec::IdExtent;
+use crate::sys::seccomp::Instruction;
+
+pub use profile::MAX_KNOWN;
+
+/// What the filter depends on besides the profile.
+#[derive(Debug, Clone)]
+pub struct FilterSpec<'a> {
+    /// Which profile.
+    pub profile: SeccompPlan,
+    /// uids that exist inside.
+    pub uids: &'a [IdExtent],
+    /// gids that exist inside.
+    pub gids: &'a [IdExtent],
+    /// setgroups(2) is denied in the user namespace and only seems to succeed.
+    pub fake_setgroups: bool,
+    /// A listener answers owners and device nodes. Without, unmapped owners only seem to be set.
+    pub listener: bool,
+}
+
+const DATA_NUMBER: u32 = offset_of!(libc::seccomp_data, nr) as u32;
+const DATA_ARCH: u32 = offset_of!(libc::seccomp_data, arch) as u32;
+const DATA_ARGS: u32 = offset_of!(libc::seccomp_data, args) as u32;
+#[cfg(target_arch = "x86_64")]
+const ARCH: u32 = 0xc000_003e; // AUDIT_ARCH_X86_64
+#[cfg(target_arch = "aarch64")]
+const ARCH: u32 = 0xc000_00b7; // AUDIT_ARCH_AARCH64
+
+const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
+const NOTIFY: u32 = libc::SECCOMP_RET_USER_NOTIF;
+/// Ends the call with 0 without doing it.
+const SUCCEED: u32 = libc::SECCOMP_RET_ERRNO;
+
+fn refuse(errno: Errno) -> u32 {
+    libc::SECCOMP_RET_ERRNO | (errno as i32).cast_unsigned()
+}
+
+/// Builds the filter program.
+#[must_use]
+pub fn build(spec: &FilterSpec<'_>) -> Vec<Instruction> {
+    let mut program = Program::default();
+    program.load(DATA_ARCH);
+    program.unless(Test::Equal(ARCH), refuse(Errno::ENOSYS));
+    program.load(DATA_NUMBER);
+    // Also refuses x32 calls, whose numbers have bit 30 set.
+    program.when(Test::Above(MAX_KNOWN), refuse(Errno::ENOSYS));
+    let nested = spec.profile == SeccompPlan::Nested;
+    for denied in profile::DENIED.iter().filter(|d| !(nested && d.nested)) {
+        program.when(Test::Equal(number(denied.number)), refuse(denied.errno));
+    }
+    program.call(libc::SYS_ioctl, |p| {
+        p.load_arg(1);
+        for request in profile::IOCTLS {
+            p.when(Test::Equal(*request), refuse(Errno::EPERM));
+        }
+    });
+    for call in [libc::SYS_socket, libc::SYS_socketpair] {
+        program.call(call, |p| {
+            p.load_arg(0);
+            for family in profile::SOCKET_FAMILIES {
+                p.when(Test::Equal(*family), refuse(Errno::EAFNOSUPPORT));
+            }
+        });
+    }
+    program.call(libc::SYS_personality, |p| {
+        p.load_arg(0);
+        for persona in profile::PERSONALITIES {
+            p.when(Test::Equal(*persona), ALLOW);
+        }
+        p.finish(refuse(Errno::EPERM));
+    });
+    if !nested {
+        for call in [libc::SYS_clone, libc::SYS_unshare] {
+            program.call(call, |p| {
+                p.load_arg(0);
+                p.when(Test::AnyBit(profile::NEW_NAMESPACES), refuse(Errno::EPERM));
+            });
+        }
+        program.when(Test::Equal(number(libc::SYS_clone3)), refuse(Errno::ENOSYS));
+    }
+    owners(&mut program, spec);
+    if spec.listener {
+        device_nodes(&mut program);
+    }
+    program.finish(ALLOW);
+    program.0
+}
+
+/// Owners and ids that the user namespace does not map.
+fn owners(program: &mut Program, spec: &FilterSpec<'_>) {
+    let unmapped = if spec.listener { NOTIFY } else { SUCCEED };
+    for (call, uid_arg) in profile::CHOWN {
+        program.call(*call, |p| {
+            p.load_arg(*uid_arg);
+            p.unless_id(spec.uids, unmapped);
+            p.load_arg(uid_arg + 1);
+            p.unless_id(spec.gids, unmapped);
+        });
+    }
+    // A single id: programs that drop to a user of their own go on as the only one there is.
+    let single = |map: &[IdExtent]| matches!(map, [only] if only.count == 1);
+    for (calls, map) in [(profile::SET_UID, spec.uids), (profile::SET_GID, spec.gids)] {
+        for (call, args) in calls.iter().filter(|_| single(map)) {
+            program.call(*call, |p| {
+                for arg in 0..*args {
+                    p.load_arg(arg);
+                    p.unless_id(map, SUCCEED);
+                }
+            });
+        }
+    }
+    if spec.fake_setgroups {
+        program.when(Test::Equal(number(libc::SYS_setgroups)), SUCCEED);
+    }
+}
+
+/// mknod(2) of block and character devices, which the kernel refuses outside the initial
+/// user namespace.
+fn device_nodes(program: &mut Program) {
+    for (call, mode_arg) in profile::MKNOD {
+        program.call(*call, |p| {
+            p.load_arg(*mode_arg);
+            p.mask(libc::S_IFMT);
+            p.when(Test::Equal(libc::S_IFCHR), NOTIFY);
+            p.when(Test::Equal(libc::S_IFBLK), NOTIFY);
+        });
+    }
+}
+
+fn number(call: libc::c_long) -> u32 {
+    // System call numbers are small and not negative.
+    u32::try_from(call).unwrap_or(u32::MAX)
+}
+
+/// A comparison with the loaded value.
+#[derive(Debug, Clone, Copy)]
+enum Test {
+    Equal(u32),
+    Above(u32),
+    AtLeast(u32),
+    AnyBit(u32),
+}
+
+/// Builds a program in which every branch is at most one block long: each test is followed
+/// by the return it guards, so no jump can be too far.
+#[derive(Default)]
+struct Program(Vec<Instruction>);
+
+impl Program {
+    fn load(&mut self, offset: u32) {
+        self.push(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset);
+    }
+
+    /// Loads the low half of an argument.
+    fn load_arg(&mut self, index: u32) {
+        let low = if cfg!(target_endian = "little") { 0 } else { 4 };
+        self.load(DATA_ARGS + index * 8 + low);
+    }
+
+    fn mask(&mut self, bits: u32) {
+        self.push(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, 0, 0, bits);
+    }
+
+    fn finish(&mut self, action: u32) {
+        self.push(libc::BPF_RET | libc::BPF_K, 0, 0, action);
+    }
+
+    fn when(&mut self, test: Test, action: u32) {
+        self.branch(test, 0, 1);
+        self.finish(action);
+    }
+
+    fn unless(&mut self, test: Test, action: u32) {
+        self.branch(test, 1, 0);
+        self.finish(action);
+    }
+
+    /// `action` unless the loaded id is -1 (keep) or in one of the extents.
+    fn unless_id(&mut self, extents: &[IdExtent], action: u32) {
+        let mut inner = Self::default();
+        // Each extent: below its start, try the next; below its end, done (jump over the rest).
+        let tests = 1 + 2 * extents.len();
+        let after = |done: usize| u8::try_from(tests - done).unwrap_or(u8::MAX);
+        inner.branch(Test::Equal(u32::MAX), after(0), 0);
+        for (index, extent) in extents.iter().enumerate() {
+            let done = 1 + 2 * index;
+            inner.branch(Test::AtLeast(extent.inside), 0, 1);
+            let last = extent.inside.saturating_add(extent.count - 1);
+            inner.branch(Test::Above(last), 0, after(done + 1));
+        }
+        inner.finish(action);
+        self.0.extend(inner.0);
+    }
+
+    /// Instructions for one system call. They end in `ALLOW`; for other calls the number
+    /// stays loaded.
+    fn call(&mut self, call: libc::c_long, body: impl FnOnce(&mut Self)) {
+        let mut block = Self::default();
+        body(&mut block);
+        block.finish(ALLOW);
+        let length = u8::try_from(block.0.len()).unwrap_or(u8::MAX);
+        self.branch(Test::Equal(number(call)), 0, length);
+        self.0.extend(block.0);
+    }
+
+    fn branch(&mut self, test: Test, on_true: u8, on_false: u8) {
+        let (code, value) = match test {
+            Test::Equal(value) => (libc::BPF_JEQ, value),
+            Test::Above(value) => (libc::BPF_JGT, value),
+            Test::AtLeast(value) => (libc::BPF_JGE, value),
+            Test::AnyBit(bits) => (libc::BPF_JSET, bits),
+        };
+        self.push(libc::BPF_JMP | code | libc::BPF_K, on_true, on_false, value);
+    }
+
+    fn push(&mut self, code: u32, jt: u8, jf: u8, k: u32) {
+        // Instruction codes fit into a byte (linux/bpf_common.h).
+        let code = u16::try_from(code).unwrap_or_default();
+        self.0.push(Instruction { code, jt, jf, k });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs a program over one call as the kernel does.
+    fn evaluate(program: &[Instruction], arch: u32, number: u32, args: [u64; 6]) -> u32 {
+        let mut data = [0u8; 64];
+        data[0..4].copy_from_slice(&number.to_ne_bytes());
+        data[4..8].copy_from_slice(&arch.to_ne_bytes());
+        for (i, arg) in args.iter().enumerate() {
+            data[16 + i * 8..24 + i * 8].copy_from_slice(&arg.to_ne_bytes());
+        }
+        let mut accumulator = 0u32;
+        let mut at = 0;
+        loop {
+            let Instruction { code, jt, jf, k } = program[at];
+            let jump = |taken: bool| usize::from(if taken { jt } else { jf });
+            match u32::from(code) {
+                c if c == libc::BPF_LD | libc::BPF_W | libc::BPF_ABS => {
+                    let k = k as usize;
+                    accumulator = u32::from_ne_bytes(data[k..k + 4].try_into().expect("four bytes"));
+                }
+                c if c == libc::BPF_ALU | libc::BPF_AND | libc::BPF_K => accumulator &= k,
+                c if c == libc::BPF_RET | libc::BPF_K => return k,
+                c if c == libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K => at += jump(accumulator == k),
+                c if c == libc::BPF_JMP | libc::BPF_JGT | libc::BPF_K => at += jump(accumulator > k),
+                c if c == libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K => at += jump(accumulator >= k),
+                c if c == libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K => at += jump(accumulator & k != 0),
+                other => panic!("instruction {other:#x}"),
+            }
+            at += 1;
+        }
+    }
+
+    const ONE: &[IdExtent] = &[IdExtent { inside: 0, outside: 1000, count: 1 }];
+    const RANGE: &[IdExtent] = &[
+        IdExtent { inside: 0, outside: 1000, count: 1 },
+        IdExtent { inside: 1, outside: 100_000, count: 65_535 },
+    ];
+
+    fn filter(profile: SeccompPlan, map: &[IdExtent]) -> Vec<Instruction> {
+        let listener = profile == SeccompPlan::Default;
+        build(&FilterSpec { profile, uids: map, gids: map, fake_setgroups: map.len() == 1, listener })
+    }
+
+    fn verdict(program: &[Instruction], call: libc::c_long, args: &[u64]) -> u32 {
+        let mut all = [0; 6];
+        all[..args.len()].copy_from_slice(args);
+        evaluate(program, ARCH, number(call), all)
+    }
+
+    #[test]
+    fn ordinary_calls_are_allowed() {
+        let program = filter(SeccompPlan::Default, ONE);
+        for call in [libc::SYS_read, libc::SYS_openat, libc::SYS_execve, libc::SYS_futex, libc::SYS_ptrace] {
+            assert_eq!(verdict(&program, call, &[]), ALLOW);
+        }
+    }
+
+    #[test]
+    fn other_architectures_and_unknown_numbers_do_not_exist() {
+        let program = filter(SeccompPlan::Default, ONE);
+        assert_eq!(evaluate(&program, 0x4000_0003, number(libc::SYS_read), [0; 6]), refuse(Errno::ENOSYS));
+        assert_eq!(evaluate(&program, ARCH, 0x4000_0000, [0; 6]), refuse(Errno::ENOSYS));
+        assert_eq!(evaluate(&program, ARCH, MAX_KNOWN + 1, [0; 6]), refuse(Errno::ENOSYS));
+        assert_eq!(evaluate(&program, ARCH, u32::MAX, [0; 6]), refuse(Errno::ENOSYS));
+    }
+
+    #[test]
+    fn every_listed_call_is_denied_by_default() {
+        let program = filter(SeccompPlan::Default, ONE);
+        for denied in profile::DENIED {
+            assert_eq!(verdict(&program, denied.number, &[]), refuse(denied.errno), "{}", denied.number);
+        }
+    }
+
+    #[test]
+    fn nesting_opens_namespaces_and_mounts_only() {
+        let program = filter(SeccompPlan::Nested, ONE);
+        for call in [libc::SYS_mount, libc::SYS_setns, libc::SYS_clone3, libc::SYS_pivot_root] {
+            assert_eq!(verdict(&program, call, &[]), ALLOW, "{call}");
+        }
+        assert_eq!(verdict(&program, libc::SYS_unshare, &[0x1000_0000]), ALLOW);
+        for call in [libc::SYS_bpf, libc::SYS_io_uring_setup, libc::SYS_keyctl, libc::SYS_kexec_load] {
+            assert_ne!(verdict(&program, call, &[]), ALLOW, "{call}");
+        }
+    }
+
+    #[test]
+    fn terminal_input_cannot_be_forged_with_high_bits_set() {
+        let program = filter(SeccompPlan::Default, ONE);
+        for request in [0x5412u64, 0x5412 | 0xdead_0000_0000_0000, 0x541c] {
+            assert_eq!(verdict(&program, libc::SYS_ioctl, &[0, request]), refuse(Errno::EPERM));
+        }
+        assert_eq!(verdict(&program, libc::SYS_ioctl, &[0, 0x5413]), ALLOW);
+    }
+
+    #[test]
+    fn new_namespaces_are_refused_and_threads_are_not() {
+        let program = filter(SeccompPlan::Default, ONE);
+        let thread = u64::from((libc::CLONE_VM | libc::CLONE_THREAD | libc::CLONE_SIGHAND).cast_unsigned());
+        assert_eq!(verdict(&program, libc::SYS_clone, &[thread]), ALLOW);
+        for flag in [libc::CLONE_NEWUSER, libc::CLONE_NEWNS, libc::CLONE_NEWNET, libc::CLONE_NEWPID] {
+            let flag = u64::from(flag.cast_unsigned());
+            assert_eq!(verdict(&program, libc::SYS_clone, &[flag]), refuse(Errno::EPERM));
+            assert_eq!(verdict(&program, libc::SYS_unshare, &[flag]), refuse(Errno::EPERM));
+        }
+        assert_eq!(verdict(&program, libc::SYS_clone3, &[]), refuse(Errno::ENOSYS));
+    }
+
+    #[test]
+    fn unmapped_owners_are_handed_over_and_mapped_ones_are_not() {
+        let keep = u64::from(u32::MAX);
+        for (map, inside, outside) in [(ONE, 0, 33), (RANGE, 65_535, 65_536)] {
+            let program = filter(SeccompPlan::Default, map);
+            for (call, first) in profile::CHOWN {
+                let with = |uid: u64, gid: u64| {
+                    let mut args = [0; 6];
+                    args[*first as usize] = uid;
+                    args[*first as usize + 1] = gid;
+                    verdict(&program, *call, &args)
+                };
+                assert_eq!(with(inside, keep), ALLOW);
+                assert_eq!(with(keep, inside), ALLOW);
+                assert_eq!(with(outside, keep), NOTIFY);
+                assert_eq!(with(inside, outside), NOTIFY);
+                assert_eq!(with(u64::from(u32::MAX - 1), keep), NOTIFY);
+            }
+        }
+    }
+
+    #[test]
+    fn dropping_to_another_user_seems_to_work_with_a_single_id() {
+        let program = filter(SeccompPlan::Default, ONE);
+        assert_eq!(verdict(&program, libc::SYS_setuid, &[33]), SUCCEED);
+        assert_eq!(verdict(&program, libc::SYS_setresgid, &[33, 33, 33]), SUCCEED);
+        assert_eq!(verdict(&program, libc::SYS_setgroups, &[1, 0]), SUCCEED);
+        assert_eq!(verdict(&program, libc::SYS_setuid, &[0]), ALLOW);
+        let program = filter(SeccompPlan::Default, RANGE);
+        assert_eq!(verdict(&program, libc::SYS_setuid, &[33]), ALLOW);
+        assert_eq!(verdict(&program, libc::SYS_setgroups, &[1, 0]), ALLOW);
+    }
+
+    #[test]
+    fn device_nodes_are_handed_over_and_fifos_are_not() {
+        let program = filter(SeccompPlan::Default, ONE);
+        let mode = |kind: u32| u64::from(kind | 0o644);
+        assert_eq!(verdict(&program, libc::SYS_mknodat, &[0, 0, mode(libc::S_IFCHR)]), NOTIFY);
+        assert_eq!(verdict(&program, libc::SYS_mknodat, &[0, 0, mode(libc::S_IFBLK)]), NOTIFY);
+        assert_eq!(verdict(&program, libc::SYS_mknodat, &[0, 0, mode(libc::S_IFIFO)]), ALLOW);
+    }
+}

@@ -1,0 +1,49 @@
+//! The processes inside: setup, which becomes init, and the payload.
+//!
+//! What each holds besides standard input, output and error:
+//!
+//! | process | descriptors | privilege |
+//! |---|---|---|
+//! | setup | channel to the supervisor, mounts under construction | every capability in the sandbox's user namespace |
+//! | init | channel, signalfd, listener of the filter | the same; not dumpable, so the payload cannot trace or read it |
+//! | payload before execve | channel to init (closed by execve) | gives up step by step, see [`payload`] |
+//! | payload | none | the capabilities of the plan, no_new_privs, the filter |
+
+mod init;
+mod notify;
+mod payload;
+mod setup;
+mod users;
+
+use crate::launch::handshake::{Channel, FromSetup};
+use crate::plan::Plan;
+use crate::sys::process::exit_now;
+
+pub use payload::{EXEC_STAGE, exec_stage};
+pub(crate) use setup::write_maps;
+
+/// What setup takes over from the supervisor besides the plan.
+#[derive(Debug)]
+pub struct Inherited {
+    /// Its end of the hand-shake.
+    pub channel: Channel,
+    /// The soft RLIMIT_NOFILE that the payload gets back.
+    pub nofile: u64,
+    /// Standard input is replaced by /dev/null.
+    pub null_stdin: bool,
+}
+
+/// Runs as the first process of the new namespaces, from the clone to its end.
+///
+/// Never returns into the supervisor's code, not even by a panic.
+pub fn enter(plan: &Plan, inherited: &Inherited) -> ! {
+    let run = std::panic::AssertUnwindSafe(|| match setup::run(plan, &inherited.channel) {
+        Ok(ready) => init::run(plan, inherited, &ready),
+        Err(failure) => {
+            // If the supervisor is gone there is nobody left to tell.
+            inherited.channel.send(&FromSetup::Failed(failure), None).ok();
+        }
+    });
+    drop(std::panic::catch_unwind(run));
+    exit_now(1)
+}

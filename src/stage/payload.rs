@@ -1,0 +1,281 @@
+//! The payload's process from fork to execve: gives up power step by step.
+//!
+//! It takes away, in this order (each needs what a later one takes): the inherited session
+//! and terminal, capabilities of the bounding set, groups and ids, the remaining
+//! capabilities, the right to gain any (no_new_privs), the host's abstract sockets, and system
+//! calls. It must not take away: the working directory, the environment of the plan, standard
+//! input, output and error.
+//!
+//! It executes the command in two steps. The first is our own program on a read-only mount,
+//! called [`EXEC_STAGE`]: so `/proc/self/exe`, which a hostile command or interpreter may name,
+//! never is our program on a writable mount (CVE-2019-5736). The second looks the command up and
+//! executes it.
+
+use std::ffi::{CString, OsStr, OsString};
+use std::fs::File;
+use std::io::Read as _;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
+use nix::unistd::{Gid, Uid};
+use rustix::thread::{CapabilitySet, CapabilitySets};
+
+use super::users::Identity;
+use crate::launch::handshake::{Channel, SetupFailure, Step};
+use crate::plan::{Plan, SeccompPlan};
+use crate::seccomp::{self, FilterSpec};
+use crate::sys;
+
+/// Name (argv[0]) by which our program knows that it is the payload's last step.
+pub const EXEC_STAGE: &str = "rootlet-exec";
+
+/// What init hands to the payload's process.
+pub(super) struct Handover<'a> {
+    pub(super) plan: &'a Plan,
+    pub(super) identity: &'a Identity,
+    pub(super) program: &'a OwnedFd,
+    pub(super) terminal: Option<&'a OwnedFd>,
+    pub(super) null_stdin: bool,
+    pub(super) nofile: u64,
+}
+
+/// From the fork to our own program's second start. Returns only on failure.
+pub(super) fn run(handover: &Handover<'_>, report: &Channel) -> SetupFailure {
+    match confine(handover, report) {
+        Ok(never) => never,
+        Err(failure) => failure,
+    }
+}
+
+fn confine(handover: &Handover<'_>, report: &Channel) -> Result<SetupFailure, SetupFailure> {
+    let plan = handover.plan;
+    let spawn = |what: &'static str| move |errno: Errno| SetupFailure::new(Step::Spawn, what, errno);
+    let confine = |what: &'static str| move |errno: Errno| SetupFailure::new(Step::Confine, what, errno);
+
+    attach_stdio(handover)?;
+    let limit = nix::sys::resource::Resource::RLIMIT_NOFILE;
+    let (_, hard) = nix::sys::resource::getrlimit(limit).map_err(spawn("RLIMIT_NOFILE"))?;
+    nix::sys::resource::setrlimit(limit, handover.nofile.min(hard), hard).map_err(spawn("RLIMIT_NOFILE"))?;
+
+    let keep = capability_set(&plan.confine.keep_caps);
+    drop_bounding_set(keep).map_err(confine("the bounding set"))?;
+    become_identity(handover)?;
+    let effective = if handover.identity.uid == 0 { keep } else { CapabilitySet::empty() };
+    let sets = CapabilitySets { effective, permitted: effective, inheritable: CapabilitySet::empty() };
+    rustix::thread::clear_ambient_capability_set().map_err(errno).map_err(confine("ambient capabilities"))?;
+    rustix::thread::set_capabilities(None, sets).map_err(errno).map_err(confine("capabilities"))?;
+    enter_workdir(plan)?;
+
+    nix::sys::prctl::set_no_new_privs().map_err(confine("no_new_privs"))?;
+    if plan.confine.scope_abstract_sockets {
+        sys::landlock::scope_abstract_sockets().map_err(confine("Landlock scope"))?;
+    }
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None).map_err(spawn("signal mask"))?;
+    let listener = plan.confine.seccomp == SeccompPlan::Default;
+    let filter = seccomp::build(&FilterSpec {
+        profile: plan.confine.seccomp,
+        uids: &plan.ids.uids,
+        gids: &plan.ids.gids,
+        fake_setgroups: plan.ids.deny_setgroups,
+        listener,
+    });
+    let listener = sys::seccomp::install(&filter, listener).map_err(confine("system call filter"))?;
+    if let Some(listener) = &listener {
+        let sent = report.send(&PayloadMessage::Listener, Some(listener.as_fd()));
+        sent.map_err(errno).map_err(spawn("handing over the listener"))?;
+    }
+
+    // The report channel is closed by the second execve; everything else by the first.
+    sys::process::cloexec_from(3).map_err(spawn("closing descriptors"))?;
+    rustix::io::fcntl_setfd(report, rustix::io::FdFlags::empty())
+        .map_err(errno)
+        .map_err(spawn("report channel"))?;
+    let text =
+        |bytes: Vec<u8>| CString::new(bytes).map_err(|_| spawn("a NUL byte in an argument")(Errno::EINVAL));
+    let mut args = vec![text(EXEC_STAGE.into())?, text(report.as_fd().as_raw_fd().to_string().into())?];
+    for arg in &plan.process.args {
+        args.push(text(arg.as_bytes().to_vec())?);
+    }
+    let mut env = Vec::with_capacity(plan.process.env.len());
+    for (name, value) in &plan.process.env {
+        env.push(text([name.as_bytes(), b"=", value.as_bytes()].concat())?);
+    }
+    let failed = sys::process::exec_fd(handover.program.as_fd(), &args, &env);
+    Err(SetupFailure::new(Step::OwnProgram, "our own program", failed))
+}
+
+/// What the payload's process tells init on the report channel.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+pub(super) enum PayloadMessage {
+    /// The filter's listener comes with this message.
+    Listener,
+    /// A step failed.
+    Failed(SetupFailure),
+}
+
+fn errno(errno: rustix::io::Errno) -> Errno {
+    Errno::from_raw(errno.raw_os_error())
+}
+
+/// A session of its own, so no terminal of the caller is the payload's controlling terminal;
+/// its own terminal becomes that, if it has one.
+fn attach_stdio(handover: &Handover<'_>) -> Result<(), SetupFailure> {
+    let failed = |errno: rustix::io::Errno| SetupFailure::new(Step::Terminal, "standard streams", errno);
+    rustix::process::setsid().map_err(failed)?;
+    if let Some(terminal) = handover.terminal {
+        rustix::process::ioctl_tiocsctty(terminal).map_err(failed)?;
+        rustix::stdio::dup2_stdin(terminal).map_err(failed)?;
+        rustix::stdio::dup2_stdout(terminal).map_err(failed)?;
+        rustix::stdio::dup2_stderr(terminal).map_err(failed)?;
+    } else if handover.null_stdin {
+        let null = File::open("/dev/null").map_err(|e| SetupFailure::new(Step::Terminal, "/dev/null", e))?;
+        rustix::stdio::dup2_stdin(&null).map_err(failed)?;
+    }
+    Ok(())
+}
+
+fn capability_set(names: &[String]) -> CapabilitySet {
+    names.iter().filter_map(|name| CapabilitySet::from_name(name)).fold(CapabilitySet::empty(), |a, b| a | b)
+}
+
+fn drop_bounding_set(keep: CapabilitySet) -> Result<(), Errno> {
+    for number in 0..u64::BITS {
+        let capability = CapabilitySet::from_bits_retain(1 << number);
+        if keep.contains(capability) {
+            continue;
+        }
+        match rustix::thread::remove_capability_from_bounding_set(capability) {
+            // Beyond the kernel's last capability.
+            Err(rustix::io::Errno::INVAL) => break,
+            other => other.map_err(errno)?,
+        }
+    }
+    Ok(())
+}
+
+fn become_identity(handover: &Handover<'_>) -> Result<(), SetupFailure> {
+    let Identity { uid, gid, groups } = handover.identity;
+    let failed = |what: String| move |errno: Errno| SetupFailure::new(Step::Become, what, errno);
+    if !handover.plan.ids.deny_setgroups {
+        let groups: Vec<Gid> = groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
+        nix::unistd::setgroups(&groups).map_err(failed(format!("a member of {groups:?}")))?;
+    }
+    let (uid, gid) = (Uid::from_raw(*uid), Gid::from_raw(*gid));
+    nix::unistd::setresgid(gid, gid, gid).map_err(failed(format!("gid {gid}")))?;
+    nix::unistd::setresuid(uid, uid, uid).map_err(failed(format!("uid {uid}")))
+}
+
+fn enter_workdir(plan: &Plan) -> Result<(), SetupFailure> {
+    let workdir = &plan.process.workdir;
+    let entered = rustix::process::chdir(workdir.as_path()).and_then(|()| {
+        // getcwd(2) fails or starts with "(unreachable)" where a magic link led out of the root
+        // (CVE-2024-21626).
+        match rustix::process::getcwd(Vec::new()) {
+            Ok(path) if path.as_bytes().starts_with(b"/") => Ok(()),
+            Ok(_) => Err(rustix::io::Errno::XDEV),
+            Err(errno) => Err(errno),
+        }
+    });
+    match entered {
+        Ok(()) => Ok(()),
+        Err(_) if !plan.process.workdir_required => {
+            rustix::process::chdir("/").map_err(|errno| SetupFailure::new(Step::Workdir, "/", errno))
+        }
+        Err(errno) => Err(SetupFailure::new(Step::Workdir, workdir.to_string_lossy(), errno)),
+    }
+}
+
+/// The second step: `args` are [`EXEC_STAGE`], the number of the report channel, the command and its
+/// arguments. Returns only on failure, with the exit status.
+///
+/// Runs confined as the payload; whoever calls our program by this name inside gains nothing.
+pub fn exec_stage(mut args: impl Iterator<Item = OsString>) -> u8 {
+    let report = args
+        .nth(1)
+        .and_then(|number| number.to_str()?.parse().ok())
+        .and_then(|number| sys::process::adopt(number).ok())
+        .map(Channel::from);
+    let args: Vec<OsString> = args.collect();
+    let (Some(report), Some(command)) = (report, args.first()) else { return 125 };
+    let failure = match exec(&report, command, &args) {
+        Ok(never) => match never {},
+        Err(failure) => failure,
+    };
+    report.send(&PayloadMessage::Failed(failure), None).ok();
+    125
+}
+
+fn exec(
+    report: &Channel,
+    command: &OsStr,
+    args: &[OsString],
+) -> Result<std::convert::Infallible, SetupFailure> {
+    let failed = |errno: Errno| SetupFailure::new(Step::Exec, command.to_string_lossy(), errno);
+    rustix::io::fcntl_setfd(report, rustix::io::FdFlags::CLOEXEC).map_err(errno).map_err(failed)?;
+    // Rust's runtime ignores it, and what is ignored stays so over execve.
+    sys::process::default_signal(Signal::SIGPIPE).map_err(failed)?;
+    let argv: Vec<CString> = args
+        .iter()
+        .map(|arg| CString::new(arg.as_bytes()))
+        .collect::<Result<_, _>>()
+        .map_err(|_| failed(Errno::EINVAL))?;
+    let mut refused = None;
+    for candidate in candidates(command) {
+        let Ok(path) = CString::new(candidate.as_os_str().as_bytes()) else { continue };
+        let Err(errno) = nix::unistd::execv(&path, &argv);
+        match (errno, explain(&candidate, errno)) {
+            // Not this one; a later directory of PATH may hold it (execvp(3)).
+            (Errno::ENOENT | Errno::ENOTDIR, None) => {}
+            (_, explained) => {
+                let object = explained.unwrap_or_else(|| candidate.to_string_lossy().into_owned());
+                // What exists but cannot be executed is EACCES or the like to the exit status.
+                let errno = if errno == Errno::ENOENT { Errno::ENOEXEC } else { errno };
+                let failure = SetupFailure::new(Step::Exec, object, errno);
+                if errno != Errno::EACCES {
+                    return Err(failure);
+                }
+                refused.get_or_insert(failure);
+            }
+        }
+    }
+    Err(refused.unwrap_or_else(|| failed(Errno::ENOENT)))
+}
+
+/// Where a command may be: as it is if it has a slash, else in each directory of PATH.
+fn candidates(command: &OsStr) -> Vec<PathBuf> {
+    if command.as_bytes().contains(&b'/') {
+        return vec![command.into()];
+    }
+    let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".into());
+    // An empty name would execute the directory.
+    std::env::split_paths(&path).filter(|_| !command.is_empty()).map(|dir| dir.join(command)).collect()
+}
+
+/// What execve(2) does not say by errno alone.
+fn explain(path: &Path, errno: Errno) -> Option<String> {
+    let shown = path.to_string_lossy();
+    let meta = std::fs::metadata(path).ok()?;
+    match errno {
+        Errno::EACCES if meta.is_dir() => Some(format!("{shown}, which is a directory")),
+        Errno::ENOENT | Errno::ENOTDIR => Some(match interpreter(path) {
+            Some(interpreter) => format!("{shown}, whose interpreter {interpreter} is not there"),
+            None => format!("{shown}, whose dynamic loader is not there"),
+        }),
+        Errno::ENOEXEC => {
+            Some(format!("{shown}, which is neither a program for this machine nor starts with #!"))
+        }
+        _ => None,
+    }
+}
+
+/// The interpreter that a script's first line names.
+fn interpreter(path: &Path) -> Option<String> {
+    let mut start = Vec::new();
+    File::open(path).ok()?.take(256).read_to_end(&mut start).ok()?;
+    let line = start.strip_prefix(b"#!")?.split(|b| *b == b'\n').next()?;
+    let name = line.split(|b| b.is_ascii_whitespace()).find(|word| !word.is_empty())?;
+    Some(OsString::from_vec(name.to_vec()).to_string_lossy().into_owned())
+}

@@ -1,0 +1,12 @@
+//! The root crate's unsafe lines, and the kernel interfaces that nix and rustix lack.
+//!
+//! Wrappers take borrowed descriptors and typed values, give owned descriptors and
+//! errno, and hold no policy.
+#![expect(unsafe_code, reason = "the one module of this crate that may")]
+
+pub mod fdpass;
+pub mod landlock;
+pub mod mount;
+pub mod netlink;
+pub mod process;
+pub mod seccomp;

@@ -1,0 +1,159 @@
+//! Making processes and closing descriptors.
+
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use nix::unistd::Pid;
+
+/// Which side of a [`clone_with`] this is.
+#[derive(Debug)]
+pub enum Cloned {
+    /// The caller: the new process as its pid namespace's parent sees it.
+    Parent {
+        /// Process id.
+        pid: Pid,
+        /// Refers to the process whatever happens to its id (pidfd_open(2)).
+        pidfd: OwnedFd,
+    },
+    /// The new process.
+    Child,
+}
+
+/// clone3(2) with the memory copied, as fork(2), in new namespaces.
+///
+/// `namespaces` are `CLONE_NEW*` flags. The process must have one thread: the new one
+/// inherits the locks of every other as they stand.
+///
+/// # Errors
+/// As clone3(2): `ENOSPC` when user.max_user_namespaces or the nesting depth of 32 is
+/// reached, `EPERM` when user namespaces are forbidden.
+///
+/// # Panics
+/// When another thread exists.
+pub fn clone_with(namespaces: libc::c_int) -> Result<Cloned, Errno> {
+    assert!(single_threaded(), "clone_with needs a single-threaded process");
+    let mut pidfd: RawFd = -1;
+    // SAFETY: clone_args is plain integers, for which zero is valid.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = u64::from((namespaces | libc::CLONE_PIDFD).cast_unsigned());
+    args.pidfd = (&raw mut pidfd) as u64;
+    args.exit_signal = u64::from(libc::SIGCHLD.cast_unsigned());
+    // SAFETY: `args` outlives the call and its size is passed; no stack is given and memory is
+    // copied, so the child goes on here on its own copy; no other thread exists (asserted above),
+    // so the child inherits no lock held by someone else.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) };
+    match Errno::result(pid)? {
+        0 => Ok(Cloned::Child),
+        pid => {
+            // SAFETY: the kernel stored a new descriptor there, which nobody else owns.
+            let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+            let pid = i32::try_from(pid).map_err(|_| Errno::EOVERFLOW)?;
+            Ok(Cloned::Parent { pid: Pid::from_raw(pid), pidfd })
+        }
+    }
+}
+
+/// Whether this process has one thread (the link count of /proc/self/task).
+#[must_use]
+fn single_threaded() -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    // Without /proc there is nothing to ask; the callers start their threads later by design.
+    std::fs::metadata("/proc/self/task").map_or(true, |m| m.nlink() == 3)
+}
+
+/// Closes every descriptor above 2 but those in `keep` (close_range(2)).
+///
+/// # Errors
+/// `ENOSYS` before Linux 5.9.
+pub fn close_all_but(keep: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+    let mut keep: Vec<u32> = keep.iter().map(|fd| fd.as_raw_fd().cast_unsigned()).collect();
+    keep.sort_unstable();
+    let mut first = 3;
+    for fd in keep.into_iter().filter(|fd| *fd >= 3) {
+        if fd > first {
+            close_range(first, fd - 1, 0)?;
+        }
+        first = fd + 1;
+    }
+    close_range(first, u32::MAX, 0)
+}
+
+/// Marks every descriptor from `first` on to be closed by execve(2).
+///
+/// # Errors
+/// `EINVAL` before Linux 5.11, which lacks `CLOSE_RANGE_CLOEXEC`.
+pub fn cloexec_from(first: u32) -> Result<(), Errno> {
+    close_range(first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC)
+}
+
+fn close_range(first: u32, last: u32, flags: u32) -> Result<(), Errno> {
+    // SAFETY: called where the owner of every descriptor in the range is about to be replaced by
+    // execve or belongs to the copy of another process's memory that this process never drops.
+    let done = unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
+    Errno::result(done).map(drop)
+}
+
+/// fork(2).
+///
+/// # Errors
+/// As fork(2).
+///
+/// # Panics
+/// When another thread exists.
+pub fn fork() -> Result<Option<Pid>, Errno> {
+    assert!(single_threaded(), "fork needs a single-threaded process");
+    // SAFETY: no other thread exists (asserted above), so the child may do everything.
+    match unsafe { nix::unistd::fork() }? {
+        nix::unistd::ForkResult::Parent { child } => Ok(Some(child)),
+        nix::unistd::ForkResult::Child => Ok(None),
+    }
+}
+
+/// Ends this process at once: no destructor and no exit handler of the memory it shares
+/// a past with runs.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: _exit has no precondition.
+    unsafe { libc::_exit(code) }
+}
+
+/// Sets a signal to its default action. Rust's runtime ignores SIGPIPE, and an ignored
+/// signal stays ignored over execve(2).
+pub fn default_signal(signal: nix::sys::signal::Signal) -> Result<(), Errno> {
+    // SAFETY: SIG_DFL installs no handler.
+    unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigDfl) }.map(drop)
+}
+
+/// Takes over a descriptor that this process was started with.
+///
+/// # Errors
+/// `EBADF` when it is not open.
+pub fn adopt(fd: RawFd) -> Result<OwnedFd, Errno> {
+    // SAFETY: fcntl on any number is harmless; F_GETFD fails when it is not open.
+    Errno::result(unsafe { libc::fcntl(fd, libc::F_GETFD) })?;
+    // SAFETY: it is open, and only the first lines of `main` call this, before anything else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// execveat(2) of an open file.
+///
+/// # Errors
+/// As execveat(2); it only returns on failure.
+pub fn exec_fd(file: BorrowedFd<'_>, args: &[std::ffi::CString], env: &[std::ffi::CString]) -> Errno {
+    let pointers = |list: &[std::ffi::CString]| -> Vec<*const libc::c_char> {
+        list.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
+    };
+    let (args, env) = (pointers(args), pointers(env));
+    // SAFETY: both arrays end in null and point to strings that outlive the call; the path is an
+    // empty C string, which AT_EMPTY_PATH makes mean the descriptor.
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            args.as_ptr(),
+            env.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        )
+    };
+    Errno::last()
+}
