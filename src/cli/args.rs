@@ -104,7 +104,7 @@ pub(super) struct RunArgs {
     /// Working directory inside (default: the current one over the host's files, else /)
     #[arg(short, long, value_name = "DIR", help_heading = "Process")]
     pub(super) workdir: Option<PathBuf>,
-    /// Set a variable; NAME alone takes the caller's value
+    /// Set a variable; NAME alone takes the caller's value (and keeps it out of process lists)
     #[arg(short, long, value_name = "NAME[=VALUE]", help_heading = "Process")]
     pub(super) env: Vec<OsString>,
     /// Set variables from the lines of a file

@@ -1,5 +1,7 @@
 //! `rootlet ls`, `rm` and `prune`
 
+use std::ffi::OsString;
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
@@ -25,8 +27,10 @@ struct Listed<'a> {
     code: Option<i32>,
     /// Seconds since 1970.
     created: Option<u64>,
-    command: Vec<String>,
-    upper: Option<String>,
+    #[serde(serialize_with = "crate::spec::os::list::serialize")]
+    command: &'a [OsString],
+    #[serde(serialize_with = "crate::spec::os::option::serialize")]
+    upper: Option<&'a Path>,
 }
 
 fn state_of(found: &FoundBox) -> (&'static str, Option<i32>) {
@@ -60,14 +64,8 @@ pub(super) fn ls(args: &LsArgs) -> Result<u8, Failure> {
                     state,
                     code,
                     created: record.map(|record| record.created_ms / 1000),
-                    command: record
-                        .map(|record| {
-                            record.command.iter().map(|arg| arg.to_string_lossy().into_owned()).collect()
-                        })
-                        .unwrap_or_default(),
-                    upper: record
-                        .and_then(|record| record.upper.as_ref())
-                        .map(|upper| upper.to_string_lossy().into_owned()),
+                    command: record.map_or(&[], |record| record.command.as_slice()),
+                    upper: record.and_then(|record| record.upper.as_deref()),
                 }
             })
             .collect();
@@ -119,7 +117,7 @@ pub(super) fn rm(args: &RmArgs) -> Result<u8, Failure> {
     for name in &args.names {
         let removed = state.find(name).and_then(|found| {
             let locked = if args.force { found.end_and_lock() } else { found.lock() }?;
-            locked.remove()?;
+            found.remove(locked)?;
             Ok(found.name)
         });
         match removed {
@@ -151,7 +149,7 @@ pub(super) fn prune(args: &PruneArgs) -> Result<u8, Failure> {
         let Some(reason) = leftover(&found, args.all) else { continue };
         // Once more with the lock held: a run may have begun or ended in between.
         let gone = found.lock().and_then(|locked| match state.find(locked.name()) {
-            Ok(again) if again.record == found.record => locked.remove().map(|()| true),
+            Ok(again) if again.record == found.record => again.remove(locked).map(|()| true),
             _ => Ok(false),
         });
         match gone {
@@ -184,7 +182,7 @@ fn leftover(found: &FoundBox, all: bool) -> Option<&'static str> {
     if killed && unwanted {
         Some("its run was killed, and it was to keep nothing")
     } else if killed && found.is_unchanged() {
-        Some("its run was killed, and nothing was changed")
+        Some("its run was killed, and it holds no changes")
     } else {
         all.then_some("it is not running")
     }

@@ -1,5 +1,7 @@
 //! `rootlet diff`
 
+use std::path::PathBuf;
+
 use serde::Serialize;
 
 use super::args::DiffArgs;
@@ -11,7 +13,8 @@ use crate::sandbox::StateRoot;
 /// One change of `diff --json`.
 #[derive(Debug, Serialize)]
 struct Listed {
-    path: String,
+    #[serde(serialize_with = "crate::spec::os::serialize")]
+    path: PathBuf,
     /// `added`, `modified`, `deleted` or `metadata`.
     kind: &'static str,
 }
@@ -32,11 +35,8 @@ pub(super) fn diff(args: &DiffArgs) -> Result<u8, Failure> {
     };
     if args.json {
         let listed: Vec<Listed> = changes
-            .iter()
-            .map(|change| Listed {
-                path: change.path.to_string_lossy().into_owned(),
-                kind: kind_of(change.kind).1,
-            })
+            .into_iter()
+            .map(|change| Listed { path: change.path, kind: kind_of(change.kind).1 })
             .collect();
         output::print_json(&listed);
     } else {

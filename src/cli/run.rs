@@ -128,7 +128,7 @@ fn run_spec(args: &RunArgs) -> Result<Option<Done>, Failure> {
     let upper = external.clone().unwrap_or_else(|| made.upper());
     let place = place(made.name(), Some(upper));
     match launch_in(&made, &spec, &facts, &place, external.as_ref()) {
-        Ok((report, record)) => finish(made, &spec, report, record, &facts).map(Some),
+        Ok((report, record)) => Ok(Some(finish(made, &spec, report, record, &facts))),
         Err(failure) => {
             // The failure is what counts; what could not be removed, `prune` finds.
             made.remove().ok();
@@ -167,32 +167,38 @@ fn launch_in(
     Ok((report, record))
 }
 
-/// Keeps or removes the box, and says so in one line if it is kept.
+/// Keeps or removes the box, and says so in one line if it is kept. The payload has run: what
+/// goes wrong here is told, and the exit status stays the payload's.
 fn finish(
     made: LockedBox,
     spec: &ValidSpec,
     report: RunReport,
     mut record: BoxRecord,
     facts: &HostFacts,
-) -> Result<Done, Failure> {
-    let failed = |error: StateError| state_failed(&error, facts);
+) -> Done {
+    let tell = |result: Result<(), StateError>| {
+        if let Err(error) = result {
+            output::fail(&state_failed(&error, facts));
+        }
+    };
     let name = made.name().to_owned();
-    let changes = match &record.upper {
+    let count = match &record.upper {
         Some(upper) if report.changed && !spec.remove => count_changes(upper, &record.layers),
-        _ => Some(0),
+        _ => Count::Exactly(0),
     };
-    if changes == Some(0) {
-        made.remove().map_err(failed)?;
-        return Ok(Done { name, report, kept: false });
-    }
-    made.remove_work().map_err(failed)?;
+    let what = match count {
+        Count::Exactly(0) => {
+            tell(made.remove());
+            return Done { name, report, kept: false };
+        }
+        Count::Exactly(1) => "1 change".to_owned(),
+        Count::Exactly(count) => format!("{count} changes"),
+        Count::Unknown => "changes".to_owned(),
+    };
     record.state = BoxState::Ended(report.outcome.clone());
-    made.write_record(&record).map_err(failed)?;
-    let what = match changes {
-        Some(1) => "1 change".into(),
-        Some(count) => format!("{count} changes"),
-        None => format!("more than {COUNT_MAX} changes"),
-    };
+    // The work directory first: on a full disk that makes room for the record.
+    tell(made.remove_work());
+    tell(made.write_record(&record));
     let place = match (&record.upper, record.upper_is_external) {
         (Some(upper), true) => format!(" in {}", upper.display()),
         _ => String::new(),
@@ -200,29 +206,45 @@ fn finish(
     output::note(&format!(
         "box {name} keeps {what}{place}: see 'rootlet diff {name}', drop with 'rootlet rm {name}'"
     ));
-    Ok(Done { name, report, kept: true })
+    Done { name, report, kept: true }
 }
 
-/// More changes than this are not counted at the end of a run.
-const COUNT_MAX: usize = 500;
-
-/// How many objects differ; `None`: too many to count, or they cannot be listed.
-fn count_changes(upper: &Path, layers: &[PathBuf]) -> Option<usize> {
-    let mut left = COUNT_MAX;
-    count_entries(upper, &mut left)?;
-    fsoverlay::changes(upper, layers).ok().map(|changes| changes.len())
+/// How many objects differ.
+enum Count {
+    Exactly(usize),
+    /// Too many to count, or they cannot be listed.
+    Unknown,
 }
 
-/// Whether the tree has no more than `left` entries.
-fn count_entries(dir: &Path, left: &mut usize) -> Option<()> {
-    for entry in std::fs::read_dir(dir).ok()? {
-        let entry = entry.ok()?;
-        *left = left.checked_sub(1)?;
-        if entry.file_type().ok()?.is_dir() {
-            count_entries(&entry.path(), left)?;
-        }
+/// Counts the changes where that is quick: telling a modified file from one of which only the
+/// times differ means reading it.
+fn count_changes(upper: &Path, layers: &[PathBuf]) -> Count {
+    let mut budget = Budget { entries: 500, bytes: 16 << 20 };
+    match budget.spend_on(upper).and_then(|()| fsoverlay::changes(upper, layers).ok()) {
+        Some(changes) => Count::Exactly(changes.len()),
+        None => Count::Unknown,
     }
-    Some(())
+}
+
+struct Budget {
+    entries: u32,
+    bytes: u64,
+}
+
+impl Budget {
+    fn spend_on(&mut self, dir: &Path) -> Option<()> {
+        for entry in std::fs::read_dir(dir).ok()? {
+            let entry = entry.ok()?;
+            let meta = entry.metadata().ok()?;
+            self.entries = self.entries.checked_sub(1)?;
+            if meta.is_dir() {
+                self.spend_on(&entry.path())?;
+            } else {
+                self.bytes = self.bytes.checked_sub(meta.len())?;
+            }
+        }
+        Some(())
+    }
 }
 
 fn usage(error: &SpecError) -> Failure {

@@ -96,9 +96,8 @@ pub fn examine(state: Result<&Path, (String, Option<String>)>) -> DoctorReport {
         doctor.file_systems();
         doctor.devices();
         doctor.ids();
-    } else {
-        doctor.settings();
     }
+    doctor.settings();
     doctor.confinement();
     doctor.network();
     match state {
@@ -211,12 +210,12 @@ impl Doctor {
                 self.trouble("ids", Status::Fail, what, errno, trouble);
             }
             Err(HelperFailure::Said(said)) => {
-                self.add("ids", Status::Fail, what, said, Some(Trouble::Subids.hint(&facts).mend));
+                self.add("ids", Status::Fail, what, said, Some(Trouble::HelperRefuses.hint(&facts).mend));
             }
         }
     }
 
-    /// The settings behind a user namespace that cannot be made.
+    /// The settings that decide about user namespaces, for who reads a report.
     fn settings(&mut self) {
         let settings = [
             ("user.max_user_namespaces", self.sysctls.max_user_namespaces),
@@ -225,7 +224,7 @@ impl Doctor {
         ];
         let detail: Vec<String> =
             settings.iter().filter_map(|(name, value)| Some(format!("{name} = {}", (*value)?))).collect();
-        self.add("settings", Status::Warn, "settings of the kernel", detail.join(", "), None);
+        self.add("settings", Status::Ok, "settings of the kernel", detail.join(", "), None);
     }
 
     fn confinement(&mut self) {

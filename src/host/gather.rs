@@ -1,6 +1,8 @@
 //! Reading the facts: a few small files, no process, no thread, no name service.
 
 use std::ffi::OsStr;
+use std::fs::File;
+use std::io::Read as _;
 use std::net::Ipv4Addr;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
@@ -58,9 +60,18 @@ impl HostFacts {
     }
 }
 
+/// A whole small file; what cannot be read is empty. Not `std::fs::read`, which asks for the
+/// size first and reads files of /proc, which have none, in small bites.
 fn read(path: &str) -> String {
+    let mut bytes = Vec::new();
+    let mut buffer = [0; 8192];
+    if let Ok(mut file) = File::open(path) {
+        while let Ok(length @ 1..) = file.read(&mut buffer) {
+            bytes.extend_from_slice(buffer.get(..length).unwrap_or_default());
+        }
+    }
     // Account files may hold anything; what is not UTF-8 in them is no name we look for.
-    std::fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+    String::from_utf8(bytes).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
 }
 
 fn parse_id_map(text: &str) -> Vec<IdExtent> {

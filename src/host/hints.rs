@@ -26,6 +26,8 @@ pub enum Trouble {
     Helpers,
     /// newuidmap did not answer.
     HelperHangs,
+    /// newuidmap or newgidmap refused.
+    HelperRefuses,
     /// No /dev/fuse.
     FuseMissing,
     /// /dev/fuse may not be opened.
@@ -56,6 +58,16 @@ pub enum Trouble {
     Seccomp,
     /// Echo sockets are not allowed: ping does not work through the stack.
     PingGroup,
+    /// No such working directory inside.
+    WorkdirMissing,
+    /// The user is in no file inside.
+    UserUnknown,
+    /// The id does not exist inside.
+    IdUnmapped,
+    /// Nothing to mount on.
+    MountPointMissing,
+    /// The clocks cannot be set so.
+    TimeOffset,
     /// A file is not there.
     CommandMissing,
     /// The file is there but cannot be executed.
@@ -131,6 +143,10 @@ impl Trouble {
                 "newuidmap does not answer in time (a hung name service?)",
                 "check with `newuidmap`; `--uidmap 0:$(id -u):1 --gidmap 0:$(id -g):1` does without it".into(),
             ),
+            Self::HelperRefuses => (
+                "newuidmap and newgidmap allow what /etc/subuid and /etc/subgid list",
+                "check the caller's lines there; `--uidmap 0:$(id -u):1 --gidmap 0:$(id -g):1` does without".into(),
+            ),
             Self::FuseMissing => ("the FUSE module is not loaded", "sudo modprobe fuse".into()),
             Self::FuseDenied => ("the caller may not open /dev/fuse", "sudo chmod 666 /dev/fuse".into()),
             Self::FuseMount => (
@@ -175,6 +191,26 @@ impl Trouble {
             Self::PingGroup => (
                 "ping sockets are not allowed to the caller's group",
                 sysctl("net.ipv4.ping_group_range = 0 2147483647"),
+            ),
+            Self::WorkdirMissing => (
+                "it is looked up inside the sandbox",
+                "name a directory that is there and that the user inside may enter".into(),
+            ),
+            Self::UserUnknown => (
+                "names are looked up in /etc/passwd and /etc/group inside the sandbox",
+                "check the spelling, or give numbers".into(),
+            ),
+            Self::IdUnmapped => (
+                "this id does not exist in the sandbox",
+                format!("choose one of those that `rootlet run --dry-run` shows, or get more: {}", mend_subids(facts)),
+            ),
+            Self::MountPointMissing => (
+                "there is nothing to mount on",
+                "make the file or directory first in the volume that the place is in".into(),
+            ),
+            Self::TimeOffset => (
+                "the kernel refuses these offsets",
+                "the clocks must not become negative; 0 for none".into(),
             ),
             Self::CommandMissing => (
                 "no such file inside the sandbox, or its interpreter or loader is missing",
@@ -229,7 +265,7 @@ impl Sysctls {
 pub fn diagnose(step: &str, errno: Errno, sysctls: &Sysctls) -> Option<Trouble> {
     use Errno::{
         EACCES, EADDRINUSE, EADDRNOTAVAIL, EDQUOT, EINVAL, EISDIR, EMFILE, ENFILE, ENODEV, ENOENT, ENOEXEC,
-        ENOSPC, ENOSYS, ENOTDIR, ENXIO, EPERM, EROFS, ETIMEDOUT, ETXTBSY, EUSERS,
+        ENOSPC, ENOSYS, ENOTDIR, ENXIO, EPERM, ERANGE, EROFS, ETIMEDOUT, ETXTBSY, EUSERS,
     };
     let forbidden = || {
         if sysctls.unprivileged_userns_clone == Some(0) {
@@ -252,7 +288,7 @@ pub fn diagnose(step: &str, errno: Errno, sysctls: &Sysctls) -> Option<Trouble> 
         ("clone" | "uid_map", EPERM | EACCES) => forbidden(),
         ("map_helper", ENOENT) => Trouble::Helpers,
         ("map_helper", ETIMEDOUT) => Trouble::HelperHangs,
-        ("map_helper", _) => Trouble::Subids,
+        ("map_helper", _) => Trouble::HelperRefuses,
         ("fuse_open", ENOENT | ENODEV | ENXIO) => Trouble::FuseMissing,
         ("fuse_open", _) => Trouble::FuseDenied,
         // AppArmor on Ubuntu takes the capabilities away after the namespace is made.
@@ -273,6 +309,11 @@ pub fn diagnose(step: &str, errno: Errno, sysctls: &Sysctls) -> Option<Trouble> 
         ("listen", EACCES) => Trouble::PrivilegedPort,
         ("listen", EADDRINUSE) => Trouble::PortBusy,
         ("listen", EADDRNOTAVAIL) => Trouble::NoSuchAddress,
+        ("workdir", _) => Trouble::WorkdirMissing,
+        ("user", _) => Trouble::UserUnknown,
+        ("become", EINVAL | EPERM) => Trouble::IdUnmapped,
+        ("mount_point", ENOENT | ENOTDIR) => Trouble::MountPointMissing,
+        ("time", ERANGE | EINVAL) => Trouble::TimeOffset,
         ("exec", ENOENT | ENOTDIR) => Trouble::CommandMissing,
         ("exec", EACCES | EPERM | EISDIR) => Trouble::CommandDenied,
         ("exec", ENOEXEC) => Trouble::CommandFormat,
@@ -321,6 +362,6 @@ mod tests {
         assert_eq!(diagnose("fuse_open", Errno::EACCES, &none), Some(Trouble::FuseDenied));
         assert_eq!(diagnose("tap_open", Errno::ENOENT, &none), Some(Trouble::TunMissing));
         assert_eq!(diagnose("tap_open", Errno::EACCES, &none), Some(Trouble::TunDenied));
-        assert_eq!(diagnose("workdir", Errno::ENOENT, &none), None);
+        assert_eq!(diagnose("pivot_root", Errno::EINVAL, &none), None);
     }
 }

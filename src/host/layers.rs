@@ -17,6 +17,10 @@ use serde::{Deserialize, Serialize};
 use super::HostFacts;
 use crate::spec::{NetMode, RootSpec, ValidSpec};
 
+/// What does not show of the host's own tree: the places of mounts, and /run with the sockets
+/// of the host's services.
+pub const HIDDEN_OF_HOST: [&str; 4] = ["proc", "sys", "dev", "run"];
+
 /// A path that a spec names cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum LayerError {
@@ -195,7 +199,10 @@ pub fn inspect(spec: &ValidSpec, facts: &HostFacts) -> Result<RootFacts, LayerEr
         .map(|volume| inspect_volume(&volume.host_path))
         .collect::<Result<Vec<_>, _>>()?;
 
-    let view = MergedView::new(layers.iter().map(|layer| layer.host_path.as_path()));
+    let mut view = MergedView::new(layers.iter().map(|layer| layer.host_path.as_path()));
+    if host_tree {
+        view.hidden = HIDDEN_OF_HOST.iter().map(Path::new).collect();
+    }
     let own = ["/proc", "/sys", "/dev"].map(PathBuf::from);
     // Without a working directory given, the caller's own is taken where it can be entered, and
     // never made.
@@ -337,6 +344,8 @@ fn parse_accounts(passwd: &str, group: &str) -> Accounts {
 struct MergedView<'a> {
     /// The topmost first.
     layers: Vec<&'a Path>,
+    /// Shown as empty directories; relative.
+    hidden: Vec<&'a Path>,
 }
 
 /// The kernel's limit on links in one path.
@@ -352,7 +361,7 @@ enum Found {
 
 impl<'a> MergedView<'a> {
     fn new(lowest_first: impl DoubleEndedIterator<Item = &'a Path>) -> Self {
-        Self { layers: lowest_first.rev().collect() }
+        Self { layers: lowest_first.rev().collect(), hidden: Vec::new() }
     }
 
     /// Where `path` leads, relative to the root, and what is there.
@@ -391,6 +400,10 @@ impl<'a> MergedView<'a> {
     }
 
     fn find(&self, relative: &Path, visible: &[usize]) -> Found {
+        if self.hidden.contains(&relative) {
+            // No layer has anything below it.
+            return Found::Directory(Vec::new());
+        }
         let mut directories = Vec::new();
         for &at in visible {
             let path = self.layers[at].join(relative);
@@ -509,6 +522,19 @@ mod tests {
         assert_eq!(resolved(&view, "/file/below").1, Some(Kind::Blocked));
         assert_eq!(resolved(&view, "/loop").1, Some(Kind::Blocked));
         assert_eq!(resolved(&view, "/"), (String::new(), Some(Kind::Directory)));
+    }
+
+    #[test]
+    fn nothing_is_found_in_hidden_directories() {
+        let scratch = Scratch::new("hidden");
+        let layer = scratch.dir("l");
+        scratch.dir("l/run/x");
+        scratch.dir("l/var");
+        symlink("/run", layer.join("var/run")).unwrap();
+        let mut view = MergedView::new([layer.as_path()].into_iter());
+        view.hidden = vec![Path::new("run")];
+        assert_eq!(resolved(&view, "/run"), ("run".into(), Some(Kind::Directory)));
+        assert_eq!(resolved(&view, "/var/run/x/y"), ("run/x/y".into(), None));
     }
 
     #[test]

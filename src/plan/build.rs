@@ -7,6 +7,7 @@ use super::{
     mounts, net,
 };
 use crate::host::HostFacts;
+use crate::host::layers::HIDDEN_OF_HOST;
 use crate::spec::{IdExtent, NetMode, RootSpec, ValidSpec};
 
 /// Why there is no plan for a spec on this host.
@@ -174,11 +175,10 @@ fn owns(own: u32, extents: &[IdExtent], owner: u32) -> bool {
     !identity && (outside || owner == own)
 }
 
-/// What must not show of a layer. /run holds the sockets of the host's services, and through
-/// the state directory a payload would see its own upper and those of other boxes.
+/// What must not show of a layer. Through the state directory a payload would see its own upper and those of other boxes.
 fn hidden_in(layer: &Path, spec: &ValidSpec, place: &BoxPlace) -> Vec<PathBuf> {
     let mut hidden: Vec<PathBuf> = match spec.fs.root {
-        RootSpec::Host => ["proc", "sys", "dev", "run"].map(PathBuf::from).into(),
+        RootSpec::Host => HIDDEN_OF_HOST.map(PathBuf::from).into(),
         RootSpec::Layers(_) => Vec::new(),
     };
     let external = place.upper.iter().flat_map(|upper| [&upper.dir, &upper.work]);

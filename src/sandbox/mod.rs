@@ -468,6 +468,26 @@ impl FoundBox {
         }
     }
 
+    /// Removes the box, and the work directory that a killed run left beside its `--upper`.
+    ///
+    /// # Errors
+    /// When something of it cannot be removed.
+    pub fn remove(&self, locked: LockedBox) -> Result<()> {
+        let external = self.record.as_ref().filter(|record| record.upper_is_external);
+        if let Some(upper) = external.and_then(|record| record.upper.as_deref())
+            && let Ok(plan) = external_upper(upper)
+            && plan.work.exists()
+        {
+            match ExternalUpper::lock(&plan) {
+                Ok(left) => left.release()?,
+                // Another run uses it by now.
+                Err(StateError::UpperBusy { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        locked.remove()
+    }
+
     /// Takes the lock.
     ///
     /// # Errors
