@@ -214,7 +214,7 @@ impl Engine {
 
     /// Time until the next timer; `None`: until something happens.
     fn patience(&self, now: Instant) -> Option<Duration> {
-        if (self.more_frames || self.more_work) && !self.sh.tap.is_blocked() {
+        if self.forward.is_eager() || (self.more_frames || self.more_work) && !self.sh.tap.is_blocked() {
             return Some(Duration::ZERO);
         }
         self.sh.timers.next_at().map(|at| if at > now { at - now } else { Duration::ZERO })
@@ -269,6 +269,9 @@ impl Engine {
                 None => {}
             }
         }
+        for index in self.forward.take_eager() {
+            self.forward.accept(&mut self.sh, now, index, &mut self.tcp);
+        }
         if frames && self.read_frames(now) == Turn::Ends {
             return Turn::Ends;
         }
@@ -284,11 +287,12 @@ impl Engine {
                 break;
             }
         }
-        if std::mem::take(&mut self.sh.descriptor_freed) && self.forward.has_starved() {
-            for index in self.forward.take_starved() {
+        if std::mem::take(&mut self.sh.descriptor_freed) {
+            let starved = self.forward.take_starved();
+            self.more_work |= !starved.is_empty();
+            for index in starved {
                 self.forward.accept(&mut self.sh, now, index, &mut self.tcp);
             }
-            self.more_work = true;
         }
         self.watch_room();
         Turn::Goes
@@ -481,6 +485,7 @@ impl Engine {
                 TimerKey::UdpInbound => self.udp.inbound_timer(&mut self.sh, now),
                 TimerKey::Ping(id) => self.icmp.timer(&mut self.sh, now, id),
                 TimerKey::Dns(id) => self.dns.timer(&mut self.sh, now, id),
+                TimerKey::Accept => self.sh.descriptor_freed = true,
                 TimerKey::Reassembly => {
                     if let Some(at) = self.reassembly.expire(now) {
                         self.sh.timers.set(at, TimerKey::Reassembly);

@@ -135,6 +135,7 @@ pub(crate) enum TimerKey {
     Ping(FlowId),
     Dns(FlowId),
     Reassembly,
+    Accept,
 }
 
 /// Timers, earliest first. One cannot be cancelled: its owner finds when it fires that it is not due, and sets another.

@@ -16,17 +16,19 @@ use nix::sys::socket::{
     Backlog, SockFlag, SockType, SockaddrStorage, bind, getpeername, getsockname, listen, setsockopt, socket,
     sockopt,
 };
-use smoltcp::time::Instant;
+use smoltcp::time::{Duration, Instant};
 
 use crate::config::{Error, Link, Protocol, Publish};
 use crate::engine::{Shared, Token};
-use crate::flow::Endpoint;
+use crate::flow::{Endpoint, TimerKey};
 use crate::host::{self, Budget, HostFd};
 use crate::tcp::Tcp;
 use crate::udp::{self, Arrival, Udp};
 
 /// Connections or datagrams taken from one socket before others get their turn.
 const TURN: usize = 64;
+/// When a listener that got no descriptor tries again, if none of ours was closed meanwhile.
+const STARVED_RETRY: Duration = Duration::from_secs(1);
 /// How often another pair of free ports is looked for, if the one found for IPv4 is taken for IPv6.
 const PORT_TRIES: usize = 32;
 
@@ -126,6 +128,8 @@ pub(crate) struct Forward {
     tcp: Vec<(OwnedFd, u16)>,
     pub(crate) udp: Vec<HostFd>,
     udp_ports: Vec<u16>,
+    /// Listeners with more connections than one turn takes.
+    eager: Vec<usize>,
     /// Listeners that could not accept for want of descriptors.
     starved: Vec<usize>,
 }
@@ -156,8 +160,8 @@ impl Forward {
     pub(crate) fn accept(&mut self, sh: &mut Shared, now: Instant, index: usize, tcp: &mut Tcp) {
         let Some((listener, inside_port)) = self.tcp.get(index) else { return };
         for _ in 0..TURN {
-            if sh.budget.check().is_err() {
-                break;
+            if sh.budget.check_leaving(sh.budget.limit / 8).is_err() {
+                return self.starve(sh, now, index);
             }
             let fd = match crate::sys::accept(listener.as_fd()) {
                 Ok(fd) => fd,
@@ -166,7 +170,7 @@ impl Forward {
                 Err(Errno::ECONNABORTED | Errno::EINTR | Errno::EPROTO) => continue,
                 Err(errno) => {
                     tracing::debug!(%errno, "a published port cannot accept");
-                    break;
+                    return self.starve(sh, now, index);
                 }
             };
             let peer =
@@ -178,18 +182,32 @@ impl Forward {
             let fd = sh.budget.hold(fd);
             tcp.inbound(sh, now, fd, from, to);
         }
+        self.eager.push(index);
+    }
+
+    /// The listener is tried again when one of our descriptors is closed, or in a while.
+    fn starve(&mut self, sh: &mut Shared, now: Instant, index: usize) {
+        if self.starved.is_empty() {
+            sh.timers.set(now + STARVED_RETRY, TimerKey::Accept);
+        }
         if !self.starved.contains(&index) {
+            sh.stats.refused_by_limit.one();
             self.starved.push(index);
         }
+    }
+
+    /// Listeners to go on with, since they had more than one turn takes.
+    pub(crate) fn take_eager(&mut self) -> Vec<usize> {
+        std::mem::take(&mut self.eager)
+    }
+
+    pub(crate) fn is_eager(&self) -> bool {
+        !self.eager.is_empty()
     }
 
     /// Listeners that had to stop, to be tried again.
     pub(crate) fn take_starved(&mut self) -> Vec<usize> {
         std::mem::take(&mut self.starved)
-    }
-
-    pub(crate) fn has_starved(&self) -> bool {
-        !self.starved.is_empty()
     }
 
     /// Datagrams wait at a published socket.

@@ -42,7 +42,12 @@ impl Budget {
 
     /// Whether one more may be opened.
     pub(crate) fn check(&self) -> nix::Result<()> {
-        if self.used.load(Ordering::Relaxed) < self.limit { Ok(()) } else { Err(Errno::EMFILE) }
+        self.check_leaving(0)
+    }
+
+    /// Whether one more may be opened, with `rest` left for others then.
+    pub(crate) fn check_leaving(&self, rest: usize) -> nix::Result<()> {
+        if self.used.load(Ordering::Relaxed) + rest < self.limit { Ok(()) } else { Err(Errno::EMFILE) }
     }
 }
 
@@ -81,9 +86,10 @@ pub(crate) fn family(ip: IpAddr) -> AddressFamily {
 
 const FLAGS: SockFlag = SockFlag::SOCK_NONBLOCK.union(SockFlag::SOCK_CLOEXEC);
 
-/// Opens a TCP socket and begins to connect it; whether it is connected already.
-pub(crate) fn tcp_connect(budget: &Budget, to: SocketAddr) -> nix::Result<(HostFd, bool)> {
-    budget.check()?;
+/// Opens a TCP socket and begins to connect it; whether it is connected already. `rest` descriptors are left for others:
+/// a guest full of connections must still be able to resolve names.
+pub(crate) fn tcp_connect(budget: &Budget, to: SocketAddr, rest: usize) -> nix::Result<(HostFd, bool)> {
+    budget.check_leaving(rest)?;
     let fd = socket(family(to.ip()), SockType::Stream, FLAGS, None)?;
     tune_tcp(fd.as_fd());
     let connected = match connect(fd.as_raw_fd(), &SockaddrStorage::from(to)) {

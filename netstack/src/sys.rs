@@ -46,7 +46,9 @@ pub(crate) fn open_tap(name: &str) -> io::Result<OwnedFd> {
 /// Leaves the device to its network namespace: closing the descriptor no longer removes it.
 pub(crate) fn leave_tap_to_namespace(fd: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: TUNSETPERSIST takes its argument by value.
-    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETPERSIST, 1) }).map(drop).map_err(io::Error::from)
+    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETPERSIST, 1) })
+        .map(drop)
+        .map_err(io::Error::from)
 }
 
 /// Whether `fd` is a TAP in the mode this crate needs (IFF_TAP, IFF_VNET_HDR, no packet information).
@@ -224,6 +226,24 @@ impl RingSocket {
 
     pub(crate) fn abort(&mut self) {
         self.get_mut().abort();
+    }
+
+    /// Gives the transmit ring's pages back if it is empty. (The receive ring may hold segments behind a gap, which
+    /// smoltcp does not tell of.)
+    pub(crate) fn release_idle_pages(&mut self) -> bool {
+        if self.get().send_queue() > 0 {
+            return false;
+        }
+        let capacity = self.rings.capacity;
+        let released = self.send(|room| {
+            if room.len() == capacity {
+                // SAFETY: the range is the whole ring, page-aligned as the mapping's second half, and lent to us for
+                // writing; it is empty, so nobody minds that it reads as zeroes afterwards.
+                let _ = unsafe { libc::madvise(room.as_mut_ptr().cast(), room.len(), libc::MADV_DONTNEED) };
+            }
+            (0, room.len() == capacity)
+        });
+        released.unwrap_or(false)
     }
 
     pub(crate) fn poll_ingress(&mut self, iface: &mut Interface, now: Instant, device: &mut impl Device) {

@@ -50,8 +50,15 @@ use crate::sys::{RingSocket, Rings};
 
 /// Bytes moved for one flow before the others get their turn.
 const TURN_BUDGET: usize = 1024 * 1024;
-/// Pages of a finished flow that moved more than this go back to the kernel.
+/// Pages of a finished or idle flow that moved more than this go back to the kernel.
 const KEEP_WARM: usize = 64 * 1024;
+
+/// What epoll tells of a host socket, each time it becomes so.
+const WATCHED: EpollFlags = EpollFlags::EPOLLIN
+    .union(EpollFlags::EPOLLPRI)
+    .union(EpollFlags::EPOLLOUT)
+    .union(EpollFlags::EPOLLRDHUP)
+    .union(EpollFlags::EPOLLET);
 
 /// The other side of a flow.
 #[derive(Debug)]
@@ -66,12 +73,29 @@ struct HostSide {
     /// What epoll last said. It says so once, so these stay set until the kernel answers EAGAIN.
     readable: bool,
     writable: bool,
-    /// The peer's FIN is somewhere in the queue: a short read then does not mean that there is nothing more to read.
-    fin_queued: bool,
+    /// A short read does not mean that there is nothing more to read: the peer's FIN is somewhere in the queue, or
+    /// urgent data, at which reads stop (tcp(7)).
+    more_behind: bool,
     /// Everything up to the peer's FIN has been read.
     eof: bool,
     /// The guest's FIN has been passed on.
     shut: bool,
+    /// The connection broke. What the peer had sent before can still be read.
+    failed: bool,
+}
+
+impl HostSide {
+    fn new(fd: HostFd, connected: bool) -> Self {
+        Self {
+            fd,
+            readable: false,
+            writable: connected,
+            more_behind: false,
+            eof: false,
+            shut: false,
+            failed: false,
+        }
+    }
 }
 
 /// The forwarder's side of a DNS connection.
@@ -110,12 +134,18 @@ struct Flow {
     finished: bool,
     /// A connection to a published port that the guest has not accepted yet.
     inbound_until: Option<Instant>,
-    /// When the guest was last heard of.
+    /// When the guest was last heard of, or it began to owe us an acknowledgement, whichever was later.
     heard: Instant,
+    /// The guest owes us an acknowledgement.
+    owes: bool,
     /// The flow's earliest timer.
     timer: Option<Instant>,
-    /// Bytes moved, so that the rings' pages can be given back.
+    /// A timer, and nothing else, brought us here.
+    rested: bool,
+    /// Bytes moved.
     moved: usize,
+    /// What that was when the rings' pages were last given back.
+    released: usize,
 }
 
 /// A query that came over TCP.
@@ -270,18 +300,16 @@ impl Tcp {
             sh.stats.refused_by_limit.one();
             return self.refuse(sh, now, packet);
         }
-        let (fd, connected) = match host::tcp_connect(&sh.budget, to) {
+        let (fd, connected) = match host::tcp_connect(&sh.budget, to, sh.budget.limit / 8) {
             Ok(opened) => opened,
             Err(errno) => return self.fail_syn(sh, now, packet, errno),
         };
         let syn = packet.plain().into_owned();
-        let far =
-            HostSide { fd, readable: false, writable: connected, fin_queued: false, eof: false, shut: false };
+        let far = HostSide::new(fd, connected);
         self.half_open += 1;
         let id = self.insert(sh, now, key, Phase::Connecting { syn }, Far::Host(far));
         let Some(Flow { far: Far::Host(host), .. }) = self.flows.get(id) else { return };
-        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
-        if let Err(errno) = sh.watch(host.fd.as_fd(), Token::Tcp(id), flags) {
+        if let Err(errno) = sh.watch(host.fd.as_fd(), Token::Tcp(id), WATCHED) {
             self.remove(sh, id, true);
             return self.fail_syn(sh, now, packet, errno);
         }
@@ -332,14 +360,13 @@ impl Tcp {
             return refuse(sh, fd);
         }
         host::tune_tcp(fd.as_fd());
-        let far = HostSide { fd, readable: true, writable: true, fin_queued: false, eof: false, shut: false };
+        let far = HostSide { readable: true, ..HostSide::new(fd, true) };
         let id = self.insert(sh, now, key, Phase::Open(Box::new(socket)), Far::Host(far));
         sh.stats.tcp_in.one();
         let Some(flow) = self.flows.get_mut(id) else { return };
         flow.inbound_until = Some(now + INBOUND_CONNECT);
         let Far::Host(host) = &flow.far else { return };
-        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
-        if sh.watch(host.fd.as_fd(), Token::Tcp(id), flags).is_err() {
+        if sh.watch(host.fd.as_fd(), Token::Tcp(id), WATCHED).is_err() {
             return self.remove(sh, id, true);
         }
         self.mark(id);
@@ -357,8 +384,11 @@ impl Tcp {
             finished: false,
             inbound_until: None,
             heard: now,
+            owes: false,
             timer: None,
+            rested: false,
             moved: 0,
+            released: 0,
         });
         self.by_key.insert(key, id);
         sh.stats.tcp_flows.set(self.flows.len());
@@ -436,7 +466,7 @@ impl Tcp {
             let error = host::socket_error(host.fd.as_fd());
             host.readable = true;
             host.writable = true;
-            host.fin_queued = events.contains(EpollFlags::EPOLLRDHUP);
+            host.more_behind = events.intersects(EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLPRI);
             match error {
                 None => self.establish(sh, now, id),
                 Some(errno) => {
@@ -449,9 +479,13 @@ impl Tcp {
             }
             return;
         }
+        if events.contains(EpollFlags::EPOLLERR) {
+            // Asking takes the error away, so it has to be remembered.
+            host.failed |= host::socket_error(host.fd.as_fd()).is_some();
+        }
         host.readable |= broken || events.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP);
         host.writable |= broken || events.contains(EpollFlags::EPOLLOUT);
-        host.fin_queued |= broken || events.contains(EpollFlags::EPOLLRDHUP);
+        host.more_behind |= broken || events.intersects(EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLPRI);
         self.mark(id);
     }
 
@@ -471,6 +505,7 @@ impl Tcp {
             && flow.timer.is_some_and(|at| at <= now)
         {
             flow.timer = None;
+            flow.rested = true;
             self.mark(id);
         }
     }
@@ -514,16 +549,19 @@ impl Tcp {
                 move_dns(id, socket, dns, &mut self.dns_queries);
                 let idle = now >= flow.heard + DNS_TCP_IDLE && dns.under_way == 0;
                 let done = flow.guest_fin && dns.under_way == 0 && !socket.can_recv();
-                if (done || idle) && dns.output.is_empty() && !flow.closed {
+                // Once more as long for the guest to close its half, too.
+                let abandoned = now >= flow.heard + DNS_TCP_IDLE * 2 && dns.under_way == 0;
+                let open = matches!(socket.state(), State::Established | State::CloseWait);
+                if (done || idle) && open && dns.output.is_empty() && !flow.closed {
                     flow.closed = true;
                     socket.close();
                 }
-                Fate::Goes
+                if abandoned { Fate::Broken } else { Fate::Goes }
             }
         };
         if fate == Fate::Broken
             || flow.inbound_until.is_some_and(|until| now >= until)
-            || (now >= flow.heard + GUEST_SILENCE && awaits_guest(socket))
+            || (flow.owes && now >= flow.heard + GUEST_SILENCE)
         {
             socket.abort();
             fate = Fate::Broken;
@@ -558,6 +596,11 @@ impl Tcp {
         if flow.moved - before >= TURN_BUDGET {
             return self.mark(id);
         }
+        // The retransmission timer outlives the data it was set for: a good moment to see whether the flow rests.
+        let rested = std::mem::take(&mut flow.rested) && flow.moved == before;
+        if rested && flow.moved - flow.released > KEEP_WARM && socket.release_idle_pages() {
+            flow.released = flow.moved;
+        }
         self.arm(sh, now, id);
     }
 
@@ -566,12 +609,17 @@ impl Tcp {
         let Some(flow) = self.flows.get_mut(id) else { return };
         let Phase::Open(socket) = &flow.phase else { return };
         let own = if flow.finished { None } else { socket.poll_at(&mut self.iface, now) };
+        let owes = awaits_guest(socket);
+        if owes && !flow.owes {
+            flow.heard = now;
+        }
+        flow.owes = owes;
         // What is due now has just been done; a moment's patience keeps a misunderstanding from becoming a busy loop.
         let own = own.map(|at| at.max(now + Duration::from_millis(10)));
-        let silence = awaits_guest(socket).then_some(flow.heard + GUEST_SILENCE);
-        let idle = matches!(flow.far, Far::Dns(_)).then_some(flow.heard + DNS_TCP_IDLE);
-        let wanted =
-            [own, silence, idle.filter(|_| !flow.closed), flow.inbound_until].into_iter().flatten().min();
+        let silence = owes.then_some(flow.heard + GUEST_SILENCE);
+        let idle = matches!(flow.far, Far::Dns(_))
+            .then_some(flow.heard + if flow.closed { DNS_TCP_IDLE * 2 } else { DNS_TCP_IDLE });
+        let wanted = [own, silence, idle, flow.inbound_until].into_iter().flatten().min();
         let Some(at) = wanted.map(|at| at.max(now + Duration::from_millis(1))) else { return };
         if flow.timer.is_none_or(|timer| at < timer) {
             flow.timer = Some(at);
@@ -633,9 +681,11 @@ fn move_host(socket: &mut RingSocket, host: &mut HostSide, moved: &mut usize, cl
                 host.writable = n == len;
             }
             Ok((Err(Errno::EAGAIN), _)) => host.writable = false,
-            // The guest may still read what the peer sent before it went away, as it could without us.
-            Ok((Err(_), _)) if host.readable && !host.eof => break,
-            Ok((Err(_), _)) => return Fate::Broken,
+            // The guest may still read what the peer sent before it went away, as it could without us: below.
+            Ok((Err(_), _)) => {
+                host.failed = true;
+                break;
+            }
             Err(_) => break,
         }
     }
@@ -646,17 +696,20 @@ fn move_host(socket: &mut RingSocket, host: &mut HostSide, moved: &mut usize, cl
             (got.unwrap_or(0), (got, room.len()))
         });
         match got {
+            Ok((Ok(0), _)) if host.failed => return Fate::Broken,
             Ok((Ok(0), _)) => host.eof = true,
             Ok((Ok(n), room)) => {
                 *moved += n;
-                host.readable = n == room || host.fin_queued;
+                host.readable = n == room || host.more_behind;
             }
             Ok((Err(Errno::EAGAIN), _)) => host.readable = false,
             Ok((Err(_), _)) => return Fate::Broken,
             Err(_) => break,
         }
     }
-    Fate::Goes
+    // Nothing more will be read, or there never will be room for it.
+    let drained = host.eof || !host.readable;
+    if host.failed && drained { Fate::Broken } else { Fate::Goes }
 }
 
 fn retry<R>(mut call: impl FnMut() -> nix::Result<R>) -> nix::Result<R> {

@@ -243,7 +243,7 @@ impl Pending {
                 Ok(Upstream::Udp(fd))
             }
             Origin::Tcp(_) => {
-                let (fd, _) = host::tcp_connect(&sh.budget, server)?;
+                let (fd, _) = host::tcp_connect(&sh.budget, server, 0)?;
                 let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
                 sh.watch(fd.as_fd(), Token::Dns(id), flags)?;
                 Ok(Upstream::Tcp { fd, sent: 0, input: Vec::new() })
