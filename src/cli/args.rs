@@ -58,14 +58,6 @@ pub(super) enum Command {
         /// The subcommand; without one, the page of rootlet itself
         subcommand: Option<String>,
     },
-    /// Try one thing in a process of its own (for the doctor)
-    #[command(hide = true)]
-    InternalProbe {
-        /// Its name
-        probe: String,
-        /// What it is about
-        argument: Option<OsString>,
-    },
 }
 
 const RUN_EXAMPLES: &str = "\

@@ -65,7 +65,7 @@ pub(super) fn ls(args: &LsArgs) -> Result<u8, Failure> {
                     code,
                     created: record.map(|record| record.created_ms / 1000),
                     command: record.map_or(&[], |record| record.command.as_slice()),
-                    upper: record.and_then(|record| record.upper.as_deref()),
+                    upper: record.and_then(|record| Some(record.upper()?.dir.as_path())),
                 }
             })
             .collect();

@@ -23,10 +23,7 @@ struct Listed {
 pub(super) fn diff(args: &DiffArgs) -> Result<u8, Failure> {
     let found = StateRoot::open().and_then(|state| state.find(&args.name)).map_err(|error| failed(&error))?;
     let record = found.record().map_err(|error| failed(&error))?;
-    let changes = match &record.upper {
-        Some(upper) => fsoverlay::changes(upper, &record.layers).map_err(|error| Failure::new(&error))?,
-        None => Vec::new(),
-    };
+    let changes = record.changes().map_err(|error| Failure::new(&error))?;
     let kind_of = |kind| match kind {
         fsoverlay::ChangeKind::Added => ("A", "added"),
         fsoverlay::ChangeKind::Modified => ("M", "modified"),

@@ -17,6 +17,7 @@ use clap::error::ErrorKind;
 
 use self::args::{Cli, Command};
 use self::output::Failure;
+use crate::host::probe;
 use crate::log;
 
 /// Exit status of `run` for everything that is our failure, wrong flags included.
@@ -27,6 +28,12 @@ const WRONG_USAGE: u8 = 2;
 /// Runs the command line; gives the exit status.
 pub fn main(args: impl Iterator<Item = OsString>) -> u8 {
     let args: Vec<OsString> = args.collect();
+    // Not in the definitions: it is the doctor's, and would show in completions.
+    if let [_, word, probe, argument @ ..] = args.as_slice()
+        && word == probe::WORD
+    {
+        return probe::run(&probe.to_string_lossy(), argument.first().map(OsString::as_os_str));
+    }
     let is_run = is_run(&args);
     let outcome = refuse_privilege().and_then(|()| match Cli::try_parse_from(&args) {
         Ok(cli) => dispatch(cli),
@@ -57,9 +64,6 @@ fn dispatch(cli: Cli) -> Result<u8, Failure> {
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Completions { shell } => Ok(docs::completions(shell)),
         Command::Man { subcommand } => docs::man(subcommand.as_deref()),
-        Command::InternalProbe { probe, argument } => {
-            Ok(crate::host::probe::run(&probe, argument.as_deref()))
-        }
     }
 }
 

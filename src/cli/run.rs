@@ -182,8 +182,8 @@ fn finish(
         }
     };
     let name = made.name().to_owned();
-    let count = match &record.upper {
-        Some(upper) if report.changed && !spec.remove => count_changes(upper, &record.layers),
+    let count = match record.upper() {
+        Some(upper) if report.changed && !spec.remove => count_changes(&upper.dir, &record),
         _ => Count::Exactly(0),
     };
     let what = match count {
@@ -196,16 +196,13 @@ fn finish(
         Count::Unknown => "changes".to_owned(),
     };
     record.state = BoxState::Ended(report.outcome.clone());
-    // The work directory first: on a full disk that makes room for the record.
-    tell(made.remove_work());
     tell(made.write_record(&record));
-    let place = match (&record.upper, record.upper_is_external) {
-        (Some(upper), true) => format!(" in {}", upper.display()),
-        _ => String::new(),
-    };
-    output::note(&format!(
-        "box {name} keeps {what}{place}: see 'rootlet diff {name}', drop with 'rootlet rm {name}'"
-    ));
+    output::note(&match (record.upper(), record.upper_is_external) {
+        (Some(upper), true) => {
+            format!("box {name} left {what} in {}: see 'rootlet diff {name}'", upper.dir.display())
+        }
+        _ => format!("box {name} keeps {what}: see 'rootlet diff {name}', drop with 'rootlet rm {name}'"),
+    });
     Done { name, report, kept: true }
 }
 
@@ -218,9 +215,9 @@ enum Count {
 
 /// Counts the changes where that is quick: telling a modified file from one of which only the
 /// times differ means reading it.
-fn count_changes(upper: &Path, layers: &[PathBuf]) -> Count {
+fn count_changes(upper: &Path, record: &BoxRecord) -> Count {
     let mut budget = Budget { entries: 500, bytes: 16 << 20 };
-    match budget.spend_on(upper).and_then(|()| fsoverlay::changes(upper, layers).ok()) {
+    match budget.spend_on(upper).and_then(|()| record.changes().ok()) {
         Some(changes) => Count::Exactly(changes.len()),
         None => Count::Unknown,
     }

@@ -10,6 +10,7 @@ mod explain;
 mod ids;
 mod mounts;
 mod net;
+mod overlay;
 #[cfg(test)]
 mod tests;
 

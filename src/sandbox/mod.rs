@@ -17,9 +17,9 @@ mod tree;
 
 pub use record::{BoxRecord, BoxState, ProcessId};
 
-use std::fs::{DirBuilder, File};
+use std::fs::{DirBuilder, File, Permissions};
 use std::io::{ErrorKind, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -250,7 +250,7 @@ impl StateRoot {
             let made = LockedBox { name: candidate, dir, lock };
             for (part, mode) in [("upper", 0o755), ("work", 0o700)] {
                 let path = made.dir.join(part);
-                if let Err(error) = DirBuilder::new().mode(mode).create(&path) {
+                if let Err(error) = make_dir(&path, mode) {
                     made.remove().ok();
                     return Err(failed("make the directory", &path)(error));
                 }
@@ -299,6 +299,13 @@ impl StateRoot {
     }
 }
 
+/// Makes a directory of exactly this mode: the upper's is that of `/` inside, whatever the
+/// caller's umask.
+fn make_dir(path: &Path, mode: u32) -> std::io::Result<()> {
+    DirBuilder::new().mode(mode).create(path)?;
+    std::fs::set_permissions(path, Permissions::from_mode(mode))
+}
+
 /// Where changes go when `--upper` is given: the directory, and a work directory beside it
 /// (it must be on the same file system and must not show in the upper).
 ///
@@ -312,7 +319,7 @@ pub fn external_upper(upper: &Path) -> Result<UpperPlan> {
     Ok(UpperPlan { work: dir.with_file_name(work), dir })
 }
 
-/// An external upper in use by this process. Its work directory goes away with it.
+/// An external upper in use by this process.
 #[derive(Debug)]
 pub struct ExternalUpper {
     plan: UpperPlan,
@@ -326,7 +333,7 @@ impl ExternalUpper {
     /// # Errors
     /// When another run uses it or it cannot be made.
     pub fn lock(plan: &UpperPlan) -> Result<Self> {
-        let make = |path: &Path, mode: u32| match DirBuilder::new().mode(mode).create(path) {
+        let make = |path: &Path, mode: u32| match make_dir(path, mode) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
             Err(error) => Err(failed("make the directory", path)(error)),
             Ok(()) => Ok(true),
@@ -343,12 +350,24 @@ impl ExternalUpper {
         Ok(Self { plan: plan.clone(), made, _lock: lock })
     }
 
-    /// Removes the work directory; the upper stays, unless this run made it and nothing is in it.
+    /// Removes the work directory, unless it holds the owners of links, which links cannot hold
+    /// themselves. The upper stays, unless this run made it and nothing is in it.
     ///
     /// # Errors
     /// When the work directory cannot be removed.
     pub fn release(self) -> Result<()> {
-        tree::remove_tree(&self.plan.work).map_err(failed("remove", &self.plan.work))?;
+        let work = &self.plan.work;
+        let owners = work.join("owners");
+        if std::fs::symlink_metadata(&owners).is_ok_and(|meta| meta.len() > 0) {
+            for entry in std::fs::read_dir(work).map_err(failed("list", work))? {
+                let path = entry.map_err(failed("list", work))?.path();
+                if path != owners {
+                    tree::remove_tree(&path).map_err(failed("remove", &path))?;
+                }
+            }
+        } else {
+            tree::remove_tree(work).map_err(failed("remove", work))?;
+        }
         if self.made {
             // Not empty: that is what it is for.
             std::fs::remove_dir(&self.plan.dir).ok();
@@ -399,15 +418,6 @@ impl LockedBox {
             std::fs::rename(&temporary, &path)
         };
         write().map_err(failed("write", &path))
-    }
-
-    /// Removes the work directory, which only a running box needs.
-    ///
-    /// # Errors
-    /// When it cannot be removed.
-    pub fn remove_work(&self) -> Result<()> {
-        let work = self.dir.join("work");
-        tree::remove_tree(&work).map_err(failed("remove", &work))
     }
 
     /// Removes the box with everything in it.
@@ -474,11 +484,10 @@ impl FoundBox {
     /// When something of it cannot be removed.
     pub fn remove(&self, locked: LockedBox) -> Result<()> {
         let external = self.record.as_ref().filter(|record| record.upper_is_external);
-        if let Some(upper) = external.and_then(|record| record.upper.as_deref())
-            && let Ok(plan) = external_upper(upper)
-            && plan.work.exists()
+        if let Some(upper) = external.and_then(BoxRecord::upper)
+            && upper.work.exists()
         {
-            match ExternalUpper::lock(&plan) {
+            match ExternalUpper::lock(upper) {
                 Ok(left) => left.release()?,
                 // Another run uses it by now.
                 Err(StateError::UpperBusy { .. }) => {}
@@ -547,7 +556,6 @@ impl FoundBox {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt as _;
 
     struct Scratch(PathBuf);
 

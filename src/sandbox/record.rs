@@ -1,11 +1,11 @@
 //! `box.json`: what is known of a box.
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::plan::Plan;
+use crate::plan::{IdPlan, Plan, RootPlan, UpperPlan};
 use crate::report::Outcome;
 
 /// The version of the format; a reader refuses a later one.
@@ -23,12 +23,10 @@ pub struct BoxRecord {
     /// Command and arguments.
     #[serde(with = "crate::spec::os::list")]
     pub command: Vec<OsString>,
-    /// Layers on the host, the lowest first.
-    #[serde(with = "crate::spec::os::list")]
-    pub layers: Vec<PathBuf>,
-    /// Where its changes are; `None`: it was read-only.
-    #[serde(with = "crate::spec::os::option")]
-    pub upper: Option<PathBuf>,
+    /// The ids inside: they say what owners on disk mean.
+    pub ids: IdPlan,
+    /// What its root was made of, and where its changes are.
+    pub root: RootPlan,
     /// `--upper` was given: the changes are not the box's own.
     pub upper_is_external: bool,
     /// `--rm` was given.
@@ -89,8 +87,8 @@ impl BoxRecord {
             name: plan.name.clone(),
             created_ms: now.map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX)),
             command: plan.process.args.clone(),
-            layers: plan.root.layers.iter().map(|layer| layer.host_path.clone()).collect(),
-            upper: plan.root.upper.as_ref().map(|upper| upper.dir.clone()),
+            ids: plan.ids.clone(),
+            root: plan.root.clone(),
             upper_is_external,
             remove: plan.remove,
             supervisor: ProcessId::own(),
@@ -98,10 +96,31 @@ impl BoxRecord {
         }
     }
 
+    /// Where its changes are; `None`: it was read-only.
+    #[must_use]
+    pub fn upper(&self) -> Option<&UpperPlan> {
+        self.root.upper.as_ref()
+    }
+
     /// The changes that belong to the box, if they do.
     #[must_use]
     pub fn own_upper(&self) -> Option<&Path> {
-        self.upper.as_deref().filter(|_| !self.upper_is_external)
+        self.upper().filter(|_| !self.upper_is_external).map(|upper| upper.dir.as_path())
+    }
+
+    /// What it changed, by path, parents first.
+    ///
+    /// # Errors
+    /// When a layer or the upper is gone or cannot be read.
+    pub fn changes(&self) -> Result<Vec<fsoverlay::Change>, fsoverlay::Error> {
+        let mut spec = self.root.overlay_spec(&self.ids, 1);
+        if let Some(upper) = &mut spec.upper
+            && !upper.work.exists()
+        {
+            // It held nothing worth keeping and is gone; reading needs none.
+            upper.work.clone_from(&upper.dir);
+        }
+        fsoverlay::changes_of(&spec)
     }
 }
 
