@@ -124,8 +124,9 @@ impl Trouble {
             ),
             Self::UsernsForbidden => (
                 "user namespaces are forbidden here",
-                "in a container, run it with `--security-opt seccomp=unconfined` (docker, podman) or let its \
-                 security profile allow clone and unshare with CLONE_NEWUSER"
+                "inside rootlet, run the outer one with --nested; in a container, run it with \
+                 `--security-opt seccomp=unconfined` (docker, podman) or let its security profile allow clone and \
+                 unshare with CLONE_NEWUSER"
                     .into(),
             ),
             Self::UsernsDepth => ("the kernel nests user namespaces 32 deep", "start it in an outer sandbox".into()),
@@ -284,8 +285,9 @@ pub fn diagnose(step: &str, errno: Errno, sysctls: &Sysctls) -> Option<Trouble> 
             Trouble::UsernsDepth
         }
         ("clone", ENOSPC | EUSERS) => Trouble::UsernsLimit,
-        ("clone", EINVAL | ENOSYS) => Trouble::NoNamespace,
-        ("clone" | "uid_map", EPERM | EACCES) => forbidden(),
+        ("clone", EINVAL) => Trouble::NoNamespace,
+        // No kernel that runs us lacks clone3: a filter answers so.
+        ("clone" | "uid_map", EPERM | EACCES | ENOSYS) => forbidden(),
         ("map_helper", ENOENT) => Trouble::Helpers,
         ("map_helper", ETIMEDOUT) => Trouble::HelperHangs,
         ("map_helper", _) => Trouble::HelperRefuses,
@@ -338,6 +340,7 @@ mod tests {
     fn the_same_errno_means_what_the_settings_say() {
         let of = |sysctls: Sysctls| diagnose("clone", Errno::EPERM, &sysctls);
         assert_eq!(of(Sysctls::default()), Some(Trouble::UsernsForbidden));
+        assert_eq!(diagnose("clone", Errno::ENOSYS, &Sysctls::default()), Some(Trouble::UsernsForbidden));
         let debian = Sysctls { unprivileged_userns_clone: Some(0), ..Sysctls::default() };
         assert_eq!(of(debian), Some(Trouble::UsernsClone));
         let ubuntu = Sysctls { apparmor_restrict: Some(1), ..Sysctls::default() };

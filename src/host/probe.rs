@@ -1,6 +1,6 @@
 //! Trying one thing, in a process of its own that ends afterwards.
 //!
-//! The doctor starts our own program with the hidden subcommand `internal-probe NAME`. What
+//! The doctor starts our own program with the hidden words `internal-probe NAME` ([`WORD`]). What
 //! the probe makes (namespaces, mounts, a TAP, a filter) dies with its process. The result
 //! goes to standard output as JSON, one [`Outcome`].
 
@@ -23,6 +23,9 @@ pub struct Outcome {
     /// The failed step by its name in [`super::hints::diagnose`] and its errno.
     pub failed: Option<(String, i32)>,
 }
+
+/// The first argument that makes our program a probe.
+pub const WORD: &str = "internal-probe";
 
 /// No probe takes longer, unless something hangs.
 pub const TIME_LIMIT: Duration = Duration::from_secs(5);
@@ -158,7 +161,7 @@ fn landlock() -> Step {
 /// Starts a probe.
 fn spawn(name: &str, argument: Option<&str>) -> std::io::Result<Child> {
     Command::new("/proc/self/exe")
-        .args(["internal-probe", name])
+        .args([WORD, name])
         .args(argument)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

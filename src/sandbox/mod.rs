@@ -427,6 +427,10 @@ impl LockedBox {
     pub fn remove(self) -> Result<()> {
         tree::remove_tree(&self.dir).map_err(failed("remove", &self.dir))?;
         drop(self.lock);
+        if let Some(boxes) = self.dir.parent() {
+            // The last one leaves nothing behind: a sandbox around ours would show it as a change.
+            std::fs::remove_dir(boxes).ok();
+        }
         Ok(())
     }
 }
