@@ -1,0 +1,344 @@
+//! What an upper changes against the layers below it, from the disk alone.
+//!
+//! The upper is walked directly; for each entry the layers are asked through an engine
+//! that has no upper. So only what was changed costs anything, however large the layers.
+
+use std::collections::BTreeSet;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::attr::{Kind, Meta};
+use crate::config::{LayerSpec, OverlaySpec, Owners, UpperSpec};
+use crate::engine::{Content, Engine};
+use crate::errno::{Errno, Res, missing_ok};
+use crate::inode::Node;
+use crate::layer::{RealDir, open_for_reading};
+use crate::lookup::{Probe, Seen};
+use crate::readdir::for_each_entry;
+use crate::{Error, sys};
+
+/// One difference between the upper and the layers below it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    /// Path in the merged tree, absolute.
+    pub path: PathBuf,
+    /// What happened to it.
+    pub kind: ChangeKind,
+}
+
+/// What happened to an object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChangeKind {
+    /// Not in the layers.
+    Added,
+    /// Content (or type) differs.
+    Modified,
+    /// In the layers, not in the merged tree.
+    Deleted,
+    /// Same content; mode, owner, times or xattrs differ.
+    Metadata,
+}
+
+/// [`changes_of`] where only the directories are known: owners that differ as the
+/// caller's own id and 0 do are taken for the same, and so are owners of links.
+///
+/// # Errors
+/// If a layer or the upper cannot be read.
+pub fn changes(upper: &Path, layers: &[PathBuf]) -> Result<Vec<Change>, Error> {
+    let layer = |dir: &PathBuf| LayerSpec { dir: dir.clone(), owners: Owners::Numeric, hidden: Vec::new() };
+    let spec = OverlaySpec {
+        layers: layers.iter().map(layer).collect(),
+        generated: Vec::new(),
+        upper: Some(UpperSpec { dir: upper.to_owned(), work: upper.to_owned() }),
+        squash: None,
+        workers: 1,
+    };
+    compare(&spec, true)
+}
+
+/// Lists what the upper changes against the layers below, by path, parents first.
+/// Works on the disk alone; nothing needs to be mounted. `spec` is the one that the
+/// overlay was opened with (or will be).
+///
+/// A directory that is gone is listed itself, not what was in it. Copies that are the
+/// same as their originals are not listed. Times of directories are not compared: they
+/// follow from changes inside, which are listed.
+///
+/// # Errors
+/// If a layer or the upper cannot be read.
+pub fn changes_of(spec: &OverlaySpec) -> Result<Vec<Change>, Error> {
+    compare(spec, false)
+}
+
+fn compare(spec: &OverlaySpec, lenient: bool) -> Result<Vec<Change>, Error> {
+    let Some(upper) = &spec.upper else { return Ok(Vec::new()) };
+    let failed = |err: Errno| Error::Open { path: upper.dir.clone(), source: err.into() };
+    let top = Engine::open(&OverlaySpec { layers: Vec::new(), generated: Vec::new(), ..spec.clone() })?;
+    let below =
+        Engine::open(&OverlaySpec { upper: None, ..spec.clone() }).map(Some).or_else(|err| match err {
+            Error::Nothing => Ok(None),
+            other => Err(other),
+        })?;
+    let mut diff = Diff { top: &top, below: below.as_ref(), lenient, list: Vec::new() };
+    let root = top.upper().map_err(failed)?.root.clone();
+    let lower = below.as_ref().map(|engine| engine.root().clone());
+    diff.root(&root, lower.as_ref()).map_err(failed)?;
+    diff.list.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(diff.list)
+}
+
+/// A directory of the upper still to be compared.
+struct Todo {
+    dir: Arc<RealDir>,
+    /// The directory below that it merges with.
+    lower: Option<Arc<Node>>,
+    path: PathBuf,
+    opaque: bool,
+}
+
+struct Diff<'a> {
+    /// An engine that knows the upper only.
+    top: &'a Engine,
+    /// One that knows everything else.
+    below: Option<&'a Engine>,
+    /// Owners are not known for sure.
+    lenient: bool,
+    list: Vec<Change>,
+}
+
+impl Diff<'_> {
+    fn note(&mut self, path: &Path, kind: ChangeKind) {
+        self.list.push(Change { path: path.to_owned(), kind });
+    }
+
+    fn root(&mut self, upper: &Arc<RealDir>, lower: Option<&Arc<Node>>) -> Res<()> {
+        let fd = self.top.fd(upper)?;
+        let marks = crate::xattr::Marks::read(sys::At::Name(fd.as_fd(), b"."))?;
+        let recorded = marks.record.as_deref().and_then(|r| Meta::from_record(r, Kind::Dir));
+        if let (Some(meta), Some(lower)) = (recorded, lower)
+            && !self.same_meta(lower, meta)
+        {
+            self.note(Path::new("/"), ChangeKind::Metadata);
+        }
+        marks.note(upper);
+        self.dirs(vec![Todo {
+            dir: upper.clone(),
+            lower: lower.cloned(),
+            path: PathBuf::from("/"),
+            opaque: marks.opaque,
+        }])
+    }
+
+    /// Compares directories, and those in them; a list of work, because trees are deep.
+    fn dirs(&mut self, mut work: Vec<Todo>) -> Res<()> {
+        while let Some(Todo { dir, lower, path, opaque }) = work.pop() {
+            let fd = open_for_reading(self.top.fd(&dir)?.as_fd())?;
+            let mut names: BTreeSet<Box<[u8]>> = BTreeSet::new();
+            for_each_entry(&fd, |name, _, _| {
+                names.insert(name.into());
+                true
+            })?;
+            let mut present = BTreeSet::new();
+            for name in names {
+                let path = path.join(std::ffi::OsStr::from_bytes(&name));
+                let old = self.lower(lower.as_ref(), &name)?;
+                match self.top.probe(&dir, &name, true)? {
+                    Probe::Missing => {}
+                    Probe::Whiteout => {
+                        if old.is_some() {
+                            self.note(&path, ChangeKind::Deleted);
+                            present.insert(name);
+                        }
+                    }
+                    Probe::Found(seen) => {
+                        self.entry(&dir, &name, *seen, old, path, &mut work)?;
+                        present.insert(name);
+                    }
+                }
+            }
+            if let (true, Some(engine), Some(lower)) = (opaque, self.below, &lower) {
+                for name in engine.entry_names(lower)? {
+                    if !present.contains(&name) {
+                        self.note(&path.join(std::ffi::OsStr::from_bytes(&name)), ChangeKind::Deleted);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn same_meta(&self, old: &Node, new: Meta) -> bool {
+        let old = old.inner.lock().meta;
+        if old == new || !self.lenient {
+            return old == new;
+        }
+        let me = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        let mine = |id: u32, mine: u32| if id == mine { 0 } else { id };
+        let known = Meta { uid: mine(old.uid, me.0), gid: mine(old.gid, me.1), ..old };
+        let new = Meta { uid: mine(new.uid, me.0), gid: mine(new.gid, me.1), ..new };
+        known == new || old.kind == Kind::Symlink
+    }
+
+    fn lower(&self, dir: Option<&Arc<Node>>, name: &[u8]) -> Res<Option<Arc<Node>>> {
+        match (self.below, dir) {
+            (Some(engine), Some(dir)) if dir.kind == Kind::Dir => missing_ok(engine.lookup(dir, name)),
+            _ => Ok(None),
+        }
+    }
+
+    fn entry(
+        &mut self,
+        dir: &Arc<RealDir>,
+        name: &[u8],
+        seen: Seen,
+        old: Option<Arc<Node>>,
+        path: PathBuf,
+        work: &mut Vec<Todo>,
+    ) -> Res<()> {
+        let real = seen.stat.kind();
+        let kind = match &old {
+            None => Some(ChangeKind::Added),
+            Some(old) if old.kind != seen.meta.kind => Some(ChangeKind::Modified),
+            Some(old) if old.kind == Kind::Dir => {
+                let same = self.same_meta(old, seen.meta) && self.same_xattrs(dir, name, old)?;
+                (!same).then_some(ChangeKind::Metadata)
+            }
+            Some(old) => self.compare(dir, name, &seen, old)?,
+        };
+        if let Some(kind) = kind {
+            self.note(&path, kind);
+        }
+        if real == Some(Kind::Dir) {
+            let child = RealDir::child(dir, name, seen.stat.key);
+            seen.marks.note(&child);
+            let lower = old.filter(|old| old.kind == Kind::Dir);
+            work.push(Todo { dir: child, lower, path, opaque: seen.marks.opaque });
+        }
+        Ok(())
+    }
+
+    /// Compares two objects of one type that is not a directory.
+    fn compare(
+        &self,
+        dir: &Arc<RealDir>,
+        name: &[u8],
+        seen: &Seen,
+        old: &Arc<Node>,
+    ) -> Res<Option<ChangeKind>> {
+        let engine = self.below.ok_or(Errno::STALE)?;
+        let fd = self.top.fd(dir)?;
+        let old_stat = engine.stat(old)?;
+        let same_content = match old.kind {
+            Kind::File => seen.stat.size == old_stat.size && self.same_bytes(dir, name, old)?,
+            Kind::Symlink => {
+                rustix::fs::readlinkat(&*fd, name, Vec::new())?.into_bytes() == engine.read_link(old)?
+            }
+            _ => seen.meta.rdev == old.inner.lock().meta.rdev,
+        };
+        if !same_content {
+            return Ok(Some(ChangeKind::Modified));
+        }
+        let same_meta = self.same_meta(old, seen.meta)
+            && seen.stat.mtime == old_stat.mtime
+            && self.same_xattrs(dir, name, old)?;
+        Ok((!same_meta).then_some(ChangeKind::Metadata))
+    }
+
+    fn same_bytes(&self, dir: &Arc<RealDir>, name: &[u8], old: &Arc<Node>) -> Res<bool> {
+        let engine = self.below.ok_or(Errno::STALE)?;
+        let flags = rustix::fs::OFlags::RDONLY
+            | rustix::fs::OFlags::NOFOLLOW
+            | rustix::fs::OFlags::NONBLOCK
+            | rustix::fs::OFlags::CLOEXEC;
+        let new = rustix::fs::openat(&*self.top.fd(dir)?, name, flags, rustix::fs::Mode::empty())?;
+        // What cannot be read any more cannot be called the same.
+        if let Err(Errno::ACCESS) = engine.open_file(old, false).map(|_: Content| ()) {
+            return Ok(false);
+        }
+        let (mut a, mut b) = (vec![0; 64 << 10], vec![0; 64 << 10]);
+        let mut offset = 0;
+        loop {
+            let n = read_full(&new, &mut a, offset)?;
+            let m = engine.read(old, offset, &mut b)?;
+            if n != m || a[..n] != b[..m] {
+                return Ok(false);
+            }
+            if n == 0 {
+                return Ok(true);
+            }
+            offset += n as u64;
+        }
+    }
+
+    fn same_xattrs(&self, dir: &Arc<RealDir>, name: &[u8], old: &Arc<Node>) -> Res<bool> {
+        let engine = self.below.ok_or(Errno::STALE)?;
+        if old.kind == Kind::Symlink {
+            return Ok(true);
+        }
+        let fd = self.top.fd(dir)?;
+        let new = crate::xattr::shown(sys::At::Name(fd.as_fd(), name), false)?;
+        let (target, of_layer) = engine.target(old)?;
+        let old = match target.at() {
+            Some(at) => crate::xattr::shown(at, of_layer)?,
+            None => Vec::new(),
+        };
+        Ok(new == old)
+    }
+}
+
+fn read_full(fd: impl AsFd, buf: &mut [u8], offset: u64) -> Res<usize> {
+    let mut done = 0;
+    while done < buf.len() {
+        match rustix::io::pread(&fd, &mut buf[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(Errno::INTR) => {}
+            Err(err) => return Err(err),
+        }
+    }
+    Ok(done)
+}
+
+impl Engine {
+    /// See [`crate::Server::changed`].
+    pub(crate) fn changed(&self) -> Res<bool> {
+        let Some(upper) = &self.upper else { return Ok(false) };
+        if !upper.was_touched() {
+            return Ok(false);
+        }
+        if upper.held_something() || upper.dir_meta_changed.load(std::sync::atomic::Ordering::Acquire) {
+            return Ok(true);
+        }
+        // Nothing but copies of directories means that nothing lasted.
+        let mut work = vec![upper.root.clone()];
+        while let Some(dir) = work.pop() {
+            let fd = open_for_reading(self.fd(&dir)?.as_fd())?;
+            let mut names: Vec<Box<[u8]>> = Vec::new();
+            let mut other = false;
+            for_each_entry(&fd, |name, kind, _| {
+                other |= !matches!(kind, Some(Kind::Dir) | None);
+                names.push(name.into());
+                !other
+            })?;
+            if other {
+                return Ok(true);
+            }
+            for name in names {
+                match self.probe(&dir, &name, true)? {
+                    Probe::Missing => {}
+                    Probe::Found(seen)
+                        if seen.stat.kind() == Some(Kind::Dir)
+                            && !seen.marks.opaque
+                            && (seen.marks.origin.is_some() || self.alias(seen.stat.key).is_some()) =>
+                    {
+                        work.push(RealDir::child(&dir, &name, seen.stat.key));
+                    }
+                    _ => return Ok(true),
+                }
+            }
+        }
+        Ok(false)
+    }
+}

@@ -1,0 +1,90 @@
+//! What an overlay is made of: plain data, checked by [`crate::Overlay::open`].
+
+use std::path::PathBuf;
+
+/// Everything [`crate::Overlay::open`] needs to know.
+#[derive(Debug, Clone)]
+pub struct OverlaySpec {
+    /// Read-only layers, the lowest first.
+    pub layers: Vec<LayerSpec>,
+    /// Files, directories and symbolic links that exist only in memory, between
+    /// the layers and the upper.
+    pub generated: Vec<Generated>,
+    /// Where changes go. `None` makes every change fail with `EROFS`.
+    pub upper: Option<UpperSpec>,
+    /// Report every owner as this one (uid, gid): the mount's user namespace
+    /// maps no other id. Owners asked for are still recorded.
+    pub squash: Option<(u32, u32)>,
+    /// Threads that serve requests, at least 1.
+    pub workers: usize,
+}
+
+/// One read-only layer.
+#[derive(Debug, Clone)]
+pub struct LayerSpec {
+    /// The directory on the host.
+    pub dir: PathBuf,
+    /// How the owners found on disk are reported.
+    pub owners: Owners,
+    /// Paths below `dir`, relative to it, shown as empty directories whatever
+    /// they hold (`proc`, `sys`, `dev`, `run`, the upper's own place).
+    pub hidden: Vec<PathBuf>,
+}
+
+/// How the numeric owner of a file of a layer is reported.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Owners {
+    /// As it is on disk: the host's own tree.
+    Numeric,
+    /// Through the inverse of the mount's id maps: a tree that the caller
+    /// unpacked for himself. An id outside the maps is reported as it is.
+    Translated {
+        /// uid extents.
+        uids: Vec<IdExtent>,
+        /// gid extents.
+        gids: Vec<IdExtent>,
+    },
+}
+
+/// One line of `/proc/PID/uid_map` (user_namespaces(7)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IdExtent {
+    /// First id inside.
+    pub inside: u32,
+    /// First id outside.
+    pub outside: u32,
+    /// Number of ids.
+    pub count: u32,
+}
+
+/// The writable layer.
+#[derive(Debug, Clone)]
+pub struct UpperSpec {
+    /// The upper directory, owned by the caller.
+    pub dir: PathBuf,
+    /// An empty or left-over work directory on the same file system.
+    pub work: PathBuf,
+}
+
+/// An object of the generated layer. Missing parents are directories of mode 0755.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Generated {
+    /// Path in the merged tree, relative to its root.
+    pub path: PathBuf,
+    /// Permission bits.
+    pub mode: u32,
+    /// What it is.
+    pub node: GeneratedNode,
+}
+
+/// What a [`Generated`] object holds. A directory merges with the layers below it;
+/// anything else hides what is below.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GeneratedNode {
+    /// A directory.
+    Dir,
+    /// A regular file with these bytes.
+    File(Vec<u8>),
+    /// A symbolic link to this target.
+    Symlink(PathBuf),
+}

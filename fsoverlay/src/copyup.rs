@@ -1,0 +1,585 @@
+//! Copy-up: bringing an object of a layer into the upper before it changes.
+//!
+//! Nothing half copied is ever visible. The copy is made without a name in the work
+//! directory (`O_TMPFILE`, else under a temporary name), gets its bytes, attributes,
+//! record and times there, and only then its name. Until that last step a failure
+//! (`ENOSPC`, …) leaves the merged tree as it was and the copy goes away.
+//!
+//! One copy-up of an object runs at a time ([`Node::copying`]); it holds no directory's
+//! lock while bytes are copied, so lookups go on. The lock of the directory is taken for
+//! the last step, together with a check that the name still belongs to the object.
+//!
+//! Directories above are copied up first, from the top. The times of a directory that
+//! gets a copy are put back: copying up must not show.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, Timespec, Timestamps, XattrFlags};
+
+use crate::attr::{Kind, Meta, Stat, Time};
+use crate::engine::{Content, Engine, Upper};
+use crate::errno::{Errno, Res};
+use crate::handle::{Fd, Holder};
+use crate::inode::{Link, Node, Parked, Place, ROOT};
+use crate::layer::{RealDir, stat_at, stat_fd};
+use crate::sys::{self, At};
+use crate::xattr::{IMPURE, ORIGIN, RECORD, format_origin};
+
+/// A complete file that has no name in the upper yet.
+#[derive(Debug)]
+pub(crate) struct Temp<'a> {
+    upper: &'a Upper,
+    pub(crate) fd: OwnedFd,
+    /// Its name in the work directory; without `O_TMPFILE` there must be one.
+    name: Option<Box<[u8]>>,
+}
+
+impl<'a> Temp<'a> {
+    pub(crate) fn file(upper: &'a Upper) -> Res<Self> {
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        let mode = Mode::from_raw_mode(0o600);
+        match rustix::fs::openat(&upper.work, c".", flags | OFlags::TMPFILE, mode) {
+            Ok(fd) => return Ok(Self { upper, fd, name: None }),
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT | Errno::INVAL) => {}
+            Err(err) => return Err(err),
+        }
+        let flags = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+        let (fd, name) = upper.make_temp(|name| rustix::fs::openat(&upper.work, name, flags, mode))?;
+        Ok(Self { upper, fd, name: Some(name) })
+    }
+
+    /// Gives the file its name; `EEXIST` if something has it.
+    fn link(&self, dir: BorrowedFd<'_>, name: &[u8]) -> Res<()> {
+        match &self.name {
+            Some(temp) => rustix::fs::linkat(&self.upper.work, &**temp, dir, name, AtFlags::empty()),
+            None => link_fd(self.fd.as_fd(), dir, name),
+        }
+    }
+}
+
+impl Drop for Temp<'_> {
+    fn drop(&mut self) {
+        if let Some(name) = &self.name {
+            self.upper.remove_temp(name);
+        }
+    }
+}
+
+/// Links an open file that has no name. Without CAP_DAC_READ_SEARCH the direct way is
+/// open since Linux 6.10; before, the descriptor's name in procfs is the way.
+pub(crate) fn link_fd(fd: BorrowedFd<'_>, dir: BorrowedFd<'_>, name: &[u8]) -> Res<()> {
+    match rustix::fs::linkat(fd, c"", dir, name, AtFlags::EMPTY_PATH) {
+        Err(Errno::NOENT | Errno::PERM) => {
+            let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+            rustix::fs::linkat(rustix::fs::CWD, path, dir, name, AtFlags::SYMLINK_FOLLOW)
+        }
+        other => other,
+    }
+}
+
+fn timespec(time: Time) -> Timespec {
+    Timespec { tv_sec: time.sec, tv_nsec: i64::from(time.nsec) }
+}
+
+pub(crate) fn timestamps(stat: &Stat) -> Timestamps {
+    Timestamps { last_access: timespec(stat.atime), last_modification: timespec(stat.mtime) }
+}
+
+impl Engine {
+    /// Brings an object into the upper, if it is not there.
+    pub(crate) fn copy_up(&self, node: &Arc<Node>) -> Res<()> {
+        self.copy_up_limited(node, u64::MAX)
+    }
+
+    /// The same; of a file only the first `limit` bytes, because it is about to be
+    /// truncated to them.
+    pub(crate) fn copy_up_limited(&self, node: &Arc<Node>, limit: u64) -> Res<()> {
+        self.upper()?;
+        if node.is_upper() {
+            return Ok(());
+        }
+        if node.kind == Kind::Dir {
+            return self.copy_up_dir(node);
+        }
+        let upper = self.touch()?;
+        let _one_at_a_time = node.copying.lock();
+        if node.is_upper() {
+            return Ok(());
+        }
+        let stat = self.stat(node)?;
+        let meta = node.inner.lock().meta;
+        if node.kind == Kind::Symlink {
+            let target = self.read_link(node)?;
+            return self
+                .copy_up_named(node, &stat, meta, |name| rustix::fs::symlinkat(&*target, &upper.work, name));
+        }
+        let temp = Temp::file(upper)?;
+        if node.kind == Kind::File {
+            match self.open_file(node, false)? {
+                Content::File(source) => {
+                    copy_data(source.as_fd(), temp.fd.as_fd(), limit)?;
+                    self.copy_xattrs(At::Fd(source.as_fd()), At::Fd(temp.fd.as_fd()))?;
+                }
+                Content::Memory(bytes) => {
+                    let wanted = usize::try_from(limit).unwrap_or(usize::MAX).min(bytes.len());
+                    write_all(temp.fd.as_fd(), &bytes[..wanted], 0)?;
+                }
+            }
+        }
+        rustix::fs::fchmod(&temp.fd, Mode::from_raw_mode(meta.disk_perm()))?;
+        let at = At::Fd(temp.fd.as_fd());
+        let has_record = self.write_record(at, &meta)?;
+        self.write_origin(at, node, &stat)?;
+        rustix::fs::futimens(&temp.fd, &timestamps(&stat))?;
+        self.place_copy(node, &stat, has_record, temp)
+    }
+
+    /// The last steps of copying up a file: its names.
+    fn place_copy(&self, node: &Arc<Node>, from: &Stat, has_record: bool, temp: Temp<'_>) -> Res<()> {
+        let links = node.inner.lock().links.clone();
+        let mut placed: Option<(Fd, Box<[u8]>)> = None;
+        let mut count = 0;
+        for link in &links {
+            let last = self.copy_up(&link.parent).and_then(|()| {
+                let state = link.parent.dir()?.state.write();
+                if state.removed || !node.has_link(&link.parent, &link.name) {
+                    return Ok(false);
+                }
+                let dir = link.parent.upper_dir()?;
+                let fd = self.fd(dir)?;
+                self.mark_impure(dir)?;
+                let before = stat_fd(fd.as_fd())?;
+                match &placed {
+                    None => temp.link(fd.as_fd(), &link.name)?,
+                    Some((first, name)) => {
+                        rustix::fs::linkat(first, &**name, &fd, &*link.name, AtFlags::empty())?
+                    }
+                }
+                self.restore_times(fd.as_fd(), &before);
+                if placed.is_none() {
+                    placed = Some((fd, link.name.clone()));
+                    let copy = Arc::new(rustix::io::fcntl_dupfd_cloexec(&temp.fd, 0)?);
+                    self.become_upper(node, link, from, has_record, copy)?;
+                }
+                drop(state);
+                Ok(true)
+            });
+            match last {
+                Ok(true) => count += 1,
+                Ok(false) => {}
+                // The object is in the upper under one name at least; the others are
+                // linked when they are looked up next.
+                Err(err) if count > 0 => tracing::debug!(?err, "a hard link was left behind by a copy-up"),
+                Err(err) => return Err(err),
+            }
+        }
+        if count == 0 {
+            // Unlinked while it was copied: only open descriptors know it.
+            return self.become_unlinked(node, has_record, &temp);
+        }
+        self.note_links(node, from, count);
+        Ok(())
+    }
+
+    /// Of `from.nlink` names below, `placed` are in the upper now.
+    fn note_links(&self, node: &Arc<Node>, from: &Stat, placed: i64) {
+        node.inner.lock().extra_links += i64::from(from.nlink) - placed;
+        if from.nlink > 1 {
+            self.kept.lock().insert(node.ino, node.clone());
+        }
+    }
+
+    /// From here on the node is the copy. The lock of the first name's directory is held.
+    fn become_upper(&self, node: &Arc<Node>, first: &Link, from: &Stat, has_record: bool, fd: Fd) -> Res<()> {
+        let key = stat_fd(fd.as_fd())?.key;
+        self.note_alias(node, from, key);
+        let queue = {
+            let mut inner = node.inner.lock();
+            inner.origin = Some(inner.key);
+            inner.key = key;
+            inner.place = Place::Upper;
+            inner.has_record = has_record;
+            if let Some(at) = inner.links.iter().position(|l| l.is(&first.parent, &first.name)) {
+                inner.links.swap(0, at);
+            }
+            // The descriptor of the layer's file must not be found any more.
+            let old = node.file.take();
+            drop(old);
+            node.kind == Kind::File && node.file.put(fd, true)
+        };
+        if queue {
+            self.tree.ring.push(Holder::File(Arc::downgrade(node)));
+        }
+        Ok(())
+    }
+
+    /// Where the origin mark cannot say the number, memory must.
+    fn note_alias(&self, node: &Node, from: &Stat, key: crate::attr::Key) {
+        if !self.origin_says_number(node, from) {
+            self.aliases.lock().insert(key, node.ino);
+        }
+    }
+
+    fn origin_says_number(&self, node: &Node, from: &Stat) -> bool {
+        let can_hold = !matches!(node.kind, Kind::Symlink) && from.key.dev != 0;
+        // After a remount the names of a hard link are separate files again and must
+        // not share a number: so no mark for them.
+        let single = node.kind == Kind::Dir || from.nlink <= 1;
+        can_hold && single && self.numbers.number(from.key) == node.ino
+    }
+
+    pub(crate) fn write_origin(&self, at: At<'_>, node: &Node, from: &Stat) -> Res<()> {
+        if self.origin_says_number(node, from) {
+            sys::set_xattr(at, ORIGIN, format_origin(from.key).as_bytes(), XattrFlags::empty())?;
+        }
+        Ok(())
+    }
+
+    /// Writes the record of a new object if it needs one.
+    pub(crate) fn write_record(&self, at: At<'_>, meta: &Meta) -> Res<bool> {
+        let needed = meta.needs_record(self.default_owner);
+        if needed {
+            sys::set_xattr(at, RECORD, meta.to_record().as_bytes(), XattrFlags::empty())?;
+        }
+        Ok(needed)
+    }
+
+    fn become_unlinked(&self, node: &Arc<Node>, has_record: bool, temp: &Temp<'_>) -> Res<()> {
+        let upper = self.upper()?;
+        let fd: Fd = Arc::new(rustix::io::fcntl_dupfd_cloexec(&temp.fd, 0)?);
+        let key = stat_fd(fd.as_fd())?.key;
+        let place = match self.pins.pin(fd) {
+            Ok(pinned) => Place::Unlinked(Arc::new(pinned)),
+            Err(fd) => {
+                let ((), name) = upper.make_temp(|name| match &temp.name {
+                    Some(old) => rustix::fs::linkat(&upper.work, &**old, &upper.work, name, AtFlags::empty()),
+                    None => link_fd(fd.as_fd(), upper.work.as_fd(), name),
+                })?;
+                Place::Parked(Arc::new(Parked { work: upper.work.clone(), name }))
+            }
+        };
+        let mut inner = node.inner.lock();
+        inner.origin = Some(inner.key);
+        inner.key = key;
+        inner.place = place;
+        inner.has_record = has_record;
+        // The copy never had a name; what the layer counted does not matter any more.
+        inner.extra_links = 0;
+        drop(node.file.take());
+        Ok(())
+    }
+
+    /// Copies up something that has a name from the start: a symbolic link.
+    fn copy_up_named(
+        &self,
+        node: &Arc<Node>,
+        stat: &Stat,
+        meta: Meta,
+        mut make: impl FnMut(&[u8]) -> Res<()>,
+    ) -> Res<()> {
+        let upper = self.upper()?;
+        let ((), temp) = upper.make_temp(|name| make(name))?;
+        let done = || -> Res<()> {
+            rustix::fs::utimensat(&upper.work, &*temp, &timestamps(stat), AtFlags::SYMLINK_NOFOLLOW)?;
+            let copy = stat_at(upper.work.as_fd(), &temp)?;
+            if meta.needs_record(self.default_owner) {
+                upper.sidecar.set_owner(&copy, Some((meta.uid, meta.gid)))?;
+            }
+            let mut placed = 0;
+            for link in node.inner.lock().links.clone() {
+                self.copy_up(&link.parent)?;
+                let state = link.parent.dir()?.state.write();
+                if state.removed || !node.has_link(&link.parent, &link.name) {
+                    continue;
+                }
+                let dir = link.parent.upper_dir()?;
+                let fd = self.fd(dir)?;
+                let before = stat_fd(fd.as_fd())?;
+                rustix::fs::linkat(&upper.work, &*temp, &fd, &*link.name, AtFlags::empty())?;
+                self.restore_times(fd.as_fd(), &before);
+                if placed == 0 {
+                    self.mark_impure(dir)?;
+                    self.note_alias(node, stat, copy.key);
+                    let mut inner = node.inner.lock();
+                    inner.origin = Some(inner.key);
+                    inner.key = copy.key;
+                    inner.place = Place::Upper;
+                    if let Some(at) = inner.links.iter().position(|l| l.is(&link.parent, &link.name)) {
+                        inner.links.swap(0, at);
+                    }
+                }
+                placed += 1;
+            }
+            if placed == 0 {
+                node.inner.lock().place = Place::Gone(Arc::new(Stat { nlink: 0, ..*stat }));
+            } else {
+                self.note_links(node, stat, placed);
+            }
+            Ok(())
+        }();
+        upper.remove_temp(&temp);
+        done
+    }
+
+    /// Brings a directory, and the directories above it, into the upper. Its entries
+    /// stay where they are.
+    fn copy_up_dir(&self, node: &Arc<Node>) -> Res<()> {
+        self.touch()?;
+        // From the nearest directory above that is in the upper, downwards; a loop,
+        // because trees may be deep.
+        let mut missing = vec![node.clone()];
+        loop {
+            let link = missing[missing.len() - 1].first_link().ok_or(Errno::NOENT)?;
+            if link.parent.is_upper() {
+                break;
+            }
+            missing.push(link.parent);
+        }
+        while let Some(dir) = missing.pop() {
+            self.copy_up_one_dir(&dir)?;
+        }
+        Ok(())
+    }
+
+    fn copy_up_one_dir(&self, node: &Arc<Node>) -> Res<()> {
+        let upper = self.upper()?;
+        let _one_at_a_time = node.copying.lock();
+        if node.is_upper() {
+            return Ok(());
+        }
+        let stat = self.stat(node)?;
+        let (meta, link) = {
+            let inner = node.inner.lock();
+            (inner.meta, inner.links.first().cloned().ok_or(Errno::NOENT)?)
+        };
+        let (source, _) = self.target(node)?;
+        let ((), temp) = upper.make_temp(|name| {
+            rustix::fs::mkdirat(&upper.work, name, Mode::from_raw_mode(meta.disk_perm()))
+        })?;
+        let done = || -> Res<()> {
+            let fd = open_temp_dir(upper, &temp)?;
+            let at = At::Fd(fd.as_fd());
+            let made = stat_fd(fd.as_fd())?;
+            if made.mode & 0o7777 != meta.disk_perm() {
+                rustix::fs::fchmod(&fd, Mode::from_raw_mode(meta.disk_perm()))?;
+            }
+            if let Some(from) = source.at() {
+                self.copy_xattrs(from, at)?;
+            }
+            let has_record = self.write_record(at, &meta)?;
+            let lower_stat = node.dir()?.state.read().lowers.first().map(|d| Stat { key: d.key, ..stat });
+            if let Some(from) = &lower_stat {
+                self.write_origin(at, node, from)?;
+            }
+            self.note_alias(node, &lower_stat.unwrap_or_default(), made.key);
+            rustix::fs::futimens(&fd, &timestamps(&stat))?;
+
+            let state = link.parent.dir()?.state.write();
+            if state.removed || !node.has_link(&link.parent, &link.name) {
+                return Err(Errno::NOENT);
+            }
+            let parent = link.parent.upper_dir()?;
+            let parent_fd = self.fd(parent)?;
+            self.mark_impure(parent)?;
+            let before = stat_fd(parent_fd.as_fd())?;
+            rustix::fs::renameat_with(&upper.work, &*temp, &parent_fd, &*link.name, RenameFlags::NOREPLACE)?;
+            self.restore_times(parent_fd.as_fd(), &before);
+            {
+                let mut inner = node.inner.lock();
+                inner.has_record = has_record;
+                inner.key = made.key;
+            }
+            let _ = node.dir()?.upper.set(RealDir::child(parent, &link.name, made.key));
+            drop(state);
+            Ok(())
+        }();
+        if done.is_err() {
+            let _ = rustix::fs::unlinkat(&upper.work, &*temp, AtFlags::REMOVEDIR);
+        }
+        done
+    }
+
+    /// Marks an upper directory as one whose entries have numbers that are not the
+    /// disk's (the kernel's mark for the same thing), or types that are not.
+    pub(crate) fn mark_impure(&self, dir: &Arc<RealDir>) -> Res<()> {
+        if dir.impure.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let fd = self.fd(dir)?;
+        sys::set_xattr(At::Name(fd.as_fd(), b"."), IMPURE, b"y", XattrFlags::empty())?;
+        dir.impure.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Puts back the times of a directory that was changed for our own ends.
+    fn restore_times(&self, dir: BorrowedFd<'_>, before: &Stat) {
+        if let Err(err) = rustix::fs::utimensat(dir, c".", &timestamps(before), AtFlags::SYMLINK_NOFOLLOW) {
+            tracing::debug!(?err, "cannot put a directory's times back");
+        }
+    }
+
+    /// Gives a copied-up file a further name that it has below.
+    pub(crate) fn materialise(&self, node: &Arc<Node>, parent: &Arc<Node>, name: &[u8]) -> Res<()> {
+        self.copy_up(parent)?;
+        let state = parent.dir()?.state.write();
+        if state.removed || !node.has_link(parent, name) {
+            return Ok(());
+        }
+        let first = {
+            let inner = node.inner.lock();
+            if !matches!(inner.place, Place::Upper) {
+                return Ok(());
+            }
+            inner.links.first().cloned().ok_or(Errno::NOENT)?
+        };
+        let dir = parent.upper_dir()?;
+        let fd = self.fd(dir)?;
+        let from = self.upper_fd(&first.parent)?;
+        let before = stat_fd(fd.as_fd())?;
+        self.mark_impure(dir)?;
+        match rustix::fs::linkat(&from, &*first.name, &fd, name, AtFlags::empty()) {
+            Ok(()) => {}
+            Err(Errno::EXIST) => return Ok(()),
+            Err(err) => return Err(err),
+        }
+        self.restore_times(fd.as_fd(), &before);
+        node.inner.lock().extra_links -= 1;
+        drop(state);
+        Ok(())
+    }
+
+    /// Brings a directory and everything in it into the upper, so that it can be renamed.
+    /// Each object is copied where it is, which changes nothing that can be seen; a
+    /// failure half-way therefore leaves the tree as it was. Gives the directories, which
+    /// [`Engine::forget_lowers`] cuts from their layers once the top is opaque.
+    pub(crate) fn copy_up_tree(&self, top: &Arc<Node>) -> Res<Vec<Arc<Node>>> {
+        let mut dirs = vec![top.clone()];
+        let mut next = 0;
+        while next < dirs.len() {
+            let dir = dirs[next].clone();
+            next += 1;
+            self.copy_up(&dir)?;
+            if !dir.dir()?.state.read().has_lower() {
+                continue;
+            }
+            for name in self.entry_names(&dir)? {
+                match self.lookup(&dir, &name) {
+                    Ok(child) if child.kind == Kind::Dir => dirs.push(child),
+                    Ok(child) => {
+                        self.copy_up(&child)?;
+                        // A hard link may be there under another name only.
+                        self.materialise(&child, &dir, &name)?;
+                    }
+                    Err(Errno::NOENT) => {}
+                    Err(err) => return Err(err),
+                }
+            }
+        }
+        Ok(dirs)
+    }
+
+    /// Cuts directories that are complete in the upper from the layers below.
+    pub(crate) fn forget_lowers(&self, dirs: &[Arc<Node>], locked: &[&Arc<Node>]) -> Res<()> {
+        for dir in dirs {
+            // The caller holds the locks of some of them and does those itself.
+            if locked.iter().any(|l| l.ino == dir.ino) {
+                continue;
+            }
+            crate::rename::cut(&mut dir.dir()?.state.write());
+        }
+        Ok(())
+    }
+
+    /// A root that was never copied up: nothing to do, it is the upper's directory.
+    pub(crate) fn is_root(node: &Node) -> bool {
+        node.ino == ROOT
+    }
+}
+
+fn open_temp_dir(upper: &Upper, name: &[u8]) -> Res<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(&upper.work, name, flags, Mode::empty())
+}
+
+/// Writes all of `bytes` at an offset.
+pub(crate) fn write_all(fd: BorrowedFd<'_>, mut bytes: &[u8], mut offset: u64) -> Res<()> {
+    while !bytes.is_empty() {
+        match rustix::io::pwrite(fd, bytes, offset) {
+            Ok(0) => return Err(Errno::IO),
+            Ok(n) => {
+                bytes = &bytes[n..];
+                offset += n as u64;
+            }
+            Err(Errno::INTR) => {}
+            Err(err) => return Err(err),
+        }
+    }
+    Ok(())
+}
+
+/// Copies the content of a file, sharing blocks where the file system can and leaving
+/// holes holes.
+fn copy_data(from: BorrowedFd<'_>, to: BorrowedFd<'_>, limit: u64) -> Res<()> {
+    let stat = stat_fd(from)?;
+    let length = stat.size.min(limit);
+    if length == 0 {
+        return Ok(());
+    }
+    if rustix::fs::ioctl_ficlone(to, from).is_ok() {
+        return if length < stat.size { rustix::fs::ftruncate(to, length) } else { Ok(()) };
+    }
+    rustix::fs::ftruncate(to, length)?;
+    let mut at = 0;
+    while at < length {
+        let data = match rustix::fs::seek(from, rustix::fs::SeekFrom::Data(at)) {
+            Ok(data) => data,
+            // No more data: the rest is a hole.
+            Err(Errno::NXIO) => break,
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
+            Err(err) => return Err(err),
+        };
+        if data >= length {
+            break;
+        }
+        let hole = rustix::fs::seek(from, rustix::fs::SeekFrom::Hole(data)).unwrap_or(length).min(length);
+        copy_range(from, to, data, hole)?;
+        at = hole.max(data + 1);
+    }
+    Ok(())
+}
+
+/// Copies one extent.
+fn copy_range(from: BorrowedFd<'_>, to: BorrowedFd<'_>, start: u64, end: u64) -> Res<()> {
+    let (mut source, mut target) = (start, start);
+    while source < end {
+        let wanted = usize::try_from(end - source).unwrap_or(usize::MAX).min(1 << 30);
+        match rustix::fs::copy_file_range(from, Some(&mut source), to, Some(&mut target), wanted) {
+            // The file became shorter while we looked.
+            Ok(0) => return Ok(()),
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::PERM) => break,
+            Err(err) => return Err(err),
+        }
+    }
+    let mut buf = Vec::new();
+    while source < end {
+        buf.resize(usize::try_from(end - source).unwrap_or(usize::MAX).min(256 << 10), 0);
+        match rustix::io::pread(from, &mut buf, source) {
+            Ok(0) => return Ok(()),
+            Ok(n) => {
+                write_all(to, &buf[..n], source)?;
+                source += n as u64;
+            }
+            Err(Errno::INTR) => {}
+            Err(err) => return Err(err),
+        }
+    }
+    Ok(())
+}
+
+/// An empty regular file that stands for a fifo, a socket or a device.
+pub(crate) fn make_placeholder(dir: BorrowedFd<'_>, name: &[u8]) -> Res<()> {
+    rustix::fs::mknodat(dir, name, FileType::RegularFile, Mode::from_raw_mode(0o600), 0)
+}

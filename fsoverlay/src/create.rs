@@ -1,0 +1,519 @@
+//! New objects, further names, and removal of names.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags, XattrFlags};
+
+use crate::acl::Acl;
+use crate::attr::{Kind, Meta, Stat};
+use crate::copyup::make_placeholder;
+use crate::engine::{Content, Engine};
+use crate::errno::{Errno, Res};
+use crate::handle::{Fd, Holder};
+use crate::inode::{DirState, Inner, Link, NewNode, Node, Parked, Place};
+use crate::layer::{RealDir, stat_at, stat_fd};
+use crate::sys::{self, At};
+use crate::xattr::OPAQUE;
+
+/// An object to be made.
+#[derive(Debug)]
+pub(crate) struct NewObject<'a> {
+    pub(crate) kind: Kind,
+    pub(crate) perm: u32,
+    pub(crate) umask: u32,
+    pub(crate) rdev: (u32, u32),
+    /// The target of a symbolic link.
+    pub(crate) target: &'a [u8],
+    pub(crate) owner: (u32, u32),
+}
+
+/// What goes with the object besides its record.
+#[derive(Debug, Default)]
+struct Extras {
+    access: Option<Acl>,
+    default: Option<Acl>,
+    opaque: bool,
+}
+
+/// Only what could be one component of a path; the kernel sends nothing else.
+pub(crate) fn check_name(name: &[u8]) -> Res<()> {
+    if name.is_empty() || name == b"." || name == b".." || name.contains(&b'/') || name.contains(&0) {
+        return Err(Errno::INVAL);
+    }
+    if name.len() > 255 { Err(Errno::NAMETOOLONG) } else { Ok(()) }
+}
+
+impl Engine {
+    /// mknod, mkdir, symlink, and open with `O_CREAT`.
+    pub(crate) fn create(&self, parent: &Arc<Node>, name: &[u8], new: &NewObject<'_>) -> Res<Arc<Node>> {
+        check_name(name)?;
+        let upper = self.touch()?;
+        self.copy_up(parent)?;
+        let parent_meta = parent.inner.lock().meta;
+        let mut meta = Meta {
+            kind: new.kind,
+            perm: new.perm & 0o7777,
+            uid: new.owner.0,
+            gid: new.owner.1,
+            rdev: new.rdev,
+        };
+        let mut extras = Extras::default();
+        if new.kind == Kind::Symlink {
+            meta.perm = 0o777;
+        } else if let Some(default) = self.default_acl(parent)? {
+            let (access, perm) = default.inherit(meta.perm);
+            meta.perm = perm;
+            extras.access = (!access.is_minimal()).then_some(access);
+            extras.default = (new.kind == Kind::Dir).then_some(default);
+        } else {
+            meta.perm &= !new.umask;
+        }
+        if parent_meta.perm & 0o2000 != 0 {
+            meta.gid = parent_meta.gid;
+            if new.kind == Kind::Dir {
+                meta.perm |= 0o2000;
+            }
+        }
+        if new.kind.is_special() {
+            // Its type on disk is not its type: readdir must look.
+            self.mark_impure(parent.upper_dir()?)?;
+        }
+
+        let mut state = parent.dir()?.state.write();
+        if state.removed {
+            return Err(Errno::NOENT);
+        }
+        let dir = parent.upper_dir()?;
+        let fd = self.fd(dir)?;
+        let made = self.make_object(fd.as_fd(), name, &meta, new.target, &extras);
+        let (stat, file) = match made {
+            Err(Errno::EXIST) => {
+                if !self.is_whiteout(dir, name)? {
+                    return Err(Errno::EXIST);
+                }
+                // Complete under a temporary name, then over the whiteout: what the
+                // whiteout hides never shows.
+                extras.opaque = new.kind == Kind::Dir;
+                let (made, temp) = upper.make_temp(|temp| {
+                    self.make_object(upper.work.as_fd(), temp, &meta, new.target, &extras)
+                })?;
+                let exchange = if extras.opaque { RenameFlags::EXCHANGE } else { RenameFlags::empty() };
+                let moved = rustix::fs::renameat_with(&upper.work, &*temp, &fd, name, exchange);
+                if moved.is_err() && extras.opaque {
+                    let _ = rustix::fs::unlinkat(&upper.work, &*temp, AtFlags::REMOVEDIR);
+                } else if moved.is_err() || extras.opaque {
+                    upper.remove_temp(&temp);
+                }
+                moved?;
+                made
+            }
+            other => other?,
+        };
+        let has_record = meta.needs_record(self.default_owner);
+        let node = self.adopt(parent, name, meta, &stat, dir, has_record, &extras);
+        if let Some(listing) = &mut state.listing {
+            listing.insert(&self.hasher, name, node.ino, node.kind);
+        }
+        drop(state);
+        if let Some(file) = file
+            && node.file.put(Arc::new(file), true)
+        {
+            self.tree.ring.push(Holder::File(Arc::downgrade(&node)));
+        }
+        Ok(node)
+    }
+
+    /// The node of an object that has just been made.
+    #[expect(clippy::too_many_arguments, reason = "one caller; the parts are all there is to a new node")]
+    fn adopt(
+        &self,
+        parent: &Arc<Node>,
+        name: &[u8],
+        meta: Meta,
+        stat: &Stat,
+        dir: &Arc<RealDir>,
+        has_record: bool,
+        extras: &Extras,
+    ) -> Arc<Node> {
+        // A number that the disk used again is not the object it was.
+        self.aliases.lock().remove(&stat.key);
+        let default_acl = extras.default.as_ref().map(|acl| Arc::from(acl.to_bytes()));
+        self.table.intern(
+            self.numbers.number(stat.key),
+            |_| false,
+            || NewNode {
+                kind: meta.kind,
+                inner: Inner {
+                    meta,
+                    key: stat.key,
+                    origin: None,
+                    place: Place::Upper,
+                    links: vec![Link { parent: parent.clone(), name: name.into() }],
+                    extra_links: 0,
+                    has_record: has_record && meta.kind != Kind::Symlink,
+                    has_acl: extras.access.is_some(),
+                    no_capability: true,
+                },
+                upper: (meta.kind == Kind::Dir).then(|| RealDir::child(dir, name, stat.key)),
+                state: DirState { default_acl: Some(default_acl), ..DirState::default() },
+            },
+        )
+    }
+
+    /// Makes an object with its record at a name of the upper or the work directory;
+    /// complete or not at all.
+    fn make_object(
+        &self,
+        dir: BorrowedFd<'_>,
+        name: &[u8],
+        meta: &Meta,
+        target: &[u8],
+        extras: &Extras,
+    ) -> Res<(Stat, Option<std::os::fd::OwnedFd>)> {
+        let mode = Mode::from_raw_mode(meta.disk_perm());
+        let mut file = None;
+        match meta.kind {
+            Kind::Dir => rustix::fs::mkdirat(dir, name, mode)?,
+            Kind::Symlink => rustix::fs::symlinkat(target, dir, name)?,
+            Kind::File => {
+                let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                file = Some(rustix::fs::openat(dir, name, flags, mode)?);
+            }
+            _ => make_placeholder(dir, name)?,
+        }
+        let finish = || -> Res<Stat> {
+            let stat = match &file {
+                Some(fd) => stat_fd(fd.as_fd())?,
+                None => stat_at(dir, name)?,
+            };
+            if meta.kind == Kind::Symlink {
+                if meta.needs_record(self.default_owner) {
+                    self.upper()?.sidecar.set_owner(&stat, Some((meta.uid, meta.gid)))?;
+                }
+                return Ok(stat);
+            }
+            // The umask of the server's process may have taken bits away.
+            if stat.mode & 0o777 != meta.disk_perm() {
+                match &file {
+                    Some(fd) => rustix::fs::fchmod(fd, mode)?,
+                    None if meta.kind == Kind::Dir => {
+                        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                        let made = rustix::fs::openat(dir, name, flags, Mode::empty())?;
+                        rustix::fs::fchmod(&made, mode)?;
+                    }
+                    None => {}
+                }
+            }
+            let at = match &file {
+                Some(fd) => At::Fd(fd.as_fd()),
+                None => At::Name(dir, name),
+            };
+            self.write_record(at, meta)?;
+            self.store_inherited(at, extras.access.as_ref(), extras.default.as_ref())?;
+            if extras.opaque {
+                sys::set_xattr(at, OPAQUE, b"y", XattrFlags::empty())?;
+            }
+            Ok(stat)
+        };
+        match finish() {
+            Ok(stat) => Ok((stat, file)),
+            Err(err) => {
+                let flags = if meta.kind == Kind::Dir { AtFlags::REMOVEDIR } else { AtFlags::empty() };
+                if let Err(err) = rustix::fs::unlinkat(dir, name, flags) {
+                    tracing::debug!(?err, "cannot remove an object that could not be completed");
+                }
+                Err(err)
+            }
+        }
+    }
+
+    /// link(2).
+    pub(crate) fn link(&self, node: &Arc<Node>, parent: &Arc<Node>, name: &[u8]) -> Res<()> {
+        check_name(name)?;
+        if node.kind == Kind::Dir {
+            return Err(Errno::PERM);
+        }
+        let upper = self.touch()?;
+        self.copy_up(node)?;
+        self.copy_up(parent)?;
+        let impure = node.kind.is_special() || node.inner.lock().origin.is_some();
+        if impure {
+            self.mark_impure(parent.upper_dir()?)?;
+        }
+        let mut state = parent.dir()?.state.write();
+        if state.removed {
+            return Err(Errno::NOENT);
+        }
+        let dir = parent.upper_dir()?;
+        let fd = self.fd(dir)?;
+        let (place, from) = {
+            let inner = node.inner.lock();
+            (inner.place.clone(), inner.links.first().cloned())
+        };
+        let source = match (&place, from) {
+            (Place::Upper, Some(link)) => (self.upper_fd(&link.parent)?, link.name),
+            (Place::Parked(parked), _) => (parked.work.clone(), parked.name.clone()),
+            // Without a name it cannot get one again (as anywhere).
+            _ => return Err(Errno::NOENT),
+        };
+        match rustix::fs::linkat(&source.0, &*source.1, &fd, name, AtFlags::empty()) {
+            Err(Errno::EXIST) if self.is_whiteout(dir, name)? => {
+                let ((), temp) = upper.make_temp(|temp| {
+                    rustix::fs::linkat(&source.0, &*source.1, &upper.work, temp, AtFlags::empty())
+                })?;
+                let moved = rustix::fs::renameat_with(&upper.work, &*temp, &fd, name, RenameFlags::empty());
+                if moved.is_err() {
+                    upper.remove_temp(&temp);
+                }
+                moved?;
+            }
+            other => other?,
+        }
+        node.inner.lock().links.push(Link { parent: parent.clone(), name: name.into() });
+        if let Some(listing) = &mut state.listing {
+            listing.insert(&self.hasher, name, node.ino, node.kind);
+        }
+        Ok(())
+    }
+
+    /// unlink(2).
+    pub(crate) fn unlink(&self, parent: &Arc<Node>, name: &[u8]) -> Res<()> {
+        check_name(name)?;
+        let upper = self.touch()?;
+        let node = self.lookup(parent, name)?;
+        if node.kind == Kind::Dir {
+            return Err(Errno::ISDIR);
+        }
+        self.copy_up(parent)?;
+        // Taken before the name goes: an open file must go on working.
+        let held = self.hold(&node);
+        let mut state = parent.dir()?.state.write();
+        if !node.has_link(parent, name) {
+            return Err(Errno::NOENT);
+        }
+        let dir = parent.upper_dir()?;
+        let fd = self.fd(dir)?;
+        let covers = state.has_lower() && self.covers_lower(&state, name)?;
+        let in_upper = match stat_at(fd.as_fd(), name) {
+            Ok(stat) => Some(stat),
+            Err(Errno::NOENT) => None,
+            Err(err) => return Err(err),
+        };
+        let mut parked = None;
+        match in_upper {
+            Some(stat) => {
+                if stat.kind() == Some(Kind::File) && stat.nlink == 1 && matches!(held, Held::Nothing) {
+                    let ((), temp) = upper.make_temp(|temp| {
+                        rustix::fs::linkat(&fd, name, &upper.work, temp, AtFlags::empty())
+                    })?;
+                    parked = Some(Arc::new(Parked { work: upper.work.clone(), name: temp }));
+                }
+                if covers {
+                    self.put_whiteout(dir, name, true)?;
+                } else {
+                    rustix::fs::unlinkat(&fd, name, AtFlags::empty())?;
+                }
+            }
+            None if covers => self.put_whiteout(dir, name, false)?,
+            None => return Err(Errno::NOENT),
+        }
+        self.name_gone(&node, parent, name, in_upper.as_ref(), held, parked);
+        if let Some(listing) = &mut state.listing {
+            listing.remove(&self.hasher, name);
+        }
+        Ok(())
+    }
+
+    /// What keeps a file's content reachable when its last name goes.
+    pub(crate) fn hold(&self, node: &Arc<Node>) -> Held {
+        if node.kind != Kind::File {
+            return Held::NotNeeded;
+        }
+        if !node.is_upper() {
+            return Held::NotNeeded;
+        }
+        match self.open_file(node, false) {
+            Ok(Content::File(fd)) => match self.pins.pin(fd) {
+                Ok(pinned) => Held::Pinned(Arc::new(pinned)),
+                Err(_) => Held::Nothing,
+            },
+            _ => Held::Nothing,
+        }
+    }
+
+    /// Notes that a name of an object is gone. `in_upper` is what stood at the name in
+    /// the upper, if anything did. The parent's lock is held.
+    pub(crate) fn name_gone(
+        &self,
+        node: &Arc<Node>,
+        parent: &Node,
+        name: &[u8],
+        in_upper: Option<&Stat>,
+        held: Held,
+        parked: Option<Arc<Parked>>,
+    ) {
+        let mut keep = false;
+        let mut inner = node.inner.lock();
+        let at = inner.links.iter().position(|l| l.is(parent, name));
+        let old = at.map(|at| inner.links.remove(at));
+        let Some(stat) = in_upper else {
+            // A name of a layer was covered; the layer still counts it.
+            inner.extra_links -= 1;
+            keep = matches!(inner.place, Place::Lower { .. }) && !inner.links.is_empty();
+            drop(inner);
+            drop(old);
+            if keep {
+                self.kept.lock().insert(node.ino, node.clone());
+            }
+            return;
+        };
+        let last = stat.nlink <= 1;
+        let no_name = inner.links.is_empty();
+        if matches!(inner.place, Place::Upper) && (last || no_name) {
+            inner.place = match (held, parked) {
+                (Held::Pinned(pinned), _) => Place::Unlinked(pinned),
+                (_, Some(parked)) => Place::Parked(parked),
+                _ => Place::Gone(Arc::new(Stat { nlink: stat.nlink.saturating_sub(1), ..*stat })),
+            };
+            if last {
+                inner.extra_links = inner.extra_links.max(0);
+                keep = true;
+            }
+        }
+        let key = inner.key;
+        drop(inner);
+        drop(old);
+        if keep {
+            self.aliases.lock().remove(&key);
+            let forgotten = self.kept.lock().remove(&node.ino);
+            drop(forgotten);
+            let slot = node.file.take();
+            drop(slot);
+        }
+    }
+
+    /// rmdir(2).
+    pub(crate) fn rmdir(&self, parent: &Arc<Node>, name: &[u8]) -> Res<()> {
+        check_name(name)?;
+        let upper = self.touch()?;
+        let node = self.lookup(parent, name)?;
+        if node.kind != Kind::Dir {
+            return Err(Errno::NOTDIR);
+        }
+        self.copy_up(parent)?;
+        let mut guards = crate::rename::lock_dirs(&[parent, &node])?;
+        let (state, child) = guards.two(parent, &node)?;
+        if state.removed || child.removed || !node.has_link(parent, name) {
+            return Err(Errno::NOENT);
+        }
+        if !self.is_empty(&node, child)? {
+            return Err(Errno::NOTEMPTY);
+        }
+        let stat = self.stat_of_removed(&node);
+        let dir = parent.upper_dir()?;
+        let fd = self.fd(dir)?;
+        let covers = state.has_lower() && self.covers_lower(state, name)?;
+        match node.dir()?.upper.get() {
+            None => self.put_whiteout(dir, name, false)?,
+            Some(_) => self.remove_upper_dir(upper, dir, &fd, name, covers)?,
+        }
+        if let Some(listing) = &mut state.listing {
+            listing.remove(&self.hasher, name);
+        }
+        self.dir_gone(&node, child, stat);
+        Ok(())
+    }
+
+    /// Removes an upper directory that holds whiteouts at most.
+    fn remove_upper_dir(
+        &self,
+        upper: &crate::engine::Upper,
+        dir: &Arc<RealDir>,
+        fd: &Fd,
+        name: &[u8],
+        covers: bool,
+    ) -> Res<()> {
+        if !covers {
+            match rustix::fs::unlinkat(fd, name, AtFlags::REMOVEDIR) {
+                Err(Errno::NOTEMPTY | Errno::EXIST) => {}
+                other => return other,
+            }
+        }
+        let temp = self.move_away(upper, dir, fd, name, covers)?;
+        self.discard_temp_dir(&temp);
+        Ok(())
+    }
+
+    /// Moves what stands at a name of the upper into the work directory and leaves a
+    /// whiteout, if one is needed, in the same step.
+    pub(crate) fn move_away(
+        &self,
+        upper: &crate::engine::Upper,
+        dir: &Arc<RealDir>,
+        fd: &Fd,
+        name: &[u8],
+        whiteout: bool,
+    ) -> Res<Box<[u8]>> {
+        if !whiteout {
+            let ((), temp) = upper.make_temp(|temp| {
+                rustix::fs::renameat_with(fd, name, &upper.work, temp, RenameFlags::NOREPLACE)
+            })?;
+            return Ok(temp);
+        }
+        let temp = self.temp_whiteout_for(dir)?;
+        let moved = rustix::fs::renameat_with(&upper.work, &*temp, fd, name, RenameFlags::EXCHANGE);
+        if moved.is_err() {
+            upper.remove_temp(&temp);
+        }
+        moved.map(|()| temp)
+    }
+
+    /// The attributes that a removed directory goes on showing.
+    pub(crate) fn stat_of_removed(&self, node: &Arc<Node>) -> Stat {
+        // The caller holds the directory's lock, which `stat` would take.
+        let upper = node.dir.as_ref().and_then(|d| d.upper.get());
+        let stat = upper.and_then(|dir| stat_fd(self.fd(dir).ok()?.as_fd()).ok());
+        Stat { nlink: 0, ..stat.unwrap_or_else(|| self.synthetic_stat()) }
+    }
+
+    /// Notes that a directory is gone. Its lock and its parent's are held.
+    pub(crate) fn dir_gone(&self, node: &Arc<Node>, state: &mut DirState, stat: Stat) {
+        state.removed = true;
+        crate::rename::cut(state);
+        state.listing = None;
+        let old = {
+            let mut inner = node.inner.lock();
+            inner.place = Place::Gone(Arc::new(stat));
+            self.aliases.lock().remove(&inner.key);
+            std::mem::take(&mut inner.links)
+        };
+        drop(old);
+    }
+
+    /// [`crate::MKNOD_XATTR`]: `MODE:MAJOR:MINOR:UID:GID:NAME`.
+    pub(crate) fn mknod_by_xattr(&self, dir: &Arc<Node>, value: &[u8]) -> Res<()> {
+        let mut fields = value.splitn(6, |&b| b == b':');
+        let mut number = |radix| -> Res<u32> {
+            let text = std::str::from_utf8(fields.next().ok_or(Errno::INVAL)?).map_err(|_| Errno::INVAL)?;
+            u32::from_str_radix(text, radix).map_err(|_| Errno::INVAL)
+        };
+        let (mode, major, minor) = (number(8)?, number(10)?, number(10)?);
+        let owner = (number(10)?, number(10)?);
+        let name = fields.next().ok_or(Errno::INVAL)?;
+        let kind =
+            Kind::from_mode(mode).filter(|k| k.is_special() || *k == Kind::File).ok_or(Errno::INVAL)?;
+        let new = NewObject { kind, perm: mode & 0o7777, umask: 0, rdev: (major, minor), target: b"", owner };
+        self.create(dir, name, &new).map(drop)
+    }
+}
+
+/// See [`Engine::hold`].
+#[derive(Debug)]
+pub(crate) enum Held {
+    /// The content stays reachable by itself (in a layer), or there is none.
+    NotNeeded,
+    Pinned(Arc<crate::handle::Pinned>),
+    /// No descriptor could be had.
+    Nothing,
+}

@@ -1,0 +1,179 @@
+//! Bytes: read, write, allocate, seek, copy, sync.
+//!
+//! There is no open: every request names the object, and its descriptor comes from the
+//! cache ([`crate::handle`]). The first write copies up.
+
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+
+use rustix::fs::FallocateFlags;
+
+use crate::attr::Kind;
+use crate::copyup::write_all;
+use crate::engine::{Content, Engine};
+use crate::errno::{Errno, Res};
+use crate::handle::Fd;
+use crate::inode::{Node, Place};
+
+impl Engine {
+    /// Reads up to `buf.len()` bytes; less only at the end of the file.
+    pub(crate) fn read(&self, node: &Arc<Node>, offset: u64, buf: &mut [u8]) -> Res<usize> {
+        let fd = match self.open_file(node, false)? {
+            Content::File(fd) => fd,
+            Content::Memory(bytes) => {
+                let start = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+                let n = (bytes.len() - start).min(buf.len());
+                buf[..n].copy_from_slice(&bytes[start..start + n]);
+                return Ok(n);
+            }
+        };
+        let mut done = 0;
+        while done < buf.len() {
+            match rustix::io::pread(&fd, &mut buf[done..], offset + done as u64) {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(Errno::INTR) => {}
+                Err(err) if done == 0 => return Err(err),
+                Err(_) => break,
+            }
+        }
+        Ok(done)
+    }
+
+    /// The descriptor to write to, in the upper.
+    fn writable(&self, node: &Arc<Node>) -> Res<Fd> {
+        self.copy_up(node)?;
+        self.touch()?;
+        match self.open_file(node, true)? {
+            Content::File(fd) => Ok(fd),
+            Content::Memory(_) => Err(Errno::IO),
+        }
+    }
+
+    /// Writes all of `bytes`. `kill` asks to drop set*id bits.
+    pub(crate) fn write(&self, node: &Arc<Node>, offset: u64, bytes: &[u8], kill: bool) -> Res<usize> {
+        let fd = self.writable(node)?;
+        if kill {
+            self.drop_privileges(node)?;
+        } else {
+            self.drop_capability(node)?;
+        }
+        write_all(fd.as_fd(), bytes, offset)?;
+        Ok(bytes.len())
+    }
+
+    pub(crate) fn fallocate(&self, node: &Arc<Node>, mode: u32, offset: u64, length: u64) -> Res<()> {
+        let fd = self.writable(node)?;
+        self.drop_privileges(node)?;
+        rustix::fs::fallocate(&fd, FallocateFlags::from_bits_retain(mode), offset, length)
+    }
+
+    /// `SEEK_DATA` and `SEEK_HOLE`.
+    pub(crate) fn seek(&self, node: &Arc<Node>, offset: u64, hole: bool) -> Res<u64> {
+        match self.open_file(node, false)? {
+            Content::File(fd) => {
+                let from = if hole {
+                    rustix::fs::SeekFrom::Hole(offset)
+                } else {
+                    rustix::fs::SeekFrom::Data(offset)
+                };
+                rustix::fs::seek(&fd, from)
+            }
+            Content::Memory(bytes) => {
+                let size = bytes.len() as u64;
+                if offset >= size {
+                    return Err(Errno::NXIO);
+                }
+                Ok(if hole { size } else { offset })
+            }
+        }
+    }
+
+    /// copy_file_range(2) between two files of the mount.
+    pub(crate) fn copy_range(
+        &self,
+        from: (&Arc<Node>, u64),
+        to: (&Arc<Node>, u64),
+        length: u64,
+    ) -> Res<usize> {
+        let target = self.writable(to.0)?;
+        self.drop_privileges(to.0)?;
+        // The answer to the kernel is a 32-bit number.
+        let wanted = usize::try_from(length.min(1 << 30)).unwrap_or(1 << 30);
+        match self.open_file(from.0, false)? {
+            Content::File(source) => {
+                let (mut read_at, mut write_at) = (from.1, to.1);
+                rustix::fs::copy_file_range(&source, Some(&mut read_at), &target, Some(&mut write_at), wanted)
+            }
+            Content::Memory(bytes) => {
+                let start = usize::try_from(from.1).unwrap_or(usize::MAX).min(bytes.len());
+                let end = start.saturating_add(wanted).min(bytes.len());
+                write_all(target.as_fd(), &bytes[start..end], to.1)?;
+                Ok(end - start)
+            }
+        }
+    }
+
+    /// fsync(2) and fdatasync(2). What is not in the upper has nothing to sync.
+    pub(crate) fn sync(&self, node: &Arc<Node>, data_only: bool) -> Res<()> {
+        if self.upper.is_none() || !node.is_upper() {
+            return Ok(());
+        }
+        if node.kind == Kind::Dir {
+            let fd = crate::layer::open_for_reading(self.upper_fd(node)?.as_fd())?;
+            return rustix::fs::fsync(&fd);
+        }
+        if node.kind != Kind::File {
+            return Ok(());
+        }
+        match self.open_file(node, false)? {
+            Content::File(fd) if data_only => rustix::fs::fdatasync(&fd),
+            Content::File(fd) => rustix::fs::fsync(&fd),
+            Content::Memory(_) => Ok(()),
+        }
+    }
+
+    /// The target of a symbolic link.
+    pub(crate) fn read_link(&self, node: &Arc<Node>) -> Res<Vec<u8>> {
+        if node.kind != Kind::Symlink {
+            return Err(Errno::INVAL);
+        }
+        for _ in 0..64 {
+            let (place, link) = {
+                let inner = node.inner.lock();
+                (inner.place.clone(), inner.links.first().cloned())
+            };
+            let read = match (place, link) {
+                (Place::Upper, Some(link)) => {
+                    rustix::fs::readlinkat(&*self.upper_fd(&link.parent)?, &*link.name, Vec::new())
+                }
+                (Place::Lower { dir, name }, _) => {
+                    rustix::fs::readlinkat(&*self.fd(&dir)?, &*name, Vec::new())
+                }
+                (Place::Generated(index), _) => return Ok(self.generated.node(index).bytes().to_vec()),
+                _ => return Err(Errno::STALE),
+            };
+            match read {
+                Ok(target) => return Ok(target.into_bytes()),
+                Err(Errno::NOENT) => std::thread::yield_now(),
+                Err(err) => return Err(err),
+            }
+        }
+        Err(Errno::STALE)
+    }
+
+    /// statfs(2) of where new data goes.
+    pub(crate) fn stat_fs(&self) -> Res<rustix::fs::StatVfs> {
+        let root = match &self.upper {
+            Some(upper) => &upper.root,
+            None => &self.layers.last().ok_or(Errno::NOSYS)?.root,
+        };
+        rustix::fs::fstatvfs(&*self.fd(root)?)
+    }
+}
+
+/// The bytes of an OS string; FUSE names are bytes.
+pub(crate) fn bytes_of(name: &std::ffi::OsStr) -> &[u8] {
+    name.as_bytes()
+}

@@ -1,0 +1,789 @@
+//! The FUSE side: decodes a request, calls the engine, replies. Nothing is decided here.
+//!
+//! What the kernel is told to do by itself, because each request costs as much as a dozen
+//! system calls (all of it needs one fact: nobody but this mount changes the upper, and
+//! layers do not change):
+//!
+//! - names, missing names and attributes are valid for ever;
+//! - OPEN, OPENDIR, CREATE, FLUSH are answered `ENOSYS` once and never come again: a file
+//!   is made by MKNOD, and every descriptor of a file, made before or after a copy-up,
+//!   reads and writes the same pages. So descriptors and shared mappings from before a
+//!   copy-up see later writes. (Never together with `ATOMIC_O_TRUNC`.)
+//! - written pages stay in the kernel until they are flushed (writeback cache): the
+//!   kernel knows size and modification time best, and appends by itself;
+//! - directory contents and link targets are cached; lookups run in parallel.
+//!
+//! The kernel checks permissions (`default_permissions`) and ACLs, keeps locks by itself
+//! (there is one mount), and leaves to us the umask (because of default ACLs) and taking
+//! away set*id bits.
+//!
+//! A handler that panics is caught, logged, and answers `EIO` to its one request: the
+//! reply object does that when it is dropped.
+
+use std::cell::RefCell;
+use std::ffi::OsStr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    BsdFileFlags, CopyFileRangeFlags, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo,
+    InitFlags, KernelConfig, LockOwner, Notifier, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+use rustix::fs::XattrFlags;
+
+use crate::attr::{Attr, Kind, Time};
+use crate::create::NewObject;
+use crate::data::bytes_of;
+use crate::engine::Engine;
+use crate::errno::{Errno, Res};
+use crate::inode::Node;
+use crate::rename::How;
+use crate::setattr::{SetAttr, SetTime};
+use crate::sync::Mutex;
+
+/// "For ever" in a form that no kernel arithmetic overflows.
+const TTL: Duration = Duration::from_secs(1 << 30);
+
+/// The largest read and write.
+const MAX_IO: u32 = 1 << 20;
+
+const GENERATION: Generation = Generation(0);
+
+thread_local! {
+    /// The bytes of a READ on their way out.
+    static READ_BUF: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// What the file system shares with the [`crate::Server`].
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) engine: Engine,
+    notifier: OnceLock<Notifier>,
+    flusher: Mutex<Option<mpsc::Sender<Seek>>>,
+    panics: AtomicU64,
+}
+
+/// A seek that waits for the kernel to write back what it holds of the file.
+#[derive(Debug)]
+struct Seek {
+    node: Arc<Node>,
+    offset: u64,
+    hole: bool,
+    reply: ReplyLseek,
+}
+
+impl Shared {
+    pub(crate) fn new(engine: Engine) -> Arc<Self> {
+        Arc::new(Self {
+            engine,
+            notifier: OnceLock::new(),
+            flusher: Mutex::new(None),
+            panics: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) fn set_notifier(&self, notifier: Notifier) {
+        let _ = self.notifier.set(notifier);
+    }
+
+    /// Ends the thread that flushes, if it runs: it holds a reference to all this.
+    pub(crate) fn stop_flusher(&self) {
+        let sender = self.flusher.lock().take();
+        drop(sender);
+    }
+}
+
+/// The file system that fuser drives.
+#[derive(Debug)]
+pub(crate) struct FuseFs {
+    pub(crate) shared: Arc<Shared>,
+}
+
+fn errno(err: Errno) -> fuser::Errno {
+    fuser::Errno::from_i32(err.raw_os_error())
+}
+
+fn file_type(kind: Kind) -> FileType {
+    match kind {
+        Kind::File => FileType::RegularFile,
+        Kind::Dir => FileType::Directory,
+        Kind::Symlink => FileType::Symlink,
+        Kind::Fifo => FileType::NamedPipe,
+        Kind::Socket => FileType::Socket,
+        Kind::Char => FileType::CharDevice,
+        Kind::Block => FileType::BlockDevice,
+    }
+}
+
+/// The kernel's `new_encode_dev`.
+fn encode_dev((major, minor): (u32, u32)) -> u32 {
+    minor & 0xff | (major & 0xfff) << 8 | (minor & 0xf_ff00) << 12
+}
+
+fn decode_dev(dev: u32) -> (u32, u32) {
+    ((dev & 0xf_ff00) >> 8, dev & 0xff | dev >> 12 & 0xf_ff00)
+}
+
+fn file_attr(attr: &Attr) -> FileAttr {
+    FileAttr {
+        ino: INodeNo(attr.ino),
+        size: attr.size,
+        blocks: attr.blocks,
+        atime: attr.atime.to_system(),
+        mtime: attr.mtime.to_system(),
+        ctime: attr.ctime.to_system(),
+        crtime: SystemTime::UNIX_EPOCH,
+        kind: file_type(attr.kind),
+        perm: u16::try_from(attr.perm & 0o7777).unwrap_or(0),
+        nlink: attr.nlink,
+        uid: attr.uid,
+        gid: attr.gid,
+        rdev: encode_dev(attr.rdev),
+        blksize: attr.blksize,
+        flags: 0,
+    }
+}
+
+/// The answer "there is no such name, and there will be none": number 0 with a TTL.
+fn no_entry() -> FileAttr {
+    FileAttr {
+        ino: INodeNo(0),
+        size: 0,
+        blocks: 0,
+        atime: SystemTime::UNIX_EPOCH,
+        mtime: SystemTime::UNIX_EPOCH,
+        ctime: SystemTime::UNIX_EPOCH,
+        crtime: SystemTime::UNIX_EPOCH,
+        kind: FileType::RegularFile,
+        perm: 0,
+        nlink: 0,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 0,
+        flags: 0,
+    }
+}
+
+impl FuseFs {
+    fn engine(&self) -> &Engine {
+        &self.shared.engine
+    }
+
+    /// Runs a handler; see the module about panics.
+    fn run(&self, what: &str, ino: INodeNo, handler: impl FnOnce()) {
+        tracing::trace!(what, ino = ino.0, "request");
+        if catch_unwind(AssertUnwindSafe(handler)).is_err() {
+            // What the payload can bring about is counted always and logged rarely.
+            let count = self.shared.panics.fetch_add(1, Ordering::Relaxed);
+            if count.is_power_of_two() || count == 0 {
+                tracing::error!(what, ino = ino.0, count = count + 1, "internal error, answered with EIO");
+            }
+        }
+    }
+
+    /// Attributes for a reply that lets the kernel know the node.
+    fn known(&self, node: &Arc<Node>, attr: &Attr) -> FileAttr {
+        self.engine().table.remember(node);
+        file_attr(attr)
+    }
+
+    fn make(&self, parent: INodeNo, name: &OsStr, new: &NewObject<'_>) -> Res<FileAttr> {
+        let parent = self.engine().node(parent.0)?;
+        let node = self.engine().create(&parent, bytes_of(name), new)?;
+        let attr = self.engine().attr(&node)?;
+        Ok(self.known(&node, &attr))
+    }
+
+    fn reply_made(&self, made: Res<FileAttr>, reply: ReplyEntry) {
+        match made {
+            Ok(attr) => reply.entry(&TTL, &attr, GENERATION),
+            Err(err) => reply.error(errno(err)),
+        }
+    }
+
+    /// Hands a seek to the thread that may wait for the kernel. A worker must not: the
+    /// kernel's answer is a series of WRITE requests that the workers have to serve.
+    fn seek_after_flush(&self, seek: Seek) {
+        let mut flusher = self.shared.flusher.lock();
+        if flusher.is_none() {
+            let (sender, receiver) = mpsc::channel::<Seek>();
+            let shared = Arc::downgrade(&self.shared);
+            let started = std::thread::Builder::new().name("fsoverlay-seek".to_owned()).spawn(move || {
+                while let Ok(seek) = receiver.recv() {
+                    let Some(shared) = shared.upgrade() else { return };
+                    if let Some(notifier) = shared.notifier.get() {
+                        // Writes back and drops the pages; a failure is the kernel's
+                        // not knowing the file, which then holds none.
+                        let _ = notifier.inval_inode(INodeNo(seek.node.ino), 0, 0);
+                    }
+                    answer_seek(&shared.engine, seek);
+                }
+            });
+            if started.is_err() {
+                drop(flusher);
+                return answer_seek(self.engine(), seek);
+            }
+            *flusher = Some(sender);
+        }
+        let sender = flusher.clone();
+        drop(flusher);
+        if let Some(Err(mpsc::SendError(seek))) = sender.map(|s| s.send(seek)) {
+            answer_seek(self.engine(), seek);
+        }
+    }
+}
+
+fn answer_seek(engine: &Engine, seek: Seek) {
+    match engine.seek(&seek.node, seek.offset, seek.hole) {
+        Ok(offset) => seek.reply.offset(i64::try_from(offset).unwrap_or(i64::MAX)),
+        Err(err) => seek.reply.error(errno(err)),
+    }
+}
+
+fn done(result: Res<()>, reply: ReplyEmpty) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(err) => reply.error(errno(err)),
+    }
+}
+
+fn set_time(time: TimeOrNow) -> SetTime {
+    match time {
+        TimeOrNow::Now => SetTime::Now,
+        TimeOrNow::SpecificTime(time) => SetTime::At(Time::from_system(time)),
+    }
+}
+
+impl Filesystem for FuseFs {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        let wanted = [
+            InitFlags::FUSE_ASYNC_READ,
+            InitFlags::FUSE_BIG_WRITES,
+            InitFlags::FUSE_DONT_MASK,
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_READDIRPLUS_AUTO,
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_WRITEBACK_CACHE,
+            InitFlags::FUSE_NO_OPEN_SUPPORT,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_POSIX_ACL,
+            InitFlags::FUSE_MAX_PAGES,
+            InitFlags::FUSE_CACHE_SYMLINKS,
+            InitFlags::FUSE_NO_OPENDIR_SUPPORT,
+            InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+        ];
+        for flag in wanted {
+            if config.add_capabilities(flag).is_err() {
+                tracing::debug!(?flag, "not offered by the kernel");
+            }
+        }
+        // The errors give the nearest value that is possible.
+        if let Err(possible) = config.set_max_write(MAX_IO) {
+            let _ = config.set_max_write(possible);
+        }
+        if let Err(possible) = config.set_max_readahead(MAX_IO) {
+            let _ = config.set_max_readahead(possible);
+        }
+        let _ = config.set_max_background(64);
+        let _ = config.set_congestion_threshold(48);
+        Ok(())
+    }
+
+    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        self.run("lookup", parent, || {
+            let found = self
+                .engine()
+                .node(parent.0)
+                .and_then(|parent| self.engine().lookup_attr(&parent, bytes_of(name)));
+            match found {
+                Ok((node, attr)) => reply.entry(&TTL, &self.known(&node, &attr), GENERATION),
+                Err(Errno::NOENT) => reply.entry(&TTL, &no_entry(), GENERATION),
+                Err(err) => reply.error(errno(err)),
+            }
+        });
+    }
+
+    fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
+        self.run("forget", ino, || self.engine().table.forget(ino.0, nlookup));
+    }
+
+    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        self.run("getattr", ino, || match self.engine().node(ino.0).and_then(|n| self.engine().attr(&n)) {
+            Ok(attr) => reply.attr(&TTL, &file_attr(&attr)),
+            Err(err) => reply.error(errno(err)),
+        });
+    }
+
+    fn setattr(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let set =
+            SetAttr { perm: mode, uid, gid, size, atime: atime.map(set_time), mtime: mtime.map(set_time) };
+        self.run("setattr", ino, || {
+            match self.engine().node(ino.0).and_then(|n| self.engine().set_attr(&n, set)) {
+                Ok(attr) => reply.attr(&TTL, &file_attr(&attr)),
+                Err(err) => reply.error(errno(err)),
+            }
+        });
+    }
+
+    fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
+        self.run("readlink", ino, || {
+            match self.engine().node(ino.0).and_then(|n| self.engine().read_link(&n)) {
+                Ok(target) => reply.data(&target),
+                Err(err) => reply.error(errno(err)),
+            }
+        });
+    }
+
+    fn mknod(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        self.run("mknod", parent, || {
+            let made =
+                Kind::from_mode(mode).filter(|k| *k == Kind::File || k.is_special()).ok_or(Errno::INVAL);
+            let made = made.and_then(|kind| {
+                let rdev = if matches!(kind, Kind::Char | Kind::Block) { decode_dev(rdev) } else { (0, 0) };
+                let owner = (req.uid(), req.gid());
+                self.make(parent, name, &NewObject { kind, perm: mode, umask, rdev, target: b"", owner })
+            });
+            self.reply_made(made, reply);
+        });
+    }
+
+    fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
+        self.run("mkdir", parent, || {
+            let owner = (req.uid(), req.gid());
+            let new = NewObject { kind: Kind::Dir, perm: mode, umask, rdev: (0, 0), target: b"", owner };
+            self.reply_made(self.make(parent, name, &new), reply);
+        });
+    }
+
+    fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.run("unlink", parent, || {
+            done(self.engine().node(parent.0).and_then(|p| self.engine().unlink(&p, bytes_of(name))), reply);
+        });
+    }
+
+    fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.run("rmdir", parent, || {
+            done(self.engine().node(parent.0).and_then(|p| self.engine().rmdir(&p, bytes_of(name))), reply);
+        });
+    }
+
+    fn symlink(&self, req: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        self.run("symlink", parent, || {
+            let new = NewObject {
+                kind: Kind::Symlink,
+                perm: 0o777,
+                umask: 0,
+                rdev: (0, 0),
+                target: bytes_of(target.as_os_str()),
+                owner: (req.uid(), req.gid()),
+            };
+            self.reply_made(self.make(parent, name, &new), reply);
+        });
+    }
+
+    fn rename(
+        &self,
+        _req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        newparent: INodeNo,
+        newname: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.run("rename", parent, || {
+            let how = if flags == RenameFlags::empty() {
+                How::Replace
+            } else if flags == RenameFlags::RENAME_NOREPLACE {
+                How::NoReplace
+            } else if flags == RenameFlags::RENAME_EXCHANGE {
+                How::Exchange
+            } else {
+                return reply.error(fuser::Errno::EINVAL);
+            };
+            let renamed = self.engine().node(parent.0).and_then(|from| {
+                let to = self.engine().node(newparent.0)?;
+                self.engine().rename(&from, bytes_of(name), &to, bytes_of(newname), how)
+            });
+            done(renamed, reply);
+        });
+    }
+
+    fn link(&self, _req: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
+        self.run("link", ino, || {
+            let linked = self.engine().node(ino.0).and_then(|node| {
+                let parent = self.engine().node(newparent.0)?;
+                self.engine().link(&node, &parent, bytes_of(newname))?;
+                let attr = self.engine().attr(&node)?;
+                Ok(self.known(&node, &attr))
+            });
+            self.reply_made(linked, reply);
+        });
+    }
+
+    fn open(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        reply.error(fuser::Errno::ENOSYS);
+    }
+
+    fn create(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        // The kernel goes on with MKNOD, which needs no RELEASE afterwards.
+        reply.error(fuser::Errno::ENOSYS);
+    }
+
+    fn flush(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _lock_owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(fuser::Errno::ENOSYS);
+    }
+
+    fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        reply.error(fuser::Errno::ENOSYS);
+    }
+
+    fn read(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        self.run("read", ino, || {
+            READ_BUF.with_borrow_mut(|buf| {
+                let size = size.min(MAX_IO) as usize;
+                if buf.len() < size {
+                    buf.resize(size, 0);
+                }
+                let read =
+                    self.engine().node(ino.0).and_then(|n| self.engine().read(&n, offset, &mut buf[..size]));
+                match read {
+                    Ok(n) => reply.data(&buf[..n]),
+                    Err(err) => reply.error(errno(err)),
+                }
+            });
+        });
+    }
+
+    fn write(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        self.run("write", ino, || {
+            let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+            let written = self.engine().node(ino.0).and_then(|n| self.engine().write(&n, offset, data, kill));
+            reply_written(written, reply);
+        });
+    }
+
+    fn fsync(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
+        self.run("fsync", ino, || {
+            done(self.engine().node(ino.0).and_then(|n| self.engine().sync(&n, datasync)), reply);
+        });
+    }
+
+    fn fsyncdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
+        self.run("fsyncdir", ino, || {
+            done(self.engine().node(ino.0).and_then(|n| self.engine().sync(&n, datasync)), reply);
+        });
+    }
+
+    fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        self.run("readdir", ino, || {
+            let mut at = offset;
+            loop {
+                let batch = match self.engine().node(ino.0).and_then(|n| self.engine().read_dir(&n, at, 256))
+                {
+                    Ok(batch) => batch,
+                    Err(err) => return reply.error(errno(err)),
+                };
+                if batch.is_empty() {
+                    return reply.ok();
+                }
+                for (next, entry) in batch {
+                    let name = std::os::unix::ffi::OsStrExt::from_bytes(&entry.name);
+                    let name: &OsStr = name;
+                    if reply.add(INodeNo(entry.ino), next, file_type(entry.kind), name) {
+                        return reply.ok();
+                    }
+                    at = next;
+                }
+            }
+        });
+    }
+
+    fn readdirplus(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        self.run("readdirplus", ino, || {
+            let dir = match self.engine().node(ino.0) {
+                Ok(dir) => dir,
+                Err(err) => return reply.error(errno(err)),
+            };
+            let mut at = offset;
+            loop {
+                let batch = match self.engine().read_dir(&dir, at, 32) {
+                    Ok(batch) => batch,
+                    Err(err) => return reply.error(errno(err)),
+                };
+                if batch.is_empty() {
+                    return reply.ok();
+                }
+                for (next, entry) in batch {
+                    if self.add_plus(&dir, next, &entry, &mut reply) {
+                        return reply.ok();
+                    }
+                    at = next;
+                }
+            }
+        });
+    }
+
+    fn statfs(&self, _req: &Request, ino: INodeNo, reply: ReplyStatfs) {
+        self.run("statfs", ino, || match self.engine().stat_fs() {
+            Ok(st) => {
+                let small = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+                reply.statfs(
+                    st.f_blocks,
+                    st.f_bfree,
+                    st.f_bavail,
+                    st.f_files,
+                    st.f_ffree,
+                    small(st.f_bsize),
+                    small(st.f_namemax.min(255)),
+                    small(st.f_frsize),
+                );
+            }
+            Err(err) => reply.error(errno(err)),
+        });
+    }
+
+    fn setxattr(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        self.run("setxattr", ino, || {
+            let flags = XattrFlags::from_bits_truncate(flags.cast_unsigned());
+            let caller = (req.uid(), req.gid());
+            let set = self
+                .engine()
+                .node(ino.0)
+                .and_then(|n| self.engine().set_xattr(&n, bytes_of(name), value, flags, caller));
+            done(set, reply);
+        });
+    }
+
+    fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        self.run("getxattr", ino, || {
+            let value = self.engine().node(ino.0).and_then(|n| self.engine().get_xattr(&n, bytes_of(name)));
+            reply_xattr(value, size, reply);
+        });
+    }
+
+    fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        self.run("listxattr", ino, || {
+            let names = self.engine().node(ino.0).and_then(|n| self.engine().list_xattr(&n));
+            reply_xattr(names, size, reply);
+        });
+    }
+
+    fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.run("removexattr", ino, || {
+            let removed =
+                self.engine().node(ino.0).and_then(|n| self.engine().remove_xattr(&n, bytes_of(name)));
+            done(removed, reply);
+        });
+    }
+
+    fn fallocate(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        self.run("fallocate", ino, || {
+            let mode = mode.cast_unsigned();
+            done(
+                self.engine().node(ino.0).and_then(|n| self.engine().fallocate(&n, mode, offset, length)),
+                reply,
+            );
+        });
+    }
+
+    fn lseek(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        self.run("lseek", ino, || {
+            let hole = match whence {
+                libc::SEEK_DATA => false,
+                libc::SEEK_HOLE => true,
+                _ => return reply.error(fuser::Errno::EINVAL),
+            };
+            let Ok(offset) = u64::try_from(offset) else { return reply.error(fuser::Errno::ENXIO) };
+            match self.engine().node(ino.0) {
+                Ok(node) => self.seek_after_flush(Seek { node, offset, hole, reply }),
+                Err(err) => reply.error(errno(err)),
+            }
+        });
+    }
+
+    fn copy_file_range(
+        &self,
+        _req: &Request,
+        ino_in: INodeNo,
+        _fh_in: FileHandle,
+        offset_in: u64,
+        ino_out: INodeNo,
+        _fh_out: FileHandle,
+        offset_out: u64,
+        len: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        self.run("copy_file_range", ino_out, || {
+            let copied = self.engine().node(ino_in.0).and_then(|from| {
+                let to = self.engine().node(ino_out.0)?;
+                self.engine().copy_range((&from, offset_in), (&to, offset_out), len)
+            });
+            reply_written(copied, reply);
+        });
+    }
+}
+
+impl FuseFs {
+    /// Adds one entry with its attributes; true if there was no room for it.
+    fn add_plus(
+        &self,
+        dir: &Arc<Node>,
+        next: u64,
+        entry: &crate::readdir::Entry,
+        reply: &mut ReplyDirectoryPlus,
+    ) -> bool {
+        let name: &OsStr = std::os::unix::ffi::OsStrExt::from_bytes(&entry.name);
+        if next <= 2 {
+            // The kernel does not count these two as lookups.
+            let attr = FileAttr { ino: INodeNo(entry.ino), kind: FileType::Directory, ..no_entry() };
+            return reply.add(INodeNo(entry.ino), next, name, &TTL, &attr, GENERATION);
+        }
+        match self.engine().lookup_attr(dir, &entry.name) {
+            Ok((node, attr)) => {
+                let attr = self.known(&node, &attr);
+                let full = reply.add(INodeNo(attr.ino.0), next, name, &TTL, &attr, GENERATION);
+                if full {
+                    self.engine().table.forget(node.ino, 1);
+                }
+                full
+            }
+            // Removed since, or unreachable: asking for it by name will say why.
+            Err(err) => {
+                tracing::debug!(?err, "an entry was left out of a listing");
+                false
+            }
+        }
+    }
+}
+
+fn reply_written(written: Res<usize>, reply: ReplyWrite) {
+    match written {
+        Ok(n) => reply.written(u32::try_from(n).unwrap_or(u32::MAX)),
+        Err(err) => reply.error(errno(err)),
+    }
+}
+
+fn reply_xattr(value: Res<Vec<u8>>, size: u32, reply: ReplyXattr) {
+    match value {
+        Ok(value) if size == 0 => reply.size(u32::try_from(value.len()).unwrap_or(u32::MAX)),
+        Ok(value) if value.len() <= size as usize => reply.data(&value),
+        Ok(_) => reply.error(fuser::Errno::ERANGE),
+        Err(err) => reply.error(errno(err)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_numbers_round_trip() {
+        for dev in [(0, 0), (1, 3), (8, 300), (4095, 0xf_ffff)] {
+            assert_eq!(decode_dev(encode_dev(dev)), dev);
+        }
+    }
+}

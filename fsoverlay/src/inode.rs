@@ -1,0 +1,311 @@
+//! The table of objects that the kernel or a request knows.
+//!
+//! A [`Node`] is one object of the merged tree, whatever names it has. The kernel's
+//! number of it (`nodeid`) is also its `st_ino`. The table keeps a node while the kernel
+//! holds lookups on it, or while anything else does (a child that knows its parent, a
+//! request at work): a second node of the same object must never exist, since locks and
+//! "is it in the upper yet" live in it.
+//!
+//! What guards what, in the order in which locks are taken:
+//!
+//! | lock | guards |
+//! |---|---|
+//! | `Node::copying` | one copy-up at a time of this object; held over its I/O |
+//! | `DirPart::state` of directories, by rising inode number | the names in the directory: read while a name is resolved, written while one changes |
+//! | `Node::inner` | owner, mode, names, place; never held over I/O |
+//! | a shard of the table | counts of lookups |
+
+use std::collections::HashMap;
+use std::sync::{Arc, OnceLock, Weak};
+
+use rustix::fs::AtFlags;
+
+use crate::attr::{Key, Kind, Meta, Stat};
+use crate::errno::{Errno, Res};
+use crate::handle::{Fd, FdSlot, Pinned};
+use crate::layer::{InodeNumbers, RealDir};
+use crate::readdir::Listing;
+use crate::sync::{Mutex, RwLock};
+
+/// The root's number in every FUSE mount.
+pub(crate) const ROOT: u64 = 1;
+
+/// Where the content of an object that is not a directory is.
+#[derive(Debug, Clone)]
+pub(crate) enum Place {
+    /// In the upper under the node's first name.
+    Upper,
+    /// In a layer.
+    Lower { dir: Arc<RealDir>, name: Arc<[u8]> },
+    /// In memory.
+    Generated(u32),
+    /// In the upper, without a name any more.
+    Unlinked(Arc<Pinned>),
+    /// In the work directory: there were too many descriptors to keep one.
+    Parked(Arc<Parked>),
+    /// Unlinked and without content that could still be asked for.
+    Gone(Arc<Stat>),
+}
+
+/// A file without a name in the merged tree, under a temporary name in the work
+/// directory; removed when nobody knows it any more.
+#[derive(Debug)]
+pub(crate) struct Parked {
+    pub(crate) work: Fd,
+    pub(crate) name: Box<[u8]>,
+}
+
+impl Drop for Parked {
+    fn drop(&mut self) {
+        if let Err(err) = rustix::fs::unlinkat(&self.work, &*self.name, AtFlags::empty()) {
+            tracing::debug!(?err, "cannot remove a parked file");
+        }
+    }
+}
+
+/// One name of an object.
+#[derive(Debug, Clone)]
+pub(crate) struct Link {
+    pub(crate) parent: Arc<Node>,
+    pub(crate) name: Box<[u8]>,
+}
+
+impl Link {
+    pub(crate) fn is(&self, parent: &Node, name: &[u8]) -> bool {
+        self.parent.ino == parent.ino && *self.name == *name
+    }
+}
+
+/// The part of a node that changes.
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub(crate) meta: Meta,
+    /// What the object is on disk now.
+    pub(crate) key: Key,
+    /// What it was before it was copied up.
+    pub(crate) origin: Option<Key>,
+    pub(crate) place: Place,
+    /// Known names; a directory has one, the root none.
+    pub(crate) links: Vec<Link>,
+    /// Names that the disk does not count (or counts though they are gone).
+    pub(crate) extra_links: i64,
+    /// There is a record on disk that must be kept true or removed.
+    pub(crate) has_record: bool,
+    /// An access ACL is stored; chmod must change it.
+    pub(crate) has_acl: bool,
+    /// It is known that no `security.capability` is stored.
+    pub(crate) no_capability: bool,
+}
+
+/// The part of a node that only directories have.
+#[derive(Debug)]
+pub(crate) struct DirPart {
+    /// The directory in the upper, once there is one; it never changes again.
+    pub(crate) upper: OnceLock<Arc<RealDir>>,
+    pub(crate) state: RwLock<DirState>,
+}
+
+/// What a directory is merged from, below the upper.
+#[derive(Debug, Default)]
+pub(crate) struct DirState {
+    /// Directories of layers, the topmost first.
+    pub(crate) lowers: Vec<Arc<RealDir>>,
+    /// The directory of the generated layer.
+    pub(crate) generated: Option<u32>,
+    /// rmdir has removed it.
+    pub(crate) removed: bool,
+    /// Its entries, if they were asked for lately.
+    pub(crate) listing: Option<Box<Listing>>,
+    /// The default ACL, if it is known: new objects in here inherit it.
+    pub(crate) default_acl: Option<Option<Arc<[u8]>>>,
+}
+
+impl DirState {
+    /// Whether a name of this directory may exist below the upper.
+    pub(crate) fn has_lower(&self) -> bool {
+        !self.lowers.is_empty() || self.generated.is_some()
+    }
+}
+
+/// One object of the merged tree.
+#[derive(Debug)]
+pub(crate) struct Node {
+    pub(crate) ino: u64,
+    pub(crate) kind: Kind,
+    pub(crate) inner: Mutex<Inner>,
+    pub(crate) copying: Mutex<()>,
+    pub(crate) file: FdSlot,
+    pub(crate) dir: Option<Box<DirPart>>,
+    table: Weak<Table>,
+}
+
+impl Node {
+    /// The directory part, or `ENOTDIR`.
+    pub(crate) fn dir(&self) -> Res<&DirPart> {
+        self.dir.as_deref().ok_or(Errno::NOTDIR)
+    }
+
+    /// Whether the object has its place in the upper (or had it when it was unlinked).
+    pub(crate) fn is_upper(&self) -> bool {
+        match &self.dir {
+            Some(dir) => dir.upper.get().is_some(),
+            None => {
+                matches!(
+                    self.inner.lock().place,
+                    Place::Upper | Place::Unlinked(_) | Place::Parked(_) | Place::Gone(_)
+                )
+            }
+        }
+    }
+
+    /// The directory in the upper; only after it was copied up.
+    pub(crate) fn upper_dir(&self) -> Res<&Arc<RealDir>> {
+        self.dir()?.upper.get().ok_or(Errno::STALE)
+    }
+
+    /// The first known name.
+    pub(crate) fn first_link(&self) -> Option<Link> {
+        self.inner.lock().links.first().cloned()
+    }
+
+    pub(crate) fn has_link(&self, parent: &Node, name: &[u8]) -> bool {
+        self.inner.lock().links.iter().any(|l| l.is(parent, name))
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Some(table) = self.table.upgrade() {
+            table.remove_dead(self.ino);
+        }
+        // A chain of directories may be thousands deep: unlinked in a loop.
+        let mut links = std::mem::take(&mut self.inner.get_mut().links);
+        while let Some(link) = links.pop() {
+            if let Some(mut parent) = Arc::into_inner(link.parent) {
+                links.append(&mut parent.inner.get_mut().links);
+            }
+        }
+    }
+}
+
+/// What is needed to make a node.
+#[derive(Debug)]
+pub(crate) struct NewNode {
+    pub(crate) kind: Kind,
+    pub(crate) inner: Inner,
+    pub(crate) upper: Option<Arc<RealDir>>,
+    pub(crate) state: DirState,
+}
+
+#[derive(Debug)]
+struct Entry {
+    node: Weak<Node>,
+    /// Keeps the node alive for the kernel, with the number of its lookups.
+    kernel: Option<Arc<Node>>,
+    lookups: u64,
+}
+
+const SHARDS: usize = 64;
+
+/// All nodes, by number.
+#[derive(Debug)]
+pub(crate) struct Table {
+    shards: Vec<Mutex<HashMap<u64, Entry>>>,
+}
+
+impl Table {
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new(Self { shards: (0..SHARDS).map(|_| Mutex::default()).collect() })
+    }
+
+    fn shard(&self, ino: u64) -> &Mutex<HashMap<u64, Entry>> {
+        &self.shards[usize::try_from(crate::layer::mix(ino) % SHARDS as u64).unwrap_or(0)]
+    }
+
+    /// The node of this number.
+    pub(crate) fn get(&self, ino: u64) -> Option<Arc<Node>> {
+        self.shard(ino).lock().get(&ino)?.node.upgrade()
+    }
+
+    /// The node of an object with the number `ino`, found or made. `same` tells whether
+    /// a node that has the number is that object; if it is another one, the object gets
+    /// another number.
+    pub(crate) fn intern(
+        self: &Arc<Self>,
+        ino: u64,
+        same: impl Fn(&Node) -> bool,
+        make: impl FnOnce() -> NewNode,
+    ) -> Arc<Node> {
+        let mut number = ino;
+        let mut attempt = 0;
+        loop {
+            let mut shard = self.shard(number).lock();
+            // The upgraded node may be the last reference by the time it is dropped, and
+            // its Drop takes this shard: so the shard is let go first.
+            let existing = shard.get(&number).and_then(|entry| entry.node.upgrade());
+            if let Some(node) = existing {
+                drop(shard);
+                if same(&node) {
+                    return node;
+                }
+                attempt += 1;
+                number = InodeNumbers::clashed(ino, attempt);
+                continue;
+            }
+            let new = make();
+            let dir = (new.kind == Kind::Dir).then(|| {
+                let upper = OnceLock::new();
+                if let Some(dir) = new.upper {
+                    let _ = upper.set(dir);
+                }
+                Box::new(DirPart { upper, state: RwLock::new(new.state) })
+            });
+            let node = Arc::new(Node {
+                ino: number,
+                kind: new.kind,
+                inner: Mutex::new(new.inner),
+                copying: Mutex::new(()),
+                file: FdSlot::default(),
+                dir,
+                table: Arc::downgrade(self),
+            });
+            shard.insert(number, Entry { node: Arc::downgrade(&node), kernel: None, lookups: 0 });
+            return node;
+        }
+    }
+
+    /// The kernel is about to learn of the node. Counted before the reply is sent,
+    /// because a FORGET may overtake it.
+    pub(crate) fn remember(&self, node: &Arc<Node>) {
+        let mut shard = self.shard(node.ino).lock();
+        let entry = shard.entry(node.ino).or_insert_with(|| Entry {
+            node: Arc::downgrade(node),
+            kernel: None,
+            lookups: 0,
+        });
+        entry.lookups += 1;
+        if entry.kernel.is_none() {
+            entry.kernel = Some(node.clone());
+        }
+    }
+
+    /// The kernel forgets `count` lookups of the number.
+    pub(crate) fn forget(&self, ino: u64, count: u64) {
+        let gone = {
+            let mut shard = self.shard(ino).lock();
+            let Some(entry) = shard.get_mut(&ino) else { return };
+            entry.lookups = entry.lookups.saturating_sub(count);
+            if entry.lookups == 0 { entry.kernel.take() } else { None }
+        };
+        // Dropped without the shard's lock: the node's Drop takes it.
+        drop(gone);
+    }
+
+    fn remove_dead(&self, ino: u64) {
+        let mut shard = self.shard(ino).lock();
+        // The number may have been taken over by a node made since.
+        if shard.get(&ino).is_some_and(|entry| entry.node.strong_count() == 0) {
+            shard.remove(&ino);
+        }
+    }
+}

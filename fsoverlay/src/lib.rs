@@ -1,0 +1,211 @@
+//! A union file system over FUSE that an ordinary user can mount and serve.
+//!
+//! Read-only *layers*, a *generated* layer in memory and a writable *upper* are shown as
+//! one tree. Changes go to the upper in the form that the kernel's overlayfs reads with
+//! `userxattr`; owners, modes and devices that an ordinary user may not create are
+//! recorded in xattrs, so that chown, chmod and mknod of anything succeed.
+//!
+//! ```text
+//!   /dev/fuse ── fs ───────── decodes a request, calls, replies; knows FUSE, decides nothing
+//!                │
+//!             engine ──────── layers, upper, caches; one method per operation, in:
+//!                │  lookup    a name → the object (what merges, what hides)
+//!                │  readdir   a directory's entries, stable positions
+//!                │  create    new objects, links, unlink, rmdir
+//!                │  rename    all of rename(2)
+//!                │  copyup    a layer's object → the upper, atomically
+//!                │  setattr   chmod, chown, truncate, utimens
+//!                │  xattr     names on disk ↔ names through the mount, ACLs
+//!                │  data      read, write, seek, copy, sync
+//!                │  whiteout  "gone" on disk
+//!                │
+//!             inode, layer, handle, sidecar, attr, acl ── objects, real directories,
+//!                │            descriptors, owners of links, records
+//!               sys           the only unsafe lines
+//! ```
+//!
+//! The process that calls [`Overlay::open`] and [`Overlay::serve`] stays in its own
+//! namespaces with its own credentials: it can do nothing that its user cannot, and every
+//! file it makes belongs to that user. The mount is made elsewhere, by whoever is root in
+//! the user namespace of the mount, who passes the open `/dev/fuse` over:
+//!
+//! ```no_run
+//! # fn passed_by_the_mounting_process() -> std::os::fd::OwnedFd { unimplemented!() }
+//! use fsoverlay::{LayerSpec, Overlay, OverlaySpec, Owners, UpperSpec};
+//!
+//! let overlay = Overlay::open(&OverlaySpec {
+//!     layers: vec![LayerSpec { dir: "/".into(), owners: Owners::Numeric, hidden: vec!["proc".into()] }],
+//!     generated: vec![],
+//!     upper: Some(UpperSpec { dir: "/home/me/box/upper".into(), work: "/home/me/box/work".into() }),
+//!     squash: Some((0, 0)),
+//!     workers: 2,
+//! })?;
+//! let server = overlay.serve(passed_by_the_mounting_process())?;
+//! server.join();
+//! # Ok::<(), fsoverlay::Error>(())
+//! ```
+//!
+//! # What to know
+//!
+//! - A layer must not change while it is mounted; what happens to a name that changed
+//!   underneath is not defined, only that nothing outside the layer is reached.
+//! - One server per upper at a time.
+//! - Renaming a directory of a layer copies it into the upper, once.
+//! - Fifos, sockets and devices are empty files with a record in the upper.
+//! - A file of a layer that the caller may not read can be seen but neither read nor
+//!   changed (`EACCES`); a directory he may not read appears empty and is writable.
+
+mod acl;
+mod attr;
+mod changes;
+mod config;
+mod copyup;
+mod create;
+mod data;
+mod engine;
+mod errno;
+mod fs;
+mod generated;
+mod handle;
+mod inode;
+mod layer;
+mod lookup;
+mod readdir;
+mod rename;
+mod setattr;
+mod sidecar;
+mod sync;
+mod sys;
+mod whiteout;
+mod xattr;
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+pub use changes::{Change, ChangeKind, changes, changes_of};
+pub use config::*;
+
+/// setxattr(2) of this name with the value `UID:GID` (decimal, `-1` keeps) on an
+/// object of the mount records an owner that chown(2) cannot name because the
+/// caller's user namespace does not map it. The kernel lets only CAP_SYS_ADMIN in the
+/// mount's user namespace set `security.*` attributes.
+pub const CHOWN_XATTR: &str = "security.fsoverlay.chown";
+
+/// setxattr(2) of this name with the value `MODE:MAJOR:MINOR:UID:GID:NAME` on a
+/// directory of the mount makes the (recorded) device node NAME in it, which mknod(2)
+/// refuses outside the initial user namespace. MODE is octal and holds the type.
+/// The kernel may remember that NAME is missing: make it under a name nobody asked
+/// for and rename it.
+pub const MKNOD_XATTR: &str = "security.fsoverlay.mknod";
+
+/// Why an overlay cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A layer, the upper or the work directory cannot be used.
+    #[error("cannot open {path}")]
+    Open {
+        /// The directory.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// There is neither a layer nor an upper.
+    #[error("an overlay needs a layer or an upper directory")]
+    Nothing,
+    /// A file cannot be moved from the work directory to the upper.
+    #[error("the work directory {work} is not on the file system of the upper directory {upper}")]
+    WorkElsewhere {
+        /// The upper directory.
+        upper: PathBuf,
+        /// The work directory.
+        work: PathBuf,
+    },
+    /// Owners and whiteouts could not be stored.
+    #[error("the file system of {path} has no extended attributes for users (user.*)")]
+    NoXattrs {
+        /// The upper directory.
+        path: PathBuf,
+    },
+    /// The kernel's first request did not come or could not be answered.
+    #[error("cannot serve the mounted file system")]
+    Serve {
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// An overlay whose layers are open; no thread runs yet.
+#[derive(Debug)]
+pub struct Overlay {
+    engine: engine::Engine,
+    workers: usize,
+}
+
+impl Overlay {
+    /// Opens the layers and the upper and checks them. Reads no directory and starts no
+    /// thread: it can run before or beside the mount.
+    ///
+    /// # Errors
+    /// If a directory cannot be opened, the upper cannot hold xattrs, or work and upper
+    /// are on different file systems.
+    pub fn open(spec: &OverlaySpec) -> Result<Self, Error> {
+        Ok(Self { engine: engine::Engine::open(spec)?, workers: spec.workers.max(1) })
+    }
+
+    /// Answers the kernel's INIT on `fuse`, which must be mounted, and starts the
+    /// workers.
+    ///
+    /// # Errors
+    /// If the mount is gone or speaks another protocol.
+    pub fn serve(self, fuse: OwnedFd) -> Result<Server, Error> {
+        let shared = fs::Shared::new(self.engine);
+        let mut config = fuser::Config::default();
+        config.acl = fuser::SessionACL::All;
+        config.n_threads = Some(self.workers);
+        // A clone of the descriptor would have to be opened in the mount's user
+        // namespace, which this process is not in: the workers share one.
+        config.clone_fd = false;
+        let error = |source| Error::Serve { source };
+        let file_system = fs::FuseFs { shared: shared.clone() };
+        let session =
+            fuser::Session::from_fd(file_system, fuse, fuser::SessionACL::All, config).map_err(error)?;
+        shared.set_notifier(session.notifier());
+        let session = session.spawn().map_err(error)?;
+        Ok(Server { shared, session })
+    }
+}
+
+/// A served overlay. The mount itself lives and dies with its mount namespace; dropping
+/// this does not unmount it.
+#[derive(Debug)]
+pub struct Server {
+    shared: Arc<fs::Shared>,
+    session: fuser::BackgroundSession,
+}
+
+impl Server {
+    /// Whether the upper holds a lasting change that was made since it was opened. A file
+    /// made and removed again is none. Reads only the directories of the upper.
+    ///
+    /// If the upper cannot be read, the answer is true: nothing may be thrown away.
+    pub fn changed(&self) -> bool {
+        self.shared.engine.changed().unwrap_or(true)
+    }
+
+    /// Waits until the mount is gone.
+    pub fn join(self) {
+        if let Err(err) = self.session.join() {
+            tracing::debug!(%err, "the session ended with an error");
+        }
+        self.shared.stop_flusher();
+    }
+}
+
+/// The data string for mount(2) of type `fuse` for an open `/dev/fuse` descriptor.
+/// `uid` and `gid` are those of the mounting process in its user namespace.
+pub fn mount_data(fuse: i32, uid: u32, gid: u32) -> String {
+    format!("fd={fuse},rootmode=40000,user_id={uid},group_id={gid},default_permissions,allow_other")
+}

@@ -1,0 +1,400 @@
+//! From a name in a merged directory to the object it stands for.
+//!
+//! Top down: the upper, the generated layer, the layers. The first thing that is not a
+//! directory is the answer if nothing was found above it, and ends the search in any
+//! case; a whiteout or an opaque directory ends it too. Directories are collected.
+//! Only the layers in which the parent was found are asked.
+//!
+//! A layer's directory that the caller may not search answers "nothing here": it appears
+//! empty, so that fake root can work in it.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::attr::{Attr, Key, Kind, Meta, Stat};
+use crate::engine::Engine;
+use crate::errno::{Errno, Res};
+use crate::generated::GenBody;
+use crate::inode::{DirState, Inner, Link, NewNode, Node, Place};
+use crate::layer::{InodeNumbers, RealDir, UPPER, stat_at};
+use crate::sys::At;
+use crate::xattr::Marks;
+
+/// One name in one real directory.
+#[derive(Debug)]
+pub(crate) enum Probe {
+    Missing,
+    Whiteout,
+    Found(Box<Seen>),
+}
+
+/// What stands at a name.
+#[derive(Debug)]
+pub(crate) struct Seen {
+    pub(crate) stat: Stat,
+    pub(crate) meta: Meta,
+    pub(crate) marks: Marks,
+}
+
+/// The answer of a lookup, not yet a node.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) ino: u64,
+    pub(crate) meta: Meta,
+    /// stat of what decides the attributes, with the right `nlink`.
+    stat: Option<Stat>,
+    key: Key,
+    origin: Option<Key>,
+    place: Place,
+    marks: Marks,
+    upper: Option<Arc<RealDir>>,
+    state: DirState,
+}
+
+impl Engine {
+    /// Looks at one name of one real directory. `more_below` tells whether a directory
+    /// found here can merge with others, which is when its marks matter.
+    pub(crate) fn probe(&self, dir: &Arc<RealDir>, name: &[u8], more_below: bool) -> Res<Probe> {
+        let fd = self.fd(dir)?;
+        let stat = match stat_at(fd.as_fd(), name) {
+            Ok(stat) => stat,
+            Err(Errno::NOENT) => return Ok(Probe::Missing),
+            // A directory of a layer that the caller may not search appears empty.
+            Err(Errno::ACCESS | Errno::PERM) if dir.layer != UPPER => return Ok(Probe::Missing),
+            Err(err) => return Err(err),
+        };
+        if stat.is_whiteout() {
+            return Ok(Probe::Whiteout);
+        }
+        let kind = stat.kind().ok_or(Errno::IO)?;
+        let records = dir.layer == UPPER || self.layers[dir.layer as usize].records;
+        let xattr_whiteout =
+            kind == Kind::File && stat.size == 0 && dir.xattr_whiteouts.load(Ordering::Relaxed);
+        let wanted = match kind {
+            Kind::Dir => records || more_below,
+            Kind::File => records || xattr_whiteout,
+            _ => false,
+        };
+        let marks = if wanted {
+            Marks::read_of_layer(At::Name(fd.as_fd(), name), dir.layer)?
+        } else {
+            Marks::default()
+        };
+        if xattr_whiteout && marks.whiteout {
+            return Ok(Probe::Whiteout);
+        }
+        let recorded = marks.record.as_deref().filter(|_| records).and_then(|r| Meta::from_record(r, kind));
+        let meta = match recorded {
+            Some(meta) => meta,
+            None if dir.layer == UPPER => self.unrecorded(&stat, kind)?,
+            None => self.layers[dir.layer as usize].meta(&stat).ok_or(Errno::IO)?,
+        };
+        Ok(Probe::Found(Box::new(Seen { stat, meta, marks })))
+    }
+
+    /// Owner and mode of an object of the upper without an xattr that says them.
+    fn unrecorded(&self, stat: &Stat, kind: Kind) -> Res<Meta> {
+        let mut owner = self.default_owner;
+        if kind == Kind::Symlink
+            && let Some(recorded) = self.upper()?.sidecar.owner(stat)?
+        {
+            owner = recorded;
+        }
+        Ok(Meta { kind, perm: stat.mode & 0o7777, uid: owner.0, gid: owner.1, rdev: stat.rdev })
+    }
+
+    /// Looks for `name` in a directory; the caller holds (at least) its read lock.
+    pub(crate) fn resolve(&self, parent: &Node, state: &DirState, name: &[u8]) -> Res<Option<Found>> {
+        if state.removed {
+            return Ok(None);
+        }
+        let part = parent.dir()?;
+        let mut dirs = DirState::default();
+        let mut top: Option<(Meta, Marks, Stat)> = None;
+        let mut upper_dir = None;
+        let mut upper_seen = None;
+
+        if let Some(upper) = part.upper.get() {
+            match self.probe(upper, name, state.has_lower())? {
+                Probe::Missing => {}
+                Probe::Whiteout => return Ok(None),
+                Probe::Found(seen) if seen.stat.kind() != Some(Kind::Dir) => {
+                    return Ok(Some(self.found_in_upper(*seen)));
+                }
+                Probe::Found(seen) => {
+                    let Seen { stat, meta, marks } = *seen;
+                    let dir = RealDir::child(upper, name, stat.key);
+                    marks.note(&dir);
+                    let opaque = marks.opaque;
+                    upper_dir = Some(dir);
+                    upper_seen = Some(stat.key);
+                    top = Some((meta, marks, stat));
+                    if opaque {
+                        return Ok(Some(self.found_dir(parent, name, top, upper_dir, upper_seen, dirs)));
+                    }
+                }
+            }
+        }
+
+        if let Some(index) = state.generated.and_then(|dir| self.generated.child(dir, name)) {
+            let node = self.generated.node(index);
+            if !matches!(node.body, GenBody::Dir(_)) {
+                if top.is_some() {
+                    return Ok(Some(self.found_dir(parent, name, top, upper_dir, upper_seen, dirs)));
+                }
+                return Ok(Some(Found {
+                    ino: InodeNumbers::generated(index),
+                    meta: self.generated_meta(index),
+                    stat: Some(self.generated_stat(index)),
+                    key: Key { dev: u64::MAX, ino: u64::from(index) },
+                    origin: None,
+                    place: Place::Generated(index),
+                    marks: Marks::default(),
+                    upper: None,
+                    state: dirs,
+                }));
+            }
+            dirs.generated = Some(index);
+            if top.is_none() && node.explicit {
+                top = Some((self.generated_meta(index), Marks::default(), self.generated_stat(index)));
+            }
+        }
+
+        let mut hidden = false;
+        for (at, lower) in state.lowers.iter().enumerate() {
+            if lower.hides(name) {
+                hidden = true;
+                continue;
+            }
+            let more_below = at + 1 < state.lowers.len();
+            let any_dir = top.is_some() || dirs.generated.is_some() || hidden || !dirs.lowers.is_empty();
+            match self.probe(lower, name, more_below)? {
+                Probe::Missing => {}
+                Probe::Whiteout => break,
+                Probe::Found(seen) if seen.stat.kind() != Some(Kind::Dir) => {
+                    if any_dir {
+                        break;
+                    }
+                    let Seen { stat, meta, .. } = *seen;
+                    let place = Place::Lower { dir: lower.clone(), name: name.into() };
+                    return Ok(Some(Found {
+                        ino: self.numbers.number(stat.key),
+                        meta,
+                        stat: Some(stat),
+                        key: stat.key,
+                        origin: None,
+                        place,
+                        marks: Marks::default(),
+                        upper: None,
+                        state: dirs,
+                    }));
+                }
+                Probe::Found(seen) => {
+                    let Seen { stat, meta, marks } = *seen;
+                    let dir = RealDir::child(lower, name, stat.key);
+                    marks.note(&dir);
+                    dirs.lowers.push(dir);
+                    let opaque = marks.opaque;
+                    // An implicit generated parent or a hidden directory says nothing
+                    // about the owner if a layer does.
+                    if top.is_none() {
+                        top = Some((meta, marks, stat));
+                    }
+                    if opaque {
+                        break;
+                    }
+                }
+            }
+        }
+        if top.is_none() && !hidden && dirs.generated.is_none() {
+            return Ok(None);
+        }
+        Ok(Some(self.found_dir(parent, name, top, upper_dir, upper_seen, dirs)))
+    }
+
+    fn found_in_upper(&self, seen: Seen) -> Found {
+        let Seen { stat, meta, marks } = seen;
+        let alias = self.alias(stat.key);
+        let ino = alias.unwrap_or_else(|| self.numbers.number(marks.origin.unwrap_or(stat.key)));
+        Found {
+            ino,
+            meta,
+            stat: Some(stat),
+            key: stat.key,
+            origin: marks.origin,
+            place: Place::Upper,
+            marks,
+            upper: None,
+            state: DirState::default(),
+        }
+    }
+
+    pub(crate) fn alias(&self, key: Key) -> Option<u64> {
+        self.aliases.lock().get(&key).copied()
+    }
+
+    fn found_dir(
+        &self,
+        parent: &Node,
+        name: &[u8],
+        top: Option<(Meta, Marks, Stat)>,
+        upper: Option<Arc<RealDir>>,
+        upper_key: Option<Key>,
+        state: DirState,
+    ) -> Found {
+        let (uid, gid) = self.default_owner;
+        let (meta, marks, mut stat) = top.unwrap_or_else(|| match state.generated {
+            Some(index) => (self.generated_meta(index), Marks::default(), self.generated_stat(index)),
+            None => {
+                let meta = Meta { kind: Kind::Dir, perm: 0o755, uid, gid, rdev: (0, 0) };
+                (meta, Marks::default(), self.synthetic_stat())
+            }
+        });
+        let sources =
+            usize::from(upper.is_some()) + state.lowers.len() + usize::from(state.generated.is_some());
+        if sources != 1 {
+            stat.nlink = 1;
+        }
+        // The number stays what it was before a copy-up: that of the topmost layer.
+        let lower_key = state.lowers.first().map(|d| d.key);
+        let origin = marks.origin.filter(|_| upper.is_some()).or(lower_key);
+        let alias = upper_key.and_then(|key| self.alias(key));
+        let ino = match (alias, origin.or(upper_key), state.generated) {
+            (Some(ino), ..) => ino,
+            (None, Some(key), _) => self.numbers.number(key),
+            (None, None, Some(index)) => InodeNumbers::generated(index),
+            (None, None, None) => self.synthetic_number(parent, name),
+        };
+        Found {
+            ino,
+            meta,
+            stat: Some(stat),
+            key: upper_key.or(lower_key).unwrap_or_default(),
+            origin,
+            place: Place::Upper,
+            marks,
+            upper,
+            state,
+        }
+    }
+
+    /// The number of a hidden directory.
+    pub(crate) fn synthetic_number(&self, parent: &Node, name: &[u8]) -> u64 {
+        let hash = name.iter().fold(0u64, |h, &b| crate::layer::mix(h ^ u64::from(b)));
+        InodeNumbers::clashed(parent.ino, hash)
+    }
+
+    /// The node of what a lookup found, made if it is not known. The caller holds (at
+    /// least) the parent's read lock, so that nothing found can have changed since.
+    pub(crate) fn intern(&self, parent: &Arc<Node>, name: &[u8], found: Found) -> Arc<Node> {
+        let kind = found.meta.kind;
+        let key = found.key;
+        let generated = matches!(found.place, Place::Generated(_));
+        let same = |node: &Node| {
+            if node.kind != kind {
+                return false;
+            }
+            let inner = node.inner.lock();
+            if kind == Kind::Dir {
+                // One directory can be mounted in two places of a layer: two nodes.
+                return !matches!(inner.place, Place::Gone(_))
+                    && inner.links.iter().any(|l| l.is(parent, name));
+            }
+            match inner.place {
+                Place::Gone(_) => false,
+                // Held open without a known name: the same file if the disk says so.
+                Place::Unlinked(_) | Place::Parked(_) => inner.key == key,
+                Place::Generated(_) => generated,
+                _ => inner.key == key || inner.origin == Some(key),
+            }
+        };
+        let link = Link { parent: parent.clone(), name: name.into() };
+        let node = self.table.intern(found.ino, same, || NewNode {
+            kind,
+            inner: Inner {
+                meta: found.meta,
+                key,
+                origin: found.origin,
+                place: found.place,
+                links: vec![link.clone()],
+                extra_links: 0,
+                has_record: found.marks.record.is_some(),
+                has_acl: found.marks.acl,
+                no_capability: found.marks.was_read && !found.marks.capability,
+            },
+            upper: found.upper,
+            state: DirState { default_acl: (!found.marks.default_acl).then_some(None), ..found.state },
+        });
+        if kind != Kind::Dir {
+            let mut inner = node.inner.lock();
+            if !inner.links.iter().any(|l| l.is(parent, name)) {
+                inner.links.push(link);
+                // It had further names on disk after all.
+                if matches!(inner.place, Place::Unlinked(_) | Place::Parked(_)) {
+                    inner.place = Place::Upper;
+                }
+            }
+        }
+        node
+    }
+
+    /// The node that `name` stands for, or `ENOENT`.
+    pub(crate) fn lookup(&self, parent: &Arc<Node>, name: &[u8]) -> Res<Arc<Node>> {
+        self.lookup_stat(parent, name).map(|(node, _)| node)
+    }
+
+    /// The same with its attributes, without asking the disk twice.
+    pub(crate) fn lookup_attr(&self, parent: &Arc<Node>, name: &[u8]) -> Res<(Arc<Node>, Attr)> {
+        let (node, stat) = self.lookup_stat(parent, name)?;
+        let attr = match stat {
+            Some(stat) => {
+                let (meta, extra) = {
+                    let inner = node.inner.lock();
+                    (inner.meta, inner.extra_links)
+                };
+                let nlink = u32::try_from(i64::from(stat.nlink) + extra).unwrap_or(0);
+                self.report(node.ino, &stat, &meta, nlink)
+            }
+            None => self.attr(&node)?,
+        };
+        Ok((node, attr))
+    }
+
+    fn lookup_stat(&self, parent: &Arc<Node>, name: &[u8]) -> Res<(Arc<Node>, Option<Stat>)> {
+        let (node, stat, below) = {
+            let state = parent.dir()?.state.read();
+            let found = self.resolve(parent, &state, name)?.ok_or(Errno::NOENT)?;
+            let below = matches!(found.place, Place::Lower { .. } | Place::Generated(_));
+            let stat = found.stat;
+            (self.intern(parent, name, found), stat, below)
+        };
+        if below && node.kind != Kind::Dir && node.is_upper() {
+            // A further name of a file that was copied up under another one.
+            if let Err(err) = self.materialise(&node, parent, name) {
+                tracing::debug!(?err, "a hard link is not in the upper yet");
+            }
+            return Ok((node, None));
+        }
+        Ok((node, stat))
+    }
+
+    /// Whether something of this name would show if the upper had nothing at it. The
+    /// caller holds the parent's lock.
+    pub(crate) fn covers_lower(&self, state: &DirState, name: &[u8]) -> Res<bool> {
+        if state.generated.and_then(|dir| self.generated.child(dir, name)).is_some() {
+            return Ok(true);
+        }
+        for (at, lower) in state.lowers.iter().enumerate() {
+            if lower.hides(name) {
+                return Ok(true);
+            }
+            match self.probe(lower, name, at + 1 < state.lowers.len())? {
+                Probe::Missing => {}
+                Probe::Whiteout => return Ok(false),
+                Probe::Found(_) => return Ok(true),
+            }
+        }
+        Ok(false)
+    }
+}

@@ -1,0 +1,523 @@
+//! Extended attributes: what the disk holds, what the payload sees.
+//!
+//! | through the mount | on disk (upper, layers) |
+//! |---|---|
+//! | `user.overlay.X` | `user.overlay.overlay.X` (the kernel's own escape) |
+//! | `user.containers.override_stat`, `user.fsoverlay.X` | `user.fsoverlay.esc.` and what follows `user.` |
+//! | other `user.*` | the same |
+//! | `security.*`, `system.posix_acl_*` | `user.fsoverlay.` and the whole name |
+//! | `trusted.*` | never |
+//!
+//! The names on the disk's side that have no counterpart are the overlay's own marks
+//! ([`Marks`]); no request can name them. `security.*` of a layer is shown as it is on
+//! disk if there is no record of it. The ACLs of a layer are not shown: their ids are
+//! those of the host, and what the caller may do there is decided by the host.
+//!
+//! A copied-up object keeps its attributes; only the overlay's marks are made anew.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use rustix::fs::XattrFlags;
+
+use crate::acl::Acl;
+use crate::attr::{Key, Kind};
+use crate::engine::{Content, Engine};
+use crate::errno::{Errno, Res};
+use crate::handle::Fd;
+use crate::inode::{Node, Place};
+use crate::layer::{LayerIdx, RealDir, UPPER};
+use crate::sys::{self, At};
+
+pub(crate) const OPAQUE: &str = "user.overlay.opaque";
+pub(crate) const WHITEOUT: &str = "user.overlay.whiteout";
+pub(crate) const IMPURE: &str = "user.overlay.impure";
+pub(crate) const RECORD: &str = "user.containers.override_stat";
+/// `DEV:INO` in hexadecimal of the object of a layer that was copied up.
+pub(crate) const ORIGIN: &str = "user.fsoverlay.origin";
+
+const OVERLAY: &str = "user.overlay.";
+const OVERLAY_ESCAPED: &str = "user.overlay.overlay.";
+const OURS: &str = "user.fsoverlay.";
+const OURS_ESCAPED: &str = "user.fsoverlay.esc.";
+const CAPABILITY: &str = "user.fsoverlay.security.capability";
+const ACL_ACCESS: &str = "system.posix_acl_access";
+const ACL_DEFAULT: &str = "system.posix_acl_default";
+/// XATTR_NAME_MAX.
+const NAME_MAX: usize = 255;
+
+/// The overlay's own attributes of one object.
+#[derive(Debug, Default)]
+pub(crate) struct Marks {
+    pub(crate) was_read: bool,
+    pub(crate) opaque: bool,
+    xattr_whiteouts: bool,
+    impure: bool,
+    pub(crate) record: Option<Vec<u8>>,
+    pub(crate) origin: Option<Key>,
+    pub(crate) whiteout: bool,
+    pub(crate) acl: bool,
+    pub(crate) default_acl: bool,
+    pub(crate) capability: bool,
+}
+
+impl Marks {
+    /// Reads the marks of an object; one system call if it has none.
+    pub(crate) fn read(at: At<'_>) -> Res<Self> {
+        let mut marks = Self { was_read: true, ..Self::default() };
+        let mut small = [0; 1024];
+        let long;
+        let names = match sys::list_xattr(at, &mut small) {
+            Ok(n) => &small[..n],
+            Err(Errno::RANGE) => {
+                long = sys::list_xattr_vec(at)?;
+                &long[..]
+            }
+            Err(Errno::OPNOTSUPP) => return Ok(marks),
+            Err(err) => return Err(err),
+        };
+        for name in names.split(|&b| b == 0).filter_map(|n| std::str::from_utf8(n).ok()) {
+            match name {
+                OPAQUE => {
+                    let value = sys::get_xattr_vec(at, OPAQUE)?;
+                    marks.opaque = value.as_deref() == Some(b"y");
+                    marks.xattr_whiteouts = value.as_deref() == Some(b"x");
+                }
+                RECORD => marks.record = sys::get_xattr_vec(at, RECORD)?,
+                ORIGIN => marks.origin = sys::get_xattr_vec(at, ORIGIN)?.as_deref().and_then(parse_origin),
+                IMPURE => marks.impure = true,
+                WHITEOUT => marks.whiteout = true,
+                CAPABILITY => marks.capability = true,
+                _ => match name.strip_prefix(OURS) {
+                    Some(ACL_ACCESS) => marks.acl = true,
+                    Some(ACL_DEFAULT) => marks.default_acl = true,
+                    _ => {}
+                },
+            }
+        }
+        Ok(marks)
+    }
+
+    /// The same for a layer, where an unreadable object simply has none.
+    pub(crate) fn read_of_layer(at: At<'_>, layer: LayerIdx) -> Res<Self> {
+        match Self::read(at) {
+            Err(Errno::ACCESS | Errno::PERM) if layer != UPPER => Ok(Self::default()),
+            other => other,
+        }
+    }
+
+    /// Notes at a directory what its marks say about its entries.
+    pub(crate) fn note(&self, dir: &RealDir) {
+        if self.xattr_whiteouts {
+            dir.xattr_whiteouts.store(true, Ordering::Relaxed);
+        }
+        if self.impure {
+            dir.impure.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+/// The text of an origin mark.
+pub(crate) fn format_origin(key: Key) -> String {
+    format!("{:x}:{:x}", key.dev, key.ino)
+}
+
+fn parse_origin(text: &[u8]) -> Option<Key> {
+    let (dev, ino) = std::str::from_utf8(text).ok()?.split_once(':')?;
+    Some(Key { dev: u64::from_str_radix(dev, 16).ok()?, ino: u64::from_str_radix(ino, 16).ok()? })
+}
+
+/// The disk's name of an attribute that the payload names; `None` if it may have none.
+fn to_disk(name: &str) -> Res<Option<String>> {
+    let disk = if let Some(rest) = name.strip_prefix(OVERLAY) {
+        format!("{OVERLAY_ESCAPED}{rest}")
+    } else if name == RECORD || name.starts_with(OURS) {
+        format!("{OURS_ESCAPED}{}", &name["user.".len()..])
+    } else if name.starts_with("user.") {
+        name.to_owned()
+    } else if name.starts_with("security.") || name == ACL_ACCESS || name == ACL_DEFAULT {
+        format!("{OURS}{name}")
+    } else {
+        return Ok(None);
+    };
+    if disk.len() > NAME_MAX { Err(Errno::RANGE) } else { Ok(Some(disk)) }
+}
+
+/// The payload's name of an attribute on disk; `None` if it is not for the payload.
+/// The inverse of [`to_disk`], and for layers real `security.*` shows too.
+fn from_disk(name: &str, of_layer: bool) -> Option<String> {
+    if let Some(rest) = name.strip_prefix(OVERLAY_ESCAPED) {
+        return Some(format!("{OVERLAY}{rest}"));
+    }
+    if let Some(rest) = name.strip_prefix(OURS_ESCAPED) {
+        return Some(format!("user.{rest}"));
+    }
+    if let Some(rest) = name.strip_prefix(OURS) {
+        let recorded = rest.starts_with("security.") || rest == ACL_ACCESS || rest == ACL_DEFAULT;
+        return recorded.then(|| rest.to_owned());
+    }
+    if name.starts_with(OVERLAY) || name == RECORD {
+        return None;
+    }
+    (name.starts_with("user.") || of_layer && name == "security.capability").then(|| name.to_owned())
+}
+
+/// Attributes that a copy-up takes along as they are on disk.
+pub(crate) fn copied_up(name: &str) -> bool {
+    let ours = name.starts_with(OVERLAY) && !name.starts_with(OVERLAY_ESCAPED)
+        || name.starts_with(OURS) && from_disk(name, false).is_none()
+        || name == RECORD;
+    name.starts_with("user.") && !ours
+}
+
+/// All attributes that the payload sees, with their values, in order.
+pub(crate) fn shown(at: At<'_>, of_layer: bool) -> Res<Vec<(String, Vec<u8>)>> {
+    let mut shown = Vec::new();
+    for name in sys::list_xattr_vec(at)?.split(|&b| b == 0).filter_map(|n| std::str::from_utf8(n).ok()) {
+        if let Some(seen) = from_disk(name, of_layer)
+            && let Some(value) = sys::get_xattr_vec(at, name)?
+        {
+            shown.push((seen, value));
+        }
+    }
+    shown.sort();
+    shown.dedup_by(|a, b| a.0 == b.0);
+    Ok(shown)
+}
+
+/// An object that can be asked for attributes.
+#[derive(Debug)]
+pub(crate) enum Target {
+    Name(Fd, Arc<[u8]>),
+    File(Fd),
+    /// Nothing on disk: no attributes.
+    None,
+}
+
+impl Target {
+    pub(crate) fn at(&self) -> Option<At<'_>> {
+        match self {
+            Self::Name(dir, name) => Some(At::Name(dir.as_fd(), name)),
+            Self::File(fd) => Some(At::Fd(fd.as_fd())),
+            Self::None => None,
+        }
+    }
+}
+
+impl Engine {
+    /// Where an object's attributes are, and whether that is a layer.
+    pub(crate) fn target(&self, node: &Arc<Node>) -> Res<(Target, bool)> {
+        if let Some(part) = &node.dir {
+            let (lower, explicit) = {
+                let state = part.state.read();
+                if state.removed {
+                    return Ok((Target::None, false));
+                }
+                (
+                    state.lowers.first().cloned(),
+                    state.generated.is_some_and(|g| self.generated.node(g).explicit),
+                )
+            };
+            let (dir, of_layer) = match (part.upper.get(), lower) {
+                (Some(upper), _) => (upper.clone(), false),
+                (None, Some(lower)) if !explicit => (lower, true),
+                _ => return Ok((Target::None, false)),
+            };
+            return Ok((Target::Name(self.fd(&dir)?, Arc::from(&b"."[..])), of_layer));
+        }
+        let (place, link) = {
+            let inner = node.inner.lock();
+            (inner.place.clone(), inner.links.first().cloned())
+        };
+        Ok(match place {
+            Place::Upper if node.kind == Kind::File => match self.open_file(node, false)? {
+                Content::File(fd) => (Target::File(fd), false),
+                Content::Memory(_) => (Target::None, false),
+            },
+            Place::Upper => {
+                let link = link.ok_or(Errno::STALE)?;
+                (Target::Name(self.upper_fd(&link.parent)?, link.name.into()), false)
+            }
+            Place::Lower { dir, name } => (Target::Name(self.fd(&dir)?, name), true),
+            Place::Unlinked(pinned) => (Target::File(pinned.fd.clone()), false),
+            Place::Parked(parked) => (Target::Name(parked.work.clone(), parked.name.clone().into()), false),
+            Place::Generated(_) | Place::Gone(_) => (Target::None, false),
+        })
+    }
+
+    /// getxattr.
+    pub(crate) fn get_xattr(&self, node: &Arc<Node>, name: &[u8]) -> Res<Vec<u8>> {
+        let name = std::str::from_utf8(name).map_err(|_| Errno::NODATA)?;
+        if name == crate::CHOWN_XATTR || name == crate::MKNOD_XATTR {
+            return Err(Errno::NODATA);
+        }
+        let Some(disk) = to_disk(name)? else { return Err(Errno::NODATA) };
+        let (target, of_layer) = self.target(node)?;
+        let Some(at) = target.at() else { return Err(Errno::NODATA) };
+        // The kernel asks for ACLs on its own; the host's are not for it.
+        let found = match sys::get_xattr_vec(at, &disk) {
+            // What the caller may not read has no attributes that he could see.
+            Err(Errno::ACCESS | Errno::PERM) if of_layer => None,
+            other => other?,
+        };
+        if found.is_none() && of_layer && name == "security.capability" {
+            return sys::get_xattr_vec(at, name).ok().flatten().ok_or(Errno::NODATA);
+        }
+        found.ok_or(Errno::NODATA)
+    }
+
+    /// listxattr: names, each ended by NUL.
+    pub(crate) fn list_xattr(&self, node: &Arc<Node>) -> Res<Vec<u8>> {
+        let (target, of_layer) = self.target(node)?;
+        let Some(at) = target.at() else { return Ok(Vec::new()) };
+        let names = match sys::list_xattr_vec(at) {
+            Err(Errno::ACCESS | Errno::PERM) if of_layer => Vec::new(),
+            other => other?,
+        };
+        let mut seen = Vec::new();
+        for name in names.split(|&b| b == 0) {
+            let shown = std::str::from_utf8(name).ok().and_then(|n| from_disk(n, of_layer));
+            if let Some(shown) = shown
+                && !seen.contains(&shown)
+            {
+                seen.push(shown);
+            }
+        }
+        let mut list = Vec::new();
+        for name in seen {
+            list.extend_from_slice(name.as_bytes());
+            list.push(0);
+        }
+        Ok(list)
+    }
+
+    /// setxattr. `caller` is the requester's (uid, gid).
+    pub(crate) fn set_xattr(
+        &self,
+        node: &Arc<Node>,
+        name: &[u8],
+        value: &[u8],
+        flags: XattrFlags,
+        caller: (u32, u32),
+    ) -> Res<()> {
+        let name = std::str::from_utf8(name).map_err(|_| Errno::OPNOTSUPP)?;
+        match name {
+            crate::CHOWN_XATTR => return self.chown_by_xattr(node, value),
+            crate::MKNOD_XATTR => return self.mknod_by_xattr(node, value),
+            ACL_ACCESS | ACL_DEFAULT => return self.set_acl(node, name, Some(value), caller),
+            _ => {}
+        }
+        let disk = to_disk(name)?.ok_or(Errno::OPNOTSUPP)?;
+        self.upper()?;
+        if flags.contains(XattrFlags::REPLACE) && !node.is_upper() {
+            // Asked before the copy-up: a layer's real attribute counts as there.
+            self.get_xattr(node, name.as_bytes())?;
+        }
+        self.copy_up(node)?;
+        self.touch_meta(node)?;
+        if name == "security.capability" {
+            node.inner.lock().no_capability = false;
+        }
+        let (target, _) = self.target(node)?;
+        let at = target.at().ok_or(Errno::OPNOTSUPP)?;
+        match sys::set_xattr(at, &disk, value, flags) {
+            // A symbolic link cannot hold a record.
+            Err(Errno::PERM) if node.kind == Kind::Symlink => Err(Errno::OPNOTSUPP),
+            other => other,
+        }
+    }
+
+    /// removexattr.
+    pub(crate) fn remove_xattr(&self, node: &Arc<Node>, name: &[u8]) -> Res<()> {
+        let text = std::str::from_utf8(name).map_err(|_| Errno::NODATA)?;
+        if text == ACL_ACCESS || text == ACL_DEFAULT {
+            return self.set_acl(node, text, None, (0, 0));
+        }
+        let disk = to_disk(text)?.ok_or(Errno::NODATA)?;
+        self.upper()?;
+        self.get_xattr(node, name)?;
+        self.copy_up(node)?;
+        self.touch_meta(node)?;
+        let (target, _) = self.target(node)?;
+        sys::remove_xattr(target.at().ok_or(Errno::NODATA)?, &disk)
+    }
+
+    /// Stores or removes an ACL and makes the mode agree with it.
+    fn set_acl(&self, node: &Arc<Node>, name: &str, value: Option<&[u8]>, caller: (u32, u32)) -> Res<()> {
+        let access = name == ACL_ACCESS;
+        if node.kind == Kind::Symlink {
+            return Err(Errno::OPNOTSUPP);
+        }
+        let acl = match value {
+            Some(bytes) => Some(Acl::parse(bytes).ok_or(Errno::INVAL)?).filter(|acl| !acl.is_empty()),
+            None => None,
+        };
+        if !access && node.kind != Kind::Dir {
+            return if acl.is_some() { Err(Errno::ACCESS) } else { Ok(()) };
+        }
+        self.upper()?;
+        self.copy_up(node)?;
+        self.touch_meta(node)?;
+        let disk = format!("{OURS}{name}");
+        let (target, _) = self.target(node)?;
+        let at = target.at().ok_or(Errno::OPNOTSUPP)?;
+        // An access ACL that says no more than a mode is only a mode.
+        let stored = acl.as_ref().filter(|acl| !access || !acl.is_minimal());
+        match stored {
+            Some(acl) => sys::set_xattr(at, &disk, &acl.to_bytes(), XattrFlags::empty())?,
+            None => match sys::remove_xattr(at, &disk) {
+                Ok(()) | Err(Errno::NODATA) => {}
+                Err(err) => return Err(err),
+            },
+        }
+        if !access {
+            let bytes = stored.map(|acl| Arc::from(acl.to_bytes()));
+            node.dir()?.state.write().default_acl = Some(bytes);
+            return Ok(());
+        }
+        let mut meta = {
+            let mut inner = node.inner.lock();
+            inner.has_acl = stored.is_some();
+            inner.meta
+        };
+        if let Some(acl) = &acl {
+            meta.perm = meta.perm & 0o7000 | acl.mode();
+            if caller.0 != 0 && caller.1 != meta.gid {
+                meta.perm &= !0o2000;
+            }
+            self.store_meta(node, meta)?;
+        }
+        Ok(())
+    }
+
+    /// chmod of an object with an access ACL: its owner, mask (or group) and other
+    /// entries follow the mode.
+    pub(crate) fn chmod_acl(&self, node: &Arc<Node>, perm: u32) -> Res<()> {
+        if !node.inner.lock().has_acl {
+            return Ok(());
+        }
+        let disk = format!("{OURS}{ACL_ACCESS}");
+        let (target, _) = self.target(node)?;
+        let Some(at) = target.at() else { return Ok(()) };
+        let Some(mut acl) = sys::get_xattr_vec(at, &disk)?.as_deref().and_then(Acl::parse) else {
+            return Ok(());
+        };
+        acl.set_mode(perm);
+        sys::set_xattr(at, &disk, &acl.to_bytes(), XattrFlags::empty())
+    }
+
+    /// The default ACL of a directory, from memory after the first time.
+    pub(crate) fn default_acl(&self, dir: &Arc<Node>) -> Res<Option<Acl>> {
+        let known = dir.dir()?.state.read().default_acl.clone();
+        let bytes = match known {
+            Some(bytes) => bytes,
+            None => {
+                let (target, _) = self.target(dir)?;
+                let bytes = match target.at() {
+                    Some(at) => sys::get_xattr_vec(at, &format!("{OURS}{ACL_DEFAULT}"))?.map(Arc::from),
+                    None => None,
+                };
+                dir.dir()?.state.write().default_acl = Some(bytes.clone());
+                bytes
+            }
+        };
+        Ok(bytes.as_deref().and_then(Acl::parse))
+    }
+
+    /// Gives a new object what it inherits from its directory's default ACL.
+    pub(crate) fn store_inherited(&self, at: At<'_>, access: Option<&Acl>, default: Option<&Acl>) -> Res<()> {
+        for (name, acl) in [(ACL_ACCESS, access), (ACL_DEFAULT, default)] {
+            if let Some(acl) = acl {
+                sys::set_xattr(at, &format!("{OURS}{name}"), &acl.to_bytes(), XattrFlags::empty())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A write or a chown takes away what would give power to whoever runs the file.
+    pub(crate) fn drop_capability(&self, node: &Arc<Node>) -> Res<()> {
+        if node.kind != Kind::File || node.inner.lock().no_capability {
+            return Ok(());
+        }
+        let (target, of_layer) = self.target(node)?;
+        if !of_layer && let Some(at) = target.at() {
+            match sys::remove_xattr(at, CAPABILITY) {
+                Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
+                Err(err) => return Err(err),
+            }
+        }
+        node.inner.lock().no_capability = true;
+        Ok(())
+    }
+
+    /// Copies what a copy-up keeps. `security.capability` of a layer becomes a record.
+    pub(crate) fn copy_xattrs(&self, from: At<'_>, to: At<'_>) -> Res<()> {
+        let names = match sys::list_xattr_vec(from) {
+            Ok(names) => names,
+            Err(Errno::ACCESS | Errno::PERM) => return Ok(()),
+            Err(err) => return Err(err),
+        };
+        for name in names.split(|&b| b == 0).filter_map(|n| std::str::from_utf8(n).ok()) {
+            let target = match name {
+                "security.capability" => CAPABILITY,
+                _ if copied_up(name) => name,
+                _ => continue,
+            };
+            match sys::get_xattr_vec(from, name) {
+                Ok(Some(value)) => sys::set_xattr(to, target, &value, XattrFlags::empty())?,
+                Ok(None) | Err(Errno::ACCESS | Errno::PERM) => {}
+                Err(err) => return Err(err),
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip_and_marks_cannot_be_named() {
+        for name in [
+            "user.x",
+            "user.overlay.opaque",
+            "user.overlay.overlay.opaque",
+            "user.containers.override_stat",
+            "user.fsoverlay.origin",
+            "user.fsoverlay.esc.containers.override_stat",
+            "user.fsoverlay.security.capability",
+            "security.capability",
+            "system.posix_acl_access",
+        ] {
+            let disk = to_disk(name).expect("short").expect("storable");
+            assert_eq!(from_disk(&disk, false).as_deref(), Some(name), "{disk}");
+            for mark in [OPAQUE, WHITEOUT, IMPURE, RECORD, ORIGIN] {
+                assert_ne!(disk, mark);
+                assert_eq!(from_disk(mark, false), None);
+            }
+        }
+        assert_eq!(to_disk("trusted.overlay.opaque"), Ok(None));
+        assert_eq!(to_disk(&format!("security.{}", "x".repeat(246))), Err(Errno::RANGE));
+    }
+
+    #[test]
+    fn copy_up_leaves_marks_behind() {
+        for mark in [OPAQUE, WHITEOUT, IMPURE, RECORD, ORIGIN, "user.overlay.redirect", "user.overlay.origin"]
+        {
+            assert!(!copied_up(mark), "{mark}");
+        }
+        for kept in ["user.x", "user.overlay.overlay.opaque", "user.fsoverlay.security.capability"] {
+            assert!(copied_up(kept), "{kept}");
+        }
+        assert!(!copied_up("security.selinux"));
+    }
+
+    #[test]
+    fn origin_round_trips() {
+        let key = Key { dev: 0x0800_0000_0001, ino: 42 };
+        assert_eq!(parse_origin(format_origin(key).as_bytes()), Some(key));
+        assert_eq!(parse_origin(b"\0\xfb!"), None);
+    }
+}

@@ -1,0 +1,3 @@
+//! Mounts for real; see `examples/mount.rs`.
+
+fn main() {}
