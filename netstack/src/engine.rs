@@ -212,6 +212,16 @@ impl Engine {
         })
     }
 
+    #[cfg(test)]
+    pub(crate) fn stats(&self) -> Stats {
+        self.sh.stats.snapshot()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn open_queries(&self) -> usize {
+        self.dns.under_way()
+    }
+
     /// Time until the next timer; `None`: until something happens.
     fn patience(&self, now: Instant) -> Option<Duration> {
         if self.forward.is_eager() || (self.more_frames || self.more_work) && !self.sh.tap.is_blocked() {

@@ -66,6 +66,8 @@ mod host;
 mod icmp;
 mod ingress;
 mod policy;
+#[cfg(test)]
+mod script;
 mod stats;
 mod sys;
 mod tcp;

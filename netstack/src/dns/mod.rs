@@ -98,6 +98,12 @@ impl Dns {
         }
     }
 
+    /// Queries that wait for a resolver.
+    #[cfg(test)]
+    pub(crate) fn under_way(&self) -> usize {
+        self.queries.len()
+    }
+
     /// A query from the guest.
     pub(crate) fn query(&mut self, sh: &mut Shared, now: Instant, origin: Origin, query: &[u8]) {
         sh.stats.dns_queries.one();

@@ -1,0 +1,745 @@
+//! Packet scripts: the whole engine on a socket pair instead of a TAP, with explicit virtual time.
+//!
+//! The script is the guest: it writes frames and reads frames. The other side is real: sockets on the host's loopback,
+//! which the gateway's address stands for. Nothing here sends anything beyond loopback; the floods, whose destinations
+//! are arbitrary, run in a network namespace of their own.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
+use smoltcp::time::{Duration, Instant};
+use smoltcp::wire::{
+    Icmpv4Packet, IpAddress, IpProtocol, TcpControl, TcpPacket, TcpRepr, TcpSeqNumber, TcpTimestampRepr,
+    UdpPacket, checksum,
+};
+
+use crate::config::{Publish, StackSpec};
+use crate::device::ETHERNET_HEADER_LEN;
+use crate::engine::{Engine, Turn};
+use crate::forward::Published;
+use crate::ingress::tests::Seeded;
+use crate::ingress::{self, Inbound, Packet};
+use crate::sys::VNET_HEADER_LEN;
+
+const HEAD: usize = VNET_HEADER_LEN + ETHERNET_HEADER_LEN;
+const GUEST_V4: &str = "10.0.2.100";
+const GATEWAY_V4: &str = "10.0.2.2";
+const GUEST_V6: &str = "fd00::100";
+const GATEWAY_V6: &str = "fd00::2";
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().expect(text)
+}
+
+fn spec() -> StackSpec {
+    StackSpec { allow_host_loopback: true, ..crate::config::tests::spec() }
+}
+
+struct Script {
+    engine: Engine,
+    /// The guest's end.
+    wire: OwnedFd,
+    now: Instant,
+}
+
+/// A frame from the stack.
+#[derive(Debug, Clone)]
+struct Out(Vec<u8>);
+
+impl Out {
+    fn ethernet(&self) -> &[u8] {
+        &self.0[VNET_HEADER_LEN..]
+    }
+
+    fn packet(&self) -> Packet<'_> {
+        match ingress::parse_frame(self.ethernet(), [0x52, 0x54, 0, 0, 0, 2], true) {
+            Ok(Inbound::Ip(packet)) => packet,
+            other => panic!("no IP packet: {other:?}"),
+        }
+    }
+
+    fn tcp(&self) -> TcpPacket<&[u8]> {
+        let packet = self.packet();
+        assert_eq!(packet.protocol, ingress::TCP, "{packet:?}");
+        TcpPacket::new_checked(packet.payload()).expect("segment")
+    }
+
+    /// Kind of segmentation offload, and segment size.
+    fn offload(&self) -> (u8, u16) {
+        (self.0[1], u16::from_ne_bytes([self.0[4], self.0[5]]))
+    }
+}
+
+impl Script {
+    fn new(spec: &StackSpec, segmentation: bool) -> Self {
+        Self::with(spec, segmentation, &[])
+    }
+
+    fn with(spec: &StackSpec, segmentation: bool, ports: &[Publish]) -> Self {
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+        let (wire, tap) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).expect("socket pair");
+        setsockopt(&tap, sockopt::SndBuf, &(1 << 18)).expect("buffer");
+        let now = Instant::from_secs(1_000);
+        let published = Published::bind(ports).expect("ports");
+        let engine = Engine::new(tap, spec, published, segmentation, now).expect("engine");
+        Self { engine, wire, now }
+    }
+
+    /// Gives the engine what it needs to handle everything that is there now.
+    fn settle(&mut self) {
+        for _ in 0..4 {
+            self.turn(Duration::ZERO);
+        }
+    }
+
+    fn turn(&mut self, most: Duration) {
+        let now = self.now;
+        assert_eq!(self.engine.turn(&mut || now, Some(most)), Turn::Goes);
+    }
+
+    fn advance(&mut self, by: Duration) {
+        self.now += by;
+        self.settle();
+    }
+
+    fn advance_millis(&mut self, millis: u64) {
+        self.advance(Duration::from_millis(millis));
+    }
+
+    /// A frame from the guest, as its driver hands it out.
+    fn send_frame(&self, checksum_pending: bool, ethertype: u16, payload: &[u8]) {
+        let mut frame = vec![0; VNET_HEADER_LEN];
+        frame[0] = u8::from(checksum_pending);
+        frame.extend([0x52, 0x54, 0, 0, 0, 1, 0x52, 0x54, 0, 0, 0, 2]);
+        frame.extend(ethertype.to_be_bytes());
+        frame.extend(payload);
+        nix::unistd::write(&self.wire, &frame).expect("room on the wire");
+    }
+
+    fn send_ip(&self, packet: &[u8]) {
+        let ethertype = if packet[0] >> 4 == 6 { 0x86dd } else { 0x0800 };
+        self.send_frame(false, ethertype, packet);
+    }
+
+    fn try_recv(&self) -> Option<Out> {
+        let mut buffer = vec![0; 1 << 17];
+        let len = nix::unistd::read(&self.wire, &mut buffer).ok()?;
+        buffer.truncate(len);
+        Some(Out(buffer))
+    }
+
+    /// The next frame that `wanted` wants; others are dropped. Real time passes while the host's kernel works, virtual
+    /// time does not.
+    fn expect(&mut self, what: &str, wanted: impl Fn(&Out) -> bool) -> Out {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        loop {
+            while let Some(frame) = self.try_recv() {
+                if wanted(&frame) {
+                    return frame;
+                }
+            }
+            assert!(std::time::Instant::now() < deadline, "never came: {what}");
+            self.turn(Duration::from_millis(20));
+        }
+    }
+
+    fn expect_tcp(&mut self, what: &str, wanted: impl Fn(&TcpPacket<&[u8]>) -> bool) -> Out {
+        self.expect(what, |frame| {
+            let Ok(Inbound::Ip(packet)) =
+                ingress::parse_frame(frame.ethernet(), [0x52, 0x54, 0, 0, 0, 2], true)
+            else {
+                return false;
+            };
+            packet.protocol == ingress::TCP
+                && TcpPacket::new_checked(packet.payload()).is_ok_and(|segment| wanted(&segment))
+        })
+    }
+
+    fn nothing_comes(&mut self, what: &str) {
+        self.settle();
+        if let Some(frame) = self.try_recv() {
+            panic!("{what}: {:?}", frame.packet());
+        }
+    }
+
+    fn stats(&self) -> crate::stats::Stats {
+        self.engine.stats()
+    }
+}
+
+/// A UDP packet as the guest's kernel makes it.
+fn udp(from: (&str, u16), to: (&str, u16), payload: &[u8]) -> Vec<u8> {
+    let (src, dst) = (ip(from.0), ip(to.0));
+    let mut datagram = vec![0; 8];
+    datagram[..2].copy_from_slice(&from.1.to_be_bytes());
+    datagram[2..4].copy_from_slice(&to.1.to_be_bytes());
+    let len = u16::try_from(8 + payload.len()).expect("datagram");
+    datagram[4..6].copy_from_slice(&len.to_be_bytes());
+    datagram.extend(payload);
+    UdpPacket::new_unchecked(&mut datagram[..]).fill_checksum(&src.into(), &dst.into());
+    ingress::rebuild(src, dst, ingress::UDP, 64, &datagram)
+}
+
+/// One end of a connection, played by the script.
+struct Peer {
+    guest: (IpAddr, u16),
+    remote: (IpAddr, u16),
+    seq: i32,
+    ack: i32,
+    mss: u16,
+    window: u16,
+}
+
+impl Peer {
+    fn new(is_v6: bool, port: u16) -> Self {
+        let (guest, remote) = if is_v6 { (GUEST_V6, GATEWAY_V6) } else { (GUEST_V4, GATEWAY_V4) };
+        Self {
+            guest: (ip(guest), 40_000),
+            remote: (ip(remote), port),
+            seq: 1_000_000,
+            ack: 0,
+            mss: if is_v6 { 1440 } else { 1460 },
+            window: 60_000,
+        }
+    }
+
+    fn segment(&self, control: TcpControl, payload: &[u8]) -> Vec<u8> {
+        let syn = control == TcpControl::Syn;
+        let repr = TcpRepr {
+            src_port: self.guest.1,
+            dst_port: self.remote.1,
+            control,
+            seq_number: TcpSeqNumber(self.seq),
+            ack_number: (self.ack != 0).then_some(TcpSeqNumber(self.ack)),
+            window_len: self.window,
+            window_scale: syn.then_some(7),
+            max_seg_size: syn.then_some(self.mss),
+            sack_permitted: syn,
+            sack_ranges: [None; 3],
+            timestamp: Some(TcpTimestampRepr::new(1, 0)),
+            payload,
+        };
+        let (src, dst): (IpAddress, IpAddress) = (self.guest.0.into(), self.remote.0.into());
+        let mut segment = vec![0; repr.buffer_len()];
+        let mut packet = TcpPacket::new_unchecked(&mut segment[..]);
+        repr.emit(&mut packet, &src, &dst, &smoltcp::phy::ChecksumCapabilities::default());
+        ingress::rebuild(self.guest.0, self.remote.0, ingress::TCP, 64, &segment)
+    }
+
+    fn send(&mut self, script: &mut Script, control: TcpControl, payload: &[u8]) {
+        script.send_ip(&self.segment(control, payload));
+        let control_len = i32::from(matches!(control, TcpControl::Syn | TcpControl::Fin));
+        self.seq = self.seq.wrapping_add(i32::try_from(payload.len()).expect("length") + control_len);
+        script.settle();
+    }
+
+    /// The handshake; the SYN-ACK.
+    fn open(&mut self, script: &mut Script) -> Out {
+        self.send(script, TcpControl::Syn, b"");
+        let frame = script.expect_tcp("SYN-ACK", |segment| segment.syn() && segment.ack());
+        assert_eq!(frame.tcp().ack_number(), TcpSeqNumber(self.seq));
+        self.ack = frame.tcp().seq_number().0.wrapping_add(1);
+        self.send(script, TcpControl::None, b"");
+        frame
+    }
+
+    /// Acknowledges a segment of data that came in order.
+    fn take(&mut self, script: &mut Script, frame: &Out) -> usize {
+        let segment = frame.tcp();
+        assert_eq!(segment.seq_number(), TcpSeqNumber(self.ack), "in order, and only once");
+        let len = segment.payload().len();
+        self.ack = self.ack.wrapping_add(i32::try_from(len).expect("length"));
+        self.send(script, TcpControl::None, b"");
+        len
+    }
+}
+
+fn listener(is_v6: bool) -> (TcpListener, u16) {
+    let listener = TcpListener::bind(if is_v6 { "[::1]:0" } else { "127.0.0.1:0" }).expect("listener");
+    let port = listener.local_addr().expect("address").port();
+    (listener, port)
+}
+
+fn accept(listener: &TcpListener) -> TcpStream {
+    let stream = listener.accept().expect("connection").0;
+    stream.set_read_timeout(Some(std::time::Duration::from_secs(10))).expect("time-out");
+    stream
+}
+
+#[test]
+fn the_gateway_and_nobody_else_answers_arp_and_neighbour_solicitations() {
+    let mut script = Script::new(&spec(), false);
+    let arp = |target: [u8; 4]| {
+        let mut request =
+            vec![0, 1, 8, 0, 6, 4, 0, 1, 0x52, 0x54, 0, 0, 0, 2, 10, 0, 2, 100, 0, 0, 0, 0, 0, 0];
+        request.extend(target);
+        request
+    };
+    script.send_frame(false, 0x0806, &arp([10, 0, 2, 3]));
+    script.nothing_comes("an answer for somebody else");
+    script.send_frame(false, 0x0806, &arp([10, 0, 2, 2]));
+    let reply = script.expect("ARP reply", |_| true);
+    assert_eq!(reply.ethernet()[12..22], [8, 6, 0, 1, 8, 0, 6, 4, 0, 2]);
+    assert_eq!(reply.ethernet()[22..28], [0x52, 0x54, 0, 0, 0, 1]);
+
+    let solicit = |target: &str| {
+        let (src, dst) = (ip("fe80::1"), ip("ff02::1:ff00:2"));
+        let IpAddr::V6(target) = ip(target) else { unreachable!("written as IPv6") };
+        let mut message = vec![135, 0, 0, 0, 0, 0, 0, 0];
+        message.extend(target.octets());
+        message.extend([1, 1, 0x52, 0x54, 0, 0, 0, 2]);
+        let len = u32::try_from(message.len()).expect("length");
+        let sum = !checksum::combine(&[
+            checksum::pseudo_header(&src.into(), &dst.into(), IpProtocol::Icmpv6, len),
+            checksum::data(&message),
+        ]);
+        message[2..4].copy_from_slice(&sum.to_be_bytes());
+        ingress::rebuild(src, dst, ingress::ICMPV6, 255, &message)
+    };
+    let mut frame = solicit("fd00::3");
+    script.send_ip(&frame);
+    frame = solicit("fd00::2");
+    // A hop limit that proves that it has crossed a router.
+    let mut forged = frame.clone();
+    forged[7] = 254;
+    script.send_ip(&forged);
+    script.nothing_comes("an answer for somebody else, or to somebody far away");
+    script.send_ip(&frame);
+    let advert = script.expect("neighbour advertisement", |_| true);
+    let packet = advert.packet();
+    assert_eq!((packet.payload()[0], packet.hop_limit, packet.dst), (136, 255, ip("fe80::1")));
+}
+
+#[test]
+fn frames_from_other_addresses_than_the_guests_go_nowhere() {
+    let mut script = Script::new(&spec(), false);
+    for (i, src) in ["127.0.0.1", "192.0.2.1", "10.0.2.2", "10.0.2.255", "0.0.0.0"].into_iter().enumerate() {
+        script.send_ip(&udp((src, 5), (GATEWAY_V4, 9), b"x"));
+        script.nothing_comes(src);
+        assert_eq!(script.stats().dropped_source, u64::try_from(i + 1).expect("number"));
+    }
+}
+
+#[test]
+fn a_syn_is_answered_with_the_links_real_segment_size() {
+    for (is_v6, segmentation) in [(false, false), (false, true), (true, false), (true, true)] {
+        let (listener, port) = listener(is_v6);
+        let mut script = Script::new(&spec(), segmentation);
+        let syn_ack = Peer::new(is_v6, port).open(&mut script);
+        let segment = syn_ack.tcp();
+        let repr = TcpRepr::parse(
+            &segment,
+            &syn_ack.packet().src.into(),
+            &syn_ack.packet().dst.into(),
+            &smoltcp::phy::ChecksumCapabilities::ignored(),
+        )
+        .expect("segment");
+        assert_eq!(repr.max_seg_size, Some(if is_v6 { 1440 } else { 1460 }));
+        assert!(repr.window_scale.is_some() && repr.sack_permitted && repr.timestamp.is_some());
+        accept(&listener);
+    }
+}
+
+#[test]
+fn a_refused_connection_is_a_reset_that_acknowledges_the_syn() {
+    let port = {
+        let (_listener, port) = listener(false);
+        port
+    };
+    let mut script = Script::new(&spec(), true);
+    let mut peer = Peer::new(false, port);
+    peer.send(&mut script, TcpControl::Syn, b"");
+    let reset = script.expect_tcp("RST", |_| true);
+    let segment = reset.tcp();
+    assert!(segment.rst() && segment.ack() && !segment.syn());
+    assert_eq!(segment.ack_number(), TcpSeqNumber(peer.seq));
+    assert_eq!(script.stats().tcp_flows, 0);
+}
+
+#[test]
+fn segments_of_no_connection_are_reset_and_resets_are_not() {
+    let mut script = Script::new(&spec(), true);
+    let mut peer = Peer::new(true, 9);
+    peer.ack = 77;
+    peer.send(&mut script, TcpControl::None, b"data");
+    assert!(script.expect_tcp("RST", |_| true).tcp().rst());
+    peer.send(&mut script, TcpControl::Rst, b"");
+    script.nothing_comes("an answer to a reset");
+}
+
+#[test]
+fn super_segments_carry_the_guests_segment_size() {
+    for (is_v6, mss, size) in [(false, 1460, 1448), (true, 1440, 1428), (false, 500, 488), (true, 9000, 1428)]
+    {
+        let (listener, port) = listener(is_v6);
+        let mut script = Script::new(&spec(), true);
+        let mut peer = Peer::new(is_v6, port);
+        peer.mss = mss;
+        peer.open(&mut script);
+        let mut server = accept(&listener);
+        server.write_all(&[7; 30_000]).expect("write");
+        let mut got = 0;
+        let mut largest = 0;
+        while got < 30_000 {
+            let frame = script.expect_tcp("data", |segment| !segment.payload().is_empty());
+            let kind = if is_v6 { 4 } else { 1 };
+            let len = frame.tcp().payload().len();
+            largest = largest.max(len);
+            let expected = if len > usize::from(size) { (kind, size) } else { (0, 0) };
+            assert_eq!(frame.offload(), expected);
+            assert_eq!(frame.0[0], 1, "the kernel finishes the checksum");
+            got += peer.take(&mut script, &frame);
+        }
+        assert!(largest > 5_000, "{largest}");
+    }
+}
+
+#[test]
+fn without_segmentation_every_frame_fits_the_link() {
+    for is_v6 in [false, true] {
+        let (listener, port) = listener(is_v6);
+        let mut script = Script::new(&spec(), false);
+        let mut peer = Peer::new(is_v6, port);
+        peer.open(&mut script);
+        accept(&listener).write_all(&[7; 30_000]).expect("write");
+        let mut ended = false;
+        let mut got = 0;
+        while got < 30_000 {
+            let frame = script.expect_tcp("data", |segment| !segment.payload().is_empty());
+            assert!(frame.0.len() <= HEAD + 1500 && frame.offload() == (0, 0));
+            got += peer.take(&mut script, &frame);
+            // The server has closed: the end comes with the last byte, or right behind it.
+            ended |= frame.tcp().fin();
+        }
+        if !ended {
+            script.expect_tcp("FIN", |segment| segment.fin());
+        }
+    }
+}
+
+#[test]
+fn lost_data_is_sent_again_and_a_silent_guest_is_given_up() {
+    let (listener, port) = listener(false);
+    let mut script = Script::new(&spec(), true);
+    let mut peer = Peer::new(false, port);
+    peer.open(&mut script);
+    let mut server = accept(&listener);
+    server.write_all(b"lost").expect("write");
+    let first = script.expect_tcp("data", |segment| segment.payload() == b"lost");
+    script.nothing_comes("a repetition at once");
+    script.advance_millis(1_100);
+    let again = script.expect_tcp("data again", |segment| segment.payload() == b"lost");
+    assert_eq!(first.tcp().seq_number(), again.tcp().seq_number());
+    // It goes on, ever more slowly, for three minutes.
+    for _ in 0..179 {
+        script.advance_millis(1_000);
+    }
+    script.expect_tcp("RST", |segment| segment.rst());
+    assert_eq!(script.stats().tcp_flows, 0);
+    server.read(&mut [0; 10]).expect_err("the peer notices");
+}
+
+#[test]
+fn a_connection_may_rest_for_a_day() {
+    let (listener, port) = listener(false);
+    let mut script = Script::new(&spec(), true);
+    let mut peer = Peer::new(false, port);
+    peer.open(&mut script);
+    let mut server = accept(&listener);
+    for _ in 0..24 {
+        script.advance(Duration::from_secs(3_600));
+    }
+    script.nothing_comes("anything while nothing happens");
+    server.write_all(b"still there?").expect("write");
+    let frame = script.expect_tcp("data", |segment| !segment.payload().is_empty());
+    peer.take(&mut script, &frame);
+    script.advance_millis(5_000);
+    assert_eq!(script.stats().tcp_flows, 1);
+}
+
+#[test]
+fn nothing_is_lost_while_the_tap_takes_no_frames() {
+    const SIZE: usize = 3_000_000;
+    let (listener, port) = listener(false);
+    let mut script = Script::new(&spec(), true);
+    let mut peer = Peer::new(false, port);
+    // 60,000 << 7 bytes: more than the wire holds.
+    peer.open(&mut script);
+    let server = accept(&listener);
+    let writer = std::thread::spawn(move || (&server).write_all(&vec![7; SIZE]).expect("write"));
+    for _ in 0..50 {
+        script.turn(Duration::from_millis(1));
+    }
+    let mut got = 0;
+    while got < SIZE {
+        let frame = script.expect_tcp("data", |segment| !segment.payload().is_empty());
+        // `take` demands every byte in order and exactly once, and virtual time stands still: no repetition.
+        got += peer.take(&mut script, &frame);
+    }
+    writer.join().expect("writer");
+}
+
+#[test]
+fn udp_flows_end_by_idleness_only() {
+    let server = UdpSocket::bind("127.0.0.1:0").expect("socket");
+    let port = server.local_addr().expect("address").port();
+    let mut script = Script::new(&spec(), true);
+    let ask = |script: &mut Script| {
+        script.send_ip(&udp((GUEST_V4, 5_000), (GATEWAY_V4, port), b"ask"));
+        script.settle();
+        server.recv_from(&mut [0; 10]).expect("datagram").1
+    };
+    // Unanswered: a minute.
+    ask(&mut script);
+    script.advance_millis(59_000);
+    assert_eq!(script.stats().udp_flows, 1);
+    script.advance_millis(2_000);
+    assert_eq!(script.stats().udp_flows, 0);
+    // Answered: three.
+    let from = ask(&mut script);
+    server.send_to(b"answer", from).expect("send");
+    script.expect("the answer", |frame| frame.packet().payload().ends_with(b"answer"));
+    for _ in 0..17 {
+        script.advance_millis(10_000);
+    }
+    assert_eq!(script.stats().udp_flows, 1);
+    assert_eq!(ask(&mut script), from, "the same socket");
+    script.advance_millis(179_000);
+    assert_eq!(script.stats().udp_flows, 1);
+    script.advance_millis(2_000);
+    assert_eq!(script.stats().udp_flows, 0);
+}
+
+#[test]
+fn fragments_arrive_as_one_datagram_or_not_at_all() {
+    let server = UdpSocket::bind("127.0.0.1:0").expect("socket");
+    server.set_nonblocking(true).expect("non-blocking");
+    let port = server.local_addr().expect("address").port();
+    let mut script = Script::new(&spec(), true);
+    let whole = udp((GUEST_V4, 5_000), (GATEWAY_V4, port), &[9; 3_000]);
+    let piece = |at: usize, end: usize| {
+        let mut packet =
+            ingress::rebuild(ip(GUEST_V4), ip(GATEWAY_V4), ingress::UDP, 64, &whole[20 + at..20 + end]);
+        let mut header = smoltcp::wire::Ipv4Packet::new_unchecked(&mut packet[..]);
+        header.set_dont_frag(false);
+        header.set_ident(7);
+        header.set_more_frags(end < 3_008);
+        header.set_frag_offset(u16::try_from(at).expect("offset"));
+        header.fill_checksum();
+        packet
+    };
+    for (at, end) in [(1_480, 2_960), (2_960, 3_008), (0, 1_480)] {
+        script.send_ip(&piece(at, end));
+    }
+    script.settle();
+    assert_eq!(server.recv(&mut [0; 4_000]).expect("datagram"), 3_000);
+    // Half a minute between the pieces is too much.
+    script.send_ip(&piece(0, 1_480));
+    script.settle();
+    script.advance_millis(31_000);
+    script.send_ip(&piece(1_480, 2_960));
+    script.send_ip(&piece(2_960, 3_008));
+    script.settle();
+    server.recv(&mut [0; 4_000]).expect_err("not at all");
+}
+
+#[test]
+fn dns_tries_on_until_time_is_up() {
+    let query = crate::dns::message::tests::query(0x1234, "some.name", 1, true);
+    let silent: Vec<UdpSocket> = (0..2).map(|_| UdpSocket::bind("127.0.0.1:0").expect("socket")).collect();
+    let asked = |i: usize| {
+        silent[i].set_nonblocking(true).expect("non-blocking");
+        let mut buffer = [0; 512];
+        std::iter::from_fn(|| silent[i].recv(&mut buffer).ok().map(|len| buffer[..len].to_vec()))
+            .collect::<Vec<_>>()
+    };
+    let mut spec = spec();
+    spec.dns.upstreams = silent.iter().map(|socket| socket.local_addr().expect("address")).collect();
+    let mut script = Script::new(&spec, true);
+    let ask = udp((GUEST_V4, 5_000), (GATEWAY_V4, 53), &query);
+    script.send_ip(&ask);
+    script.send_ip(&ask);
+    script.settle();
+    let first = asked(0);
+    assert_eq!(first.len(), 1, "the repetition of a query under way is not sent on");
+    assert_eq!(first[0][2..], query[2..], "all but the identifier is passed through");
+    assert!(asked(1).is_empty());
+    script.advance_millis(1_600);
+    assert_eq!((asked(0).len(), asked(1).len()), (0, 1));
+    script.nothing_comes("an answer before its time");
+    script.advance_millis(1_600);
+    let fail = script.expect("SERVFAIL", |_| true);
+    let packet = fail.packet();
+    let message = &packet.payload()[8..];
+    assert_eq!((&message[..2], message[3] & 15), (&[0x12, 0x34][..], 2));
+    assert_eq!(script.engine.open_queries(), 0);
+}
+
+#[test]
+fn an_expired_hop_limit_is_reported() {
+    let mut script = Script::new(&spec(), true);
+    let mut packet = udp((GUEST_V4, 5_000), (GATEWAY_V4, 33_434), b"probe");
+    let mut header = smoltcp::wire::Ipv4Packet::new_unchecked(&mut packet[..]);
+    header.set_hop_limit(1);
+    header.fill_checksum();
+    script.send_ip(&packet);
+    let error = script.expect("time exceeded", |_| true);
+    let error = error.packet();
+    let icmp = Icmpv4Packet::new_checked(error.payload()).expect("message");
+    assert!(icmp.verify_checksum());
+    assert_eq!((error.payload()[0], &error.payload()[8..]), (11, &packet[..]));
+}
+
+/// Runs the test `name` again, alone, in a network namespace in which every address is the host's own and nobody
+/// listens; `true` if this is that run.
+fn in_empty_namespace(name: &str) -> bool {
+    const INSIDE: &str = "NETSTACK_SCRIPT_INSIDE";
+    if std::env::var_os(INSIDE).is_some() {
+        return true;
+    }
+    let setup = "ip link set lo up && ip route add local 0.0.0.0/0 dev lo && ip -6 route add local ::/0 dev lo && \
+                 exec \"$0\" --exact \"$1\"";
+    let status = std::process::Command::new("unshare")
+        .args(["--user", "--map-root-user", "--net", "sh", "-c", setup])
+        .arg(std::env::current_exe().expect("path of this program"))
+        .arg(name)
+        .env(INSIDE, "1")
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .status()
+        .expect("unshare of util-linux");
+    assert!(status.success(), "{name} failed in its namespace");
+    false
+}
+
+#[test]
+fn a_flood_of_mutilated_frames_harms_nobody() {
+    if !in_empty_namespace("script::a_flood_of_mutilated_frames_harms_nobody") {
+        return;
+    }
+    let mut script = Script::new(&spec(), true);
+    let mut random = Seeded(0x5eed_0004);
+    let query = crate::dns::message::tests::query(7, "some.name", 28, true);
+    let seeds = [
+        udp((GUEST_V4, 5_000), ("192.0.2.1", 9), b"datagram"),
+        udp((GUEST_V6, 5_000), ("2001:db8::1", 9), b"datagram"),
+        udp((GUEST_V4, 5_000), (GATEWAY_V4, 53), &query),
+        udp((GUEST_V6, 5_000), (GATEWAY_V6, 53), &query),
+        Peer::new(false, 80).segment(TcpControl::Syn, b""),
+        Peer::new(true, 80).segment(TcpControl::Fin, b"data"),
+        ingress::rebuild(
+            ip(GUEST_V4),
+            ip("192.0.2.1"),
+            ingress::ICMP,
+            64,
+            &[8, 0, 0, 0, 0, 7, 0, 1, 1, 2, 3, 4],
+        ),
+        ingress::rebuild(ip(GUEST_V6), ip("2001:db8::1"), ingress::ICMPV6, 64, &[128, 0, 0, 0, 0, 7, 0, 1]),
+    ];
+    for round in 0..100_000usize {
+        let mut packet = seeds[random.below(seeds.len())].clone();
+        for _ in 0..random.below(4) {
+            let at = random.below(packet.len());
+            packet[at] = random.byte();
+        }
+        if random.below(8) == 0 {
+            packet.truncate(random.below(packet.len()).max(1));
+        } else if random.below(8) == 0 {
+            packet.extend(std::iter::repeat_n(0xa5, random.below(9_000)));
+        }
+        // Damage behind the header should get past the header's checksum.
+        if packet[0] >> 4 == 4 && packet.len() >= 20 && packet[0] & 15 >= 5 && random.below(4) != 0 {
+            let header_len = usize::from(packet[0] & 15) * 4;
+            if packet.len() >= header_len {
+                smoltcp::wire::Ipv4Packet::new_unchecked(&mut packet[..]).fill_checksum();
+            }
+        }
+        let ethertype = if packet[0] >> 4 == 6 { 0x86dd } else { 0x0800 };
+        script.send_frame(random.below(3) != 0, ethertype, &packet);
+        script.turn(Duration::ZERO);
+        while script.try_recv().is_some() {}
+        if round % 1_000 == 0 {
+            script.now += Duration::from_millis(500);
+        }
+    }
+    let stats = script.stats();
+    assert!(stats.dropped_malformed > 1_000 && stats.tcp_out > 100 && stats.dns_queries > 1_000, "{stats:?}");
+    // Still there.
+    script.send_ip(&udp((GUEST_V4, 5_000), (GATEWAY_V4, 53), &query));
+    script.expect("an answer", |_| true);
+}
+
+#[test]
+fn a_flood_of_impossible_segments_harms_nobody() {
+    for seed in 0..4 {
+        let mut random = Seeded(0x5eed_0005 + seed);
+        let is_v6 = seed % 2 == 1;
+        let (listener, port) = listener(is_v6);
+        let mut script = Script::new(&spec(), true);
+        let mut alive = 0;
+        for connection in 0..30u16 {
+            let mut peer = Peer::new(is_v6, port);
+            peer.guest.1 = 1_000 + connection;
+            peer.open(&mut script);
+            let mut server = accept(&listener);
+            server.set_nonblocking(true).expect("non-blocking");
+            for _ in 0..300 {
+                let near = |random: &mut Seeded, value: i32| match random.below(4) {
+                    0 => value,
+                    1 => value.wrapping_add(i32::try_from(random.below(4_000)).expect("small")),
+                    2 => value.wrapping_sub(i32::try_from(random.below(4_000)).expect("small")),
+                    _ => i32::from_ne_bytes([random.byte(), random.byte(), random.byte(), random.byte()]),
+                };
+                let forged = Peer {
+                    seq: near(&mut random, peer.seq),
+                    ack: near(&mut random, peer.ack),
+                    window: u16::from_ne_bytes([random.byte(), random.byte()]),
+                    ..Peer { guest: peer.guest, ..Peer::new(is_v6, port) }
+                };
+                let payload = vec![1; random.below(3_000)];
+                let mut packet = forged.segment(TcpControl::None, &payload);
+                let tcp = if is_v6 { 40 } else { 20 };
+                // Flags of every kind, now and then with a reset, which would end it too soon.
+                packet[tcp + 13] = random.byte() & if random.below(50) == 0 { 0xff } else { 0xfb };
+                if random.below(4) == 0 {
+                    let at = tcp + 12 + random.below(20);
+                    packet[at] = random.byte();
+                }
+                script.send_frame(true, if is_v6 { 0x86dd } else { 0x0800 }, &packet);
+                if random.below(3) == 0 {
+                    let _ = server.write(&payload);
+                    let _ = server.read(&mut [0; 1_000]);
+                }
+                script.turn(Duration::ZERO);
+                while script.try_recv().is_some() {}
+                if random.below(20) == 0 {
+                    script.advance_millis(700);
+                }
+            }
+            alive += script.stats().tcp_flows;
+        }
+        assert!(alive > 0, "some survive for a while");
+        // Another connection is as good as ever.
+        let (quiet, port) = self::listener(is_v6);
+        let mut peer = Peer::new(is_v6, port);
+        peer.open(&mut script);
+        peer.send(&mut script, TcpControl::Psh, b"hello");
+        let mut hello = [0; 5];
+        accept(&quiet).read_exact(&mut hello).expect("read");
+        assert_eq!(&hello, b"hello");
+    }
+}
+
+#[test]
+fn the_wire_is_a_socket_pair() {
+    // What these scripts stand on: one write is one frame, whatever its size, and a full wire says so.
+    let script = Script::new(&spec(), true);
+    nix::unistd::write(script.wire.as_fd(), &[0; 66_000]).expect("a large frame");
+    let mut full = false;
+    for _ in 0..1_000 {
+        full |= nix::unistd::write(script.wire.as_fd(), &[0; 66_000]).is_err();
+    }
+    assert!(full);
+}
