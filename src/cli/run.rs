@@ -155,6 +155,7 @@ fn launch_in(
     for note in &plan.notes {
         tracing::info!(what = %note.what, reason = %note.reason, "plan");
     }
+    tracing::info!(name = %plan.name, "starting the sandbox");
     let failed = |error: StateError| state_failed(&error, facts);
     let record = BoxRecord::new(&plan, external.is_some());
     made.write_record(&record).map_err(failed)?;
@@ -164,6 +165,7 @@ fn launch_in(
         external.release().map_err(failed)?;
     }
     let report = outcome.map_err(|error| launch_failed(&error, facts))?;
+    tracing::info!(name = %plan.name, outcome = ?report.outcome, changed = report.changed, "the run is over");
     Ok((report, record))
 }
 

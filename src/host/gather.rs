@@ -39,11 +39,14 @@ impl HostFacts {
         } else {
             (None, None)
         };
+        let initial_userns = is_whole(&own_uid_map) && is_whole(&own_gid_map);
         Self {
             uid,
             gid,
-            initial_userns: is_whole(&own_uid_map) && is_whole(&own_gid_map),
+            initial_userns,
             may_set_ids,
+            // The initial namespace never denies.
+            setgroups_denied: !initial_userns && read("/proc/self/setgroups").trim() == "deny",
             no_new_privs: rustix::thread::no_new_privs().unwrap_or(false),
             user_name,
             subuids,

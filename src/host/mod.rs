@@ -31,6 +31,8 @@ pub struct HostFacts {
     /// CAP_SETUID, CAP_SETGID and CAP_SETFCAP are effective: this process may write any
     /// map of its own ids.
     pub may_set_ids: bool,
+    /// setgroups(2) is denied in this process's user namespace, and so in every one below it.
+    pub setgroups_denied: bool,
     /// no_new_privs is set: setuid helpers would run without their privilege.
     pub no_new_privs: bool,
     /// The caller's name in /etc/passwd.

@@ -41,7 +41,7 @@ pub(super) fn plan_ids(
                 uids: vec![one(uid, NOBODY)],
                 gids: vec![one(gid, NOBODY)],
                 writer: MapWriter::Supervisor,
-                deny_setgroups: false,
+                deny_setgroups: facts.setgroups_denied,
             });
         }
         let as_they_are = |map: &[IdExtent]| -> Vec<IdExtent> {
@@ -57,7 +57,7 @@ pub(super) fn plan_ids(
             uids: as_they_are(&facts.own_uid_map),
             gids: as_they_are(&facts.own_gid_map),
             writer: MapWriter::Supervisor,
-            deny_setgroups: false,
+            deny_setgroups: facts.setgroups_denied,
         });
     }
     match ranges(facts) {
@@ -65,7 +65,7 @@ pub(super) fn plan_ids(
             uids: with_range(facts.uid, subuids),
             gids: with_range(facts.gid, subgids),
             writer,
-            deny_setgroups: false,
+            deny_setgroups: facts.setgroups_denied,
         }),
         Err(reason) => {
             let (uid, gid) = single_ids(spec, facts)?;
@@ -179,7 +179,7 @@ fn plan_given(uids: &[IdExtent], gids: &[IdExtent], facts: &HostFacts) -> Result
         Ok(IdPlan { uids: uids.to_vec(), gids: gids.to_vec(), writer, deny_setgroups })
     };
     if facts.may_set_ids {
-        return plan(MapWriter::Supervisor, false);
+        return plan(MapWriter::Supervisor, facts.setgroups_denied);
     }
     let only_own =
         |extents: &[IdExtent], own: u32| matches!(extents, [e] if e.outside == own && e.count == 1);
@@ -205,7 +205,7 @@ fn plan_given(uids: &[IdExtent], gids: &[IdExtent], facts: &HostFacts) -> Result
         }
     }
     match ranges(facts) {
-        Ok((_, _, writer)) => plan(writer, false),
+        Ok((_, _, writer)) => plan(writer, facts.setgroups_denied),
         Err(reason) => {
             let (field, extents) =
                 if only_own(uids, facts.uid) { ("gidmap", gids) } else { ("uidmap", uids) };

@@ -18,6 +18,7 @@ fn ada() -> HostFacts {
         gid: 1000,
         initial_userns: true,
         may_set_ids: false,
+        setgroups_denied: false,
         no_new_privs: false,
         user_name: Some("ada".into()),
         subuids: None,
@@ -190,8 +191,10 @@ fn nested_shows_all_of_proc_and_is_not_root_outside() {
         initial_userns: false,
         own_uid_map: vec![IdExtent { inside: 0, outside: 1000, count: 1 }],
         own_gid_map: vec![IdExtent { inside: 0, outside: 1000, count: 1 }],
+        setgroups_denied: true,
         ..root()
     };
+    assert!(planned(nested.clone(), &inner, &over_host()).ids.deny_setgroups);
     assert_eq!(
         planned(nested, &inner, &over_host()).ids.uids,
         [IdExtent { inside: 0, outside: 0, count: 1 }]

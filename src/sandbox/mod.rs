@@ -87,6 +87,17 @@ pub enum StateError {
         /// The name.
         name: String,
     },
+    /// The upper directory cannot be used.
+    #[error("cannot use the upper directory {path}: {doing}")]
+    Upper {
+        /// The directory.
+        path: PathBuf,
+        /// What failed.
+        doing: &'static str,
+        /// Cause.
+        #[source]
+        source: std::io::Error,
+    },
     /// Another run uses the upper directory.
     #[error("cannot use the upper directory {path}: another run uses it now")]
     UpperBusy {
@@ -111,6 +122,9 @@ impl StateError {
             Self::NameTaken { name } => Some(format!("choose another --name, or drop it: rootlet rm {name}")),
             Self::NoSuchBox { .. } => Some("`rootlet ls` shows the boxes there are".into()),
             Self::Running { name } => Some(format!("wait for its end, or: rootlet rm --force {name}")),
+            Self::Upper { .. } => Some(
+                "it, and a work directory beside it, are made by you: choose a place you may write in".into(),
+            ),
             Self::UpperBusy { .. } => Some("wait for its end, or choose another directory".into()),
             Self::Io { .. }
             | Self::Name(_)
@@ -126,6 +140,10 @@ pub type Result<T> = std::result::Result<T, StateError>;
 
 fn failed<E: Into<std::io::Error>>(action: &'static str, path: &Path) -> impl FnOnce(E) -> StateError {
     move |error| StateError::Io { action, path: path.to_owned(), source: error.into() }
+}
+
+fn upper_failed<E: Into<std::io::Error>>(doing: &'static str, path: &Path) -> impl FnOnce(E) -> StateError {
+    move |error| StateError::Upper { path: path.to_owned(), doing, source: error.into() }
 }
 
 /// The place of all boxes.
@@ -312,7 +330,8 @@ fn make_dir(path: &Path, mode: u32) -> std::io::Result<()> {
 /// # Errors
 /// When the path does not lead to a place for a directory.
 pub fn external_upper(upper: &Path) -> Result<UpperPlan> {
-    let dir = crate::host::layers::canonical_new(upper).map_err(failed("use the upper directory", upper))?;
+    let dir =
+        crate::host::layers::canonical_new(upper).map_err(upper_failed("looking at it failed", upper))?;
     let mut work = std::ffi::OsString::from(".");
     work.push(dir.file_name().unwrap_or_default());
     work.push(".rootlet-work");
@@ -333,18 +352,19 @@ impl ExternalUpper {
     /// # Errors
     /// When another run uses it or it cannot be made.
     pub fn lock(plan: &UpperPlan) -> Result<Self> {
-        let make = |path: &Path, mode: u32| match make_dir(path, mode) {
+        let make = |doing: &'static str, path: &Path, mode: u32| match make_dir(path, mode) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
-            Err(error) => Err(failed("make the directory", path)(error)),
+            Err(error) => Err(upper_failed(doing, &plan.dir)(error)),
             Ok(()) => Ok(true),
         };
-        make(&plan.work, 0o700)?;
-        let lock = File::open(&plan.work).map_err(failed("open", &plan.work))?;
+        make("making the work directory beside it failed", &plan.work, 0o700)?;
+        let lock = File::open(&plan.work)
+            .map_err(upper_failed("opening the work directory beside it failed", &plan.dir))?;
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Err(Errno::WOULDBLOCK) => return Err(StateError::UpperBusy { path: plan.dir.clone() }),
-            other => other.map_err(failed("lock", &plan.work))?,
+            other => other.map_err(upper_failed("locking the work directory beside it failed", &plan.dir))?,
         }
-        let made = make(&plan.dir, 0o755).inspect_err(|_| {
+        let made = make("making it failed", &plan.dir, 0o755).inspect_err(|_| {
             tree::remove_tree(&plan.work).ok();
         })?;
         Ok(Self { plan: plan.clone(), made, _lock: lock })
@@ -427,10 +447,6 @@ impl LockedBox {
     pub fn remove(self) -> Result<()> {
         tree::remove_tree(&self.dir).map_err(failed("remove", &self.dir))?;
         drop(self.lock);
-        if let Some(boxes) = self.dir.parent() {
-            // The last one leaves nothing behind: a sandbox around ours would show it as a change.
-            std::fs::remove_dir(boxes).ok();
-        }
         Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! `box.json`: what is known of a box.
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -27,6 +27,9 @@ pub struct BoxRecord {
     pub ids: IdPlan,
     /// What its root was made of, and where its changes are.
     pub root: RootPlan,
+    /// The directory of all state, which was hidden inside.
+    #[serde(with = "crate::spec::os")]
+    pub state_root: PathBuf,
     /// `--upper` was given: the changes are not the box's own.
     pub upper_is_external: bool,
     /// `--rm` was given.
@@ -89,6 +92,7 @@ impl BoxRecord {
             command: plan.process.args.clone(),
             ids: plan.ids.clone(),
             root: plan.root.clone(),
+            state_root: plan.state_dir.ancestors().nth(2).unwrap_or(Path::new("/")).to_owned(),
             upper_is_external,
             remove: plan.remove,
             supervisor: ProcessId::own(),
@@ -120,7 +124,14 @@ impl BoxRecord {
             // It held nothing worth keeping and is gone; reading needs none.
             upper.work.clone_from(&upper.dir);
         }
-        fsoverlay::changes_of(&spec)
+        let mut changes = fsoverlay::changes_of(&spec)?;
+        // Another rootlet inside, that kept nothing, leaves an empty directory where ours is hidden.
+        let of_state = |path: &Path| path.starts_with(&self.state_root);
+        let boxes = self.state_root.join("boxes");
+        if changes.iter().filter(|change| of_state(&change.path)).all(|change| change.path == boxes) {
+            changes.retain(|change| !of_state(&change.path));
+        }
+        Ok(changes)
     }
 }
 
