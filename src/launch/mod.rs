@@ -51,6 +51,12 @@ pub enum LaunchError {
         /// What it said.
         said: String,
     },
+    /// A standard stream that would lead out of the sandbox.
+    #[error("standard {stream} is a directory: through it the payload could reach the host's files")]
+    DirectoryStream {
+        /// `input`, `output` or `error`.
+        stream: &'static str,
+    },
     /// A system call of the supervisor itself.
     #[error("cannot supervise the sandbox: {doing}")]
     Supervise {
@@ -130,6 +136,7 @@ impl Drop for Sandbox {
 /// Nothing is left of the sandbox when this returns, in either case.
 pub fn run(plan: &Plan) -> Result<RunReport, LaunchError> {
     let started = Instant::now();
+    check_streams()?;
     let mut services = Services::prepare(plan)?;
 
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None).map_err(during("blocking signals"))?;
@@ -157,6 +164,21 @@ pub fn run(plan: &Plan) -> Result<RunReport, LaunchError> {
     sandbox.kill_and_reap();
     let changed = services.finish();
     Ok(RunReport { outcome: outcome?, wall: started.elapsed(), changed, published: services.published() })
+}
+
+/// The payload gets our standard streams as they are. From a directory's descriptor `..` leads
+/// anywhere in the host's tree, whatever the payload's root is.
+fn check_streams() -> Result<(), LaunchError> {
+    let streams =
+        [("input", rustix::stdio::stdin()), ("output", rustix::stdio::stdout()), ("error", rustix::stdio::stderr())];
+    for (stream, fd) in streams {
+        let stat = rustix::fs::fstat(fd).map_err(|errno| Errno::from_raw(errno.raw_os_error()));
+        let mode = stat.map_err(during("looking at the standard streams"))?.st_mode;
+        if rustix::fs::FileType::from_raw_mode(mode) == rustix::fs::FileType::Directory {
+            return Err(LaunchError::DirectoryStream { stream });
+        }
+    }
+    Ok(())
 }
 
 fn during(doing: &'static str) -> impl Fn(Errno) -> LaunchError {

@@ -156,6 +156,11 @@ fn forward(payload: Pid, number: i32) {
     if let Ok(signal) = Signal::try_from(number) {
         // ESRCH: it ended in between, which the next wait reports.
         nix::sys::signal::kill(target, signal).ok();
+        if signal == Signal::SIGTSTP {
+            // Its session has no shell, so its process group counts as orphaned and the default action
+            // of SIGTSTP is to go on (POSIX). It was told; now it stops.
+            nix::sys::signal::kill(target, Signal::SIGSTOP).ok();
+        }
     }
 }
 

@@ -57,15 +57,16 @@ pub(crate) fn run(
     let signals = SignalFd::with_flags(&watched, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(during("signalfd"))?;
     let mut events =
-        Loop { sandbox, services, signals, timer: None, terminal: None, started: false, timed_out: false };
+        Loop { sandbox, services, signals, timer: None, terminal: None, started: false, payload_ended: false, timed_out: false };
     let outcome = events.run(plan.process.timeout);
     let terminal = events.terminal.take();
-    // What the payload wrote last arrives before the terminal is the caller's again.
-    if outcome.is_ok() {
+    // After the payload's end init ends by itself, once everything inside is gone and written.
+    if events.payload_ended {
         events.sandbox.reap();
     } else {
         events.sandbox.kill_and_reap();
     }
+    // What the payload wrote last arrives before the terminal is the caller's again.
     if let Some(terminal) = terminal {
         terminal.finish();
     }
@@ -79,6 +80,7 @@ struct Loop<'a> {
     timer: Option<TimerFd>,
     terminal: Option<Terminal>,
     started: bool,
+    payload_ended: bool,
     timed_out: bool,
 }
 
@@ -142,7 +144,10 @@ impl Loop<'_> {
                 }
             }
             FromSetup::Failed(failure) | FromSetup::ExecFailed(failure) => return Err(failure.into()),
-            FromSetup::Exited(outcome) => return Ok(Some(outcome)),
+            FromSetup::Exited(outcome) => {
+                self.payload_ended = true;
+                return Ok(Some(outcome));
+            }
         }
         Ok(None)
     }
