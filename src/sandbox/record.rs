@@ -14,7 +14,7 @@ pub(super) const FORMAT: u32 = 1;
 /// Everything stored of a box. No values of variables: they may be secrets.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BoxRecord {
-    /// [`FORMAT`].
+    /// Version of this format.
     pub format: u32,
     /// Its name.
     pub name: String,
