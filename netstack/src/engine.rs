@@ -240,8 +240,8 @@ impl Engine {
             None => EpollTimeout::NONE,
             // Rounded up: a timer that fires a little early would be set again at once, over and over.
             Some(patience) => {
-                let millis = patience.total_micros().div_ceil(1000).min(60_000);
-                EpollTimeout::try_from(i32::try_from(millis).unwrap_or(60_000)).unwrap_or(EpollTimeout::ZERO)
+                let millis = i32::try_from(patience.total_micros().div_ceil(1000)).unwrap_or(i32::MAX);
+                EpollTimeout::try_from(millis).unwrap_or(EpollTimeout::ZERO)
             }
         };
         let mut events = [EpollEvent::empty(); TURN_EVENTS];
@@ -491,9 +491,8 @@ impl Engine {
         while let Some(key) = self.sh.timers.pop_due(now) {
             match key {
                 TimerKey::Tcp(id) => self.tcp.timer(now, id),
-                TimerKey::Udp(id) => self.udp.timer(&mut self.sh, now, id),
-                TimerKey::UdpInbound => self.udp.inbound_timer(&mut self.sh, now),
-                TimerKey::Ping(id) => self.icmp.timer(&mut self.sh, now, id),
+                TimerKey::Udp => self.udp.timer(&mut self.sh, now),
+                TimerKey::Ping => self.icmp.timer(&mut self.sh, now),
                 TimerKey::Dns(id) => self.dns.timer(&mut self.sh, now, id),
                 TimerKey::Accept => self.sh.descriptor_freed = true,
                 TimerKey::Reassembly => {

@@ -119,6 +119,18 @@ impl<T> Slab<T> {
         Some(value)
     }
 
+    /// The sixteenth of the entries, one at least, that come first by `key`. To make room in a full table for that many
+    /// new entries at once is cheaper than to look for the first one each time.
+    pub(crate) fn first_by<K: Ord>(&self, key: impl Fn(&T) -> K) -> Vec<FlowId> {
+        let mut all: Vec<(K, FlowId)> = self.iter().map(|(id, value)| (key(value), id)).collect();
+        let some = (all.len() / 16).max(1);
+        if all.len() > some {
+            all.select_nth_unstable(some);
+            all.truncate(some);
+        }
+        all.into_iter().map(|(_, id)| id).collect()
+    }
+
     pub(crate) fn iter(&self) -> impl Iterator<Item = (FlowId, &T)> {
         (0u32..).zip(&self.entries).filter_map(|(index, (generation, slot))| {
             slot.as_ref().map(|value| (FlowId { index, generation: *generation }, value))
@@ -130,9 +142,8 @@ impl<T> Slab<T> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum TimerKey {
     Tcp(FlowId),
-    Udp(FlowId),
-    UdpInbound,
-    Ping(FlowId),
+    Udp,
+    Ping,
     Dns(FlowId),
     Reassembly,
     Accept,
@@ -140,7 +151,8 @@ pub(crate) enum TimerKey {
 
 /// Timers, earliest first. One cannot be cancelled: its owner finds when it fires that it is not due, and sets another.
 /// So the owner keeps the time of its earliest timer and sets one only if it needs an earlier one; then a busy flow
-/// costs one entry per second or so, not one per packet, and an idle one costs nothing.
+/// costs one entry per second or so, not one per packet, and an idle one costs nothing. Tables whose entries come and go
+/// faster than they expire have one timer for the whole table.
 #[derive(Debug, Default)]
 pub(crate) struct Timers(BinaryHeap<Reverse<(Instant, TimerKey)>>);
 
@@ -179,6 +191,19 @@ mod tests {
     }
 
     #[test]
+    fn the_first_sixteenth_is_what_comes_first() {
+        let mut slab = Slab::default();
+        for i in 0..64 {
+            slab.insert_with(|_| (i * 37) % 64);
+        }
+        let mut first: Vec<i32> =
+            slab.first_by(|value| *value).into_iter().filter_map(|id| slab.get(id).copied()).collect();
+        first.sort_unstable();
+        assert_eq!(first, [0, 1, 2, 3]);
+        assert!(Slab::<i32>::default().first_by(|value| *value).is_empty());
+    }
+
+    #[test]
     fn names_survive_packing() {
         let mut slab = Slab::default();
         for round in 0..300 {
@@ -194,9 +219,9 @@ mod tests {
         let mut timers = Timers::default();
         let at = |s| Instant::ZERO + Duration::from_secs(s);
         timers.set(at(2), TimerKey::Reassembly);
-        timers.set(at(1), TimerKey::UdpInbound);
+        timers.set(at(1), TimerKey::Udp);
         assert_eq!(timers.pop_due(at(0)), None);
-        assert_eq!(timers.pop_due(at(5)), Some(TimerKey::UdpInbound));
+        assert_eq!(timers.pop_due(at(5)), Some(TimerKey::Udp));
         assert_eq!(timers.pop_due(at(1)), None);
         assert_eq!(timers.next_at(), Some(at(2)));
     }

@@ -15,7 +15,7 @@ use std::os::fd::AsFd;
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::SockProtocol;
-use smoltcp::time::Instant;
+use smoltcp::time::{Duration, Instant};
 
 use crate::config::{MAX_PINGS, PING_IDLE};
 use crate::emit::{self, Unreachable};
@@ -49,6 +49,8 @@ pub(crate) struct Icmp {
     pings: Slab<Ping>,
     by_guest: HashMap<Endpoint, FlowId>,
     forbidden_logged: bool,
+    /// A timer is set.
+    timer: bool,
 }
 
 impl Icmp {
@@ -152,7 +154,10 @@ impl Icmp {
             let watched = sh.watch(ping.fd.as_fd(), Token::Ping(id), EpollFlags::EPOLLIN);
             watched.inspect_err(|_| self.remove(sh, id))?;
         }
-        sh.timers.set(now + PING_IDLE, TimerKey::Ping(id));
+        if !self.timer {
+            self.timer = true;
+            sh.timers.set(now + PING_IDLE, TimerKey::Ping);
+        }
         Ok(id)
     }
 
@@ -164,13 +169,17 @@ impl Icmp {
         }
     }
 
-    pub(crate) fn timer(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
-        let Some(ping) = self.pings.get(id) else { return };
-        let until = ping.used + PING_IDLE;
-        if until <= now {
+    /// Closes what has been idle for too long.
+    pub(crate) fn timer(&mut self, sh: &mut Shared, now: Instant) {
+        let expired: Vec<FlowId> =
+            self.pings.iter().filter(|(_, ping)| ping.used + PING_IDLE <= now).map(|(id, _)| id).collect();
+        for id in expired {
             self.remove(sh, id);
-        } else {
-            sh.timers.set(until, TimerKey::Ping(id));
+        }
+        let next = self.pings.iter().map(|(_, ping)| ping.used + PING_IDLE).min();
+        self.timer = next.is_some();
+        if let Some(at) = next {
+            sh.timers.set(at.max(now + Duration::from_secs(1)), TimerKey::Ping);
         }
     }
 

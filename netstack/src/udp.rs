@@ -62,14 +62,16 @@ struct Flow {
 }
 
 impl Flow {
-    fn lifetime(&self) -> Duration {
-        if self.peers.iter().all(|peer| peer.seen.port == DNS_PORT) {
+    /// When it has been idle for too long.
+    fn until(&self) -> Instant {
+        let lifetime = if self.peers.iter().all(|peer| peer.seen.port == DNS_PORT) {
             UDP_DNS_IDLE
         } else if self.answered {
             UDP_IDLE
         } else {
             UDP_UNANSWERED
-        }
+        };
+        self.used + lifetime
     }
 }
 
@@ -105,7 +107,8 @@ pub(crate) struct Udp {
     flows: Slab<Flow>,
     by_guest: HashMap<Endpoint, FlowId>,
     inbound: HashMap<FlowKey, Inbound>,
-    inbound_timer: bool,
+    /// The table's earliest timer.
+    timer: Option<Instant>,
 }
 
 impl Udp {
@@ -236,16 +239,18 @@ impl Udp {
             self.remove(sh, id);
             return None;
         }
-        sh.timers.set(now + UDP_DNS_IDLE, TimerKey::Udp(id));
+        self.arm(sh, now + UDP_DNS_IDLE);
         Some(id)
     }
 
-    /// Closes the flow that has been idle for longest; whether there was one.
-    pub(crate) fn evict(&mut self, sh: &mut Shared) -> bool {
-        let Some((id, _)) = self.flows.iter().min_by_key(|(_, flow)| flow.used) else { return false };
-        sh.stats.evicted.one();
-        self.remove(sh, id);
-        true
+    /// Closes the flows that have been idle for longest; whether there were any.
+    fn evict(&mut self, sh: &mut Shared) -> bool {
+        let oldest = self.flows.first_by(|flow| flow.used);
+        sh.stats.evicted.add(oldest.len());
+        for &id in &oldest {
+            self.remove(sh, id);
+        }
+        !oldest.is_empty()
     }
 
     fn remove(&mut self, sh: &mut Shared, id: FlowId) {
@@ -256,13 +261,26 @@ impl Udp {
         }
     }
 
-    pub(crate) fn timer(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
-        let Some(flow) = self.flows.get(id) else { return };
-        let until = flow.used + flow.lifetime();
-        if until <= now {
+    fn arm(&mut self, sh: &mut Shared, at: Instant) {
+        if self.timer.is_none_or(|timer| at < timer) {
+            self.timer = Some(at);
+            sh.timers.set(at, TimerKey::Udp);
+        }
+    }
+
+    /// Closes what has been idle for too long.
+    pub(crate) fn timer(&mut self, sh: &mut Shared, now: Instant) {
+        let expired: Vec<FlowId> =
+            self.flows.iter().filter(|(_, flow)| flow.until() <= now).map(|(id, _)| id).collect();
+        for id in expired {
             self.remove(sh, id);
-        } else {
-            sh.timers.set(until, TimerKey::Udp(id));
+        }
+        self.inbound.retain(|_, flow| flow.used + UDP_IDLE > now);
+        self.timer = None;
+        let next = self.flows.iter().map(|(_, flow)| flow.until());
+        if let Some(at) = next.chain(self.inbound.values().map(|flow| flow.used + UDP_IDLE)).min() {
+            // Once a second is enough, however many flows there are.
+            self.arm(sh, at.max(now + Duration::from_secs(1)));
         }
     }
 
@@ -329,27 +347,14 @@ impl Udp {
             }
         }
         if !self.inbound.contains_key(&key) && self.inbound.len() >= MAX_UDP_INBOUND {
-            let oldest = self.inbound.iter().min_by_key(|(_, flow)| flow.used).map(|(key, _)| *key);
-            if let Some(oldest) = oldest {
-                self.inbound.remove(&oldest);
-                sh.stats.evicted.one();
-            }
+            let mut ages: Vec<Instant> = self.inbound.values().map(|flow| flow.used).collect();
+            let (_, &mut limit, _) = ages.select_nth_unstable(MAX_UDP_INBOUND / 16);
+            self.inbound.retain(|_, flow| flow.used > limit);
+            sh.stats.evicted.add(MAX_UDP_INBOUND.saturating_sub(self.inbound.len()));
         }
         self.inbound.insert(key, Inbound { port, real, local, used: now });
-        if !self.inbound_timer {
-            self.inbound_timer = true;
-            sh.timers.set(now + UDP_IDLE, TimerKey::UdpInbound);
-        }
+        self.arm(sh, now + UDP_IDLE);
         emit::udp(&mut sh.tap, key.remote, key.guest, payload);
-    }
-
-    pub(crate) fn inbound_timer(&mut self, sh: &mut Shared, now: Instant) {
-        self.inbound.retain(|_, flow| flow.used + UDP_IDLE > now);
-        let next = self.inbound.values().map(|flow| flow.used + UDP_IDLE).min();
-        self.inbound_timer = next.is_some();
-        if let Some(at) = next {
-            sh.timers.set(at, TimerKey::UdpInbound);
-        }
     }
 }
 

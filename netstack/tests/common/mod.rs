@@ -123,6 +123,8 @@ impl World {
             ip link set host0 up");
         internet
             .run(|| sh("ip route add default via 198.51.100.1; ip -6 route add default via 2001:db8:1::1"));
+        // IPv6 takes a second until the link is usable.
+        internet.run(|| sh("ping -c 1 -W 10 2001:db8:1::1; ping -c 1 -W 10 198.51.100.1"));
         Self { host: Net::current(), internet }
     }
 }
@@ -167,6 +169,7 @@ impl Guest {
         net.run(move || {
             sh(&format!(
                 "echo 0 > /proc/sys/net/ipv6/conf/tap0/accept_ra
+                 echo 0 > /proc/sys/net/ipv6/conf/tap0/accept_dad
                  ip link set tap0 address 52:54:00:00:00:02 mtu {mtu} up
                  ip addr add 10.0.2.100/24 dev tap0
                  ip addr add fd00::100/64 dev tap0 nodad
