@@ -1,17 +1,14 @@
-//! The host's side: sockets with the caller's ordinary rights, descriptors that are counted, and the routing table.
+//! The host's side: sockets with the caller's ordinary rights, and descriptors that are counted.
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, connect,
-    recv, send, setsockopt, socket, sockopt,
+    AddressFamily, SockFlag, SockProtocol, SockType, SockaddrStorage, connect, setsockopt, socket, sockopt,
 };
-
-use crate::policy::RouteKind;
 
 /// How many descriptors the stack may use, and does. The rest of the process keeps the others: at a limit of 1,024
 /// half of them, at larger limits a quarter.
@@ -139,158 +136,9 @@ pub(crate) fn datagram_socket(
     Ok(budget.hold(fd))
 }
 
-/// Asks the host's routing table what an address is. One netlink round trip (some microseconds) for each new flow:
-/// always right, also for addresses that came a moment ago and for local routes to whole ranges, neither of which a
-/// list of the interfaces' addresses would show.
-#[derive(Debug, Default)]
-pub(crate) struct Routes {
-    socket: Option<OwnedFd>,
-    sequence: u32,
-}
-
-const RTM_NEWROUTE: u16 = 24;
-const RTM_GETROUTE: u16 = 26;
-const NLM_F_REQUEST: u16 = 1;
-const RTA_DST: u16 = 1;
-const NLMSG_HEADER: usize = 16;
-const RTMSG: usize = 12;
-
-impl Routes {
-    pub(crate) fn kind_of(&mut self, ip: IpAddr) -> RouteKind {
-        match self.ask(ip) {
-            Ok(kind) => kind,
-            Err(errno) => {
-                tracing::debug!(%errno, %ip, "no answer from the routing table");
-                self.socket = None;
-                Self::kind_by_source(ip)
-            }
-        }
-    }
-
-    fn ask(&mut self, ip: IpAddr) -> nix::Result<RouteKind> {
-        let fd = match &self.socket {
-            Some(fd) => fd,
-            None => {
-                let route = SockProtocol::NetlinkRoute;
-                let fd = socket(AddressFamily::Netlink, SockType::Raw, FLAGS, route)?;
-                bind(fd.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
-                self.socket.insert(fd)
-            }
-        };
-        self.sequence = self.sequence.wrapping_add(1);
-        let request = route_request(ip, self.sequence);
-        send(fd.as_raw_fd(), &request, MsgFlags::empty())?;
-        // The kernel answers within the call above. Anything else in the queue is an older answer.
-        for _ in 0..8 {
-            let mut reply = [0; 1024];
-            let len = recv(fd.as_raw_fd(), &mut reply, MsgFlags::MSG_DONTWAIT)?;
-            if let Some(kind) = parse_route_reply(reply.get(..len).unwrap_or_default(), self.sequence) {
-                return Ok(kind);
-            }
-        }
-        Err(Errno::EBADMSG)
-    }
-
-    /// The same question where netlink is forbidden: to itself, the kernel talks from the very address it talks to.
-    fn kind_by_source(ip: IpAddr) -> RouteKind {
-        let any: IpAddr = match ip {
-            IpAddr::V4(_) => std::net::Ipv4Addr::UNSPECIFIED.into(),
-            IpAddr::V6(_) => std::net::Ipv6Addr::UNSPECIFIED.into(),
-        };
-        let source = UdpSocket::bind((any, 0)).and_then(|socket| {
-            socket.connect((ip, 9))?;
-            socket.local_addr()
-        });
-        match source {
-            Ok(source) if source.ip() == ip => RouteKind::Local,
-            Ok(_) => RouteKind::Remote,
-            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => RouteKind::Broadcast,
-            Err(error) => match error.raw_os_error().map(Errno::from_raw) {
-                Some(Errno::ENETUNREACH | Errno::EHOSTUNREACH) => RouteKind::Remote,
-                _ => RouteKind::Unknown,
-            },
-        }
-    }
-}
-
-/// RTM_GETROUTE for one address (rtnetlink(7)).
-fn route_request(ip: IpAddr, sequence: u32) -> Vec<u8> {
-    let (family, address): (i32, Vec<u8>) = match ip {
-        IpAddr::V4(ip) => (libc::AF_INET, ip.octets().to_vec()),
-        IpAddr::V6(ip) => (libc::AF_INET6, ip.octets().to_vec()),
-    };
-    let bits = u8::try_from(address.len() * 8).unwrap_or_default();
-    let len = u32::try_from(NLMSG_HEADER + RTMSG + 4 + address.len()).unwrap_or_default();
-    let attribute_len = u16::try_from(4 + address.len()).unwrap_or_default();
-    let mut message = Vec::with_capacity(48);
-    message.extend(len.to_ne_bytes());
-    message.extend(RTM_GETROUTE.to_ne_bytes());
-    message.extend(NLM_F_REQUEST.to_ne_bytes());
-    message.extend(sequence.to_ne_bytes());
-    message.extend([0; 4]);
-    // rtmsg: family, length of the destination's prefix, and nothing else.
-    message.extend([u8::try_from(family).unwrap_or_default(), bits, 0, 0, 0, 0, 0, 0]);
-    message.extend([0; 4]);
-    message.extend(attribute_len.to_ne_bytes());
-    message.extend(RTA_DST.to_ne_bytes());
-    message.extend(address);
-    message
-}
-
-/// The kind of the route in the kernel's answer; `None` if it answers another question.
-fn parse_route_reply(reply: &[u8], sequence: u32) -> Option<RouteKind> {
-    let word = |at: usize| reply.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes);
-    let long = |at: usize| reply.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes);
-    if long(8)? != sequence {
-        return None;
-    }
-    if word(4)? != RTM_NEWROUTE {
-        // NLMSG_ERROR: no route. Then it is not the host, and connecting will fail by itself.
-        return Some(RouteKind::Remote);
-    }
-    // rtm_type: RTN_LOCAL 2, RTN_BROADCAST 3, RTN_ANYCAST 4, RTN_MULTICAST 5.
-    match *reply.get(NLMSG_HEADER + 7)? {
-        // An anycast address is one that the host answers.
-        2 | 4 => Some(RouteKind::Local),
-        3 | 5 => Some(RouteKind::Broadcast),
-        _ => Some(RouteKind::Remote),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_routing_table_knows_the_host_itself() {
-        let mut routes = Routes::default();
-        for local in ["127.0.0.1", "127.1.2.3", "::1"] {
-            assert_eq!(routes.ask(local.parse().expect(local)), Ok(RouteKind::Local), "{local}");
-        }
-        assert_eq!(routes.ask("255.255.255.255".parse().expect("address")), Ok(RouteKind::Broadcast));
-        // With or without a route: some other machine.
-        assert_eq!(routes.kind_of("192.0.2.77".parse().expect("address")), RouteKind::Remote);
-        assert_eq!(routes.kind_of("2001:db8::77".parse().expect("address")), RouteKind::Remote);
-    }
-
-    #[test]
-    fn without_netlink_the_source_address_tells() {
-        assert_eq!(Routes::kind_by_source("127.0.0.1".parse().expect("address")), RouteKind::Local);
-        assert_eq!(Routes::kind_by_source("::1".parse().expect("address")), RouteKind::Local);
-        assert_eq!(Routes::kind_by_source("192.0.2.77".parse().expect("address")), RouteKind::Remote);
-    }
-
-    #[test]
-    fn answers_to_other_questions_are_not_taken() {
-        let mut reply = vec![0; 28];
-        reply[4..6].copy_from_slice(&RTM_NEWROUTE.to_ne_bytes());
-        reply[8..12].copy_from_slice(&7u32.to_ne_bytes());
-        reply[23] = 2;
-        assert_eq!(parse_route_reply(&reply, 7), Some(RouteKind::Local));
-        assert_eq!(parse_route_reply(&reply, 8), None);
-        assert_eq!(parse_route_reply(&reply[..20], 7), None);
-        assert_eq!(parse_route_reply(&[], 7), None);
-    }
 
     #[test]
     fn descriptors_are_counted_while_they_live() {
