@@ -16,10 +16,10 @@ use super::{RUN_FAILED, own_env};
 use crate::error::{errno_of, errno_text};
 use crate::host::{HostFacts, hints, layers};
 use crate::launch::{self, LaunchError};
-use crate::plan::{self, BoxPlace, Plan, UpperPlan};
-use crate::report::RunReport;
+use crate::plan::{self, BoxPlace, NetPlan, Plan, UpperPlan};
+use crate::report::{PublishedPort, RunReport};
 use crate::sandbox::{BoxRecord, BoxState, ExternalUpper, LockedBox, StateError, StateRoot, external_upper};
-use crate::spec::{self, NetMode, RootSpec, SandboxSpec, SpecError, TimeSpec, ValidSpec};
+use crate::spec::{self, NetMode, PublishSpec, RootSpec, SandboxSpec, SpecError, TimeSpec, ValidSpec};
 
 /// What `--report` writes.
 #[derive(Debug, Serialize)]
@@ -160,13 +160,29 @@ fn launch_in(
     let record = BoxRecord::new(&plan, external.is_some());
     made.write_record(&record).map_err(failed)?;
     let external = external.map(ExternalUpper::lock).transpose().map_err(failed)?;
-    let outcome = launch::run(&plan);
+    let outcome = launch::prepare(&plan).and_then(|prepared| {
+        tell_chosen_ports(&plan, prepared.published());
+        prepared.run()
+    });
     if let Some(external) = external {
         external.release().map_err(failed)?;
     }
     let report = outcome.map_err(|error| launch_failed(&error, facts))?;
     tracing::info!(name = %plan.name, outcome = ?report.outcome, changed = report.changed, "the run is over");
     Ok((report, record))
+}
+
+/// Says where a port is that was left to the system to choose: nothing else would.
+fn tell_chosen_ports(plan: &Plan, published: &[PublishedPort]) {
+    let NetPlan::Stack(stack) = &plan.net else { return };
+    for port in published {
+        let chosen =
+            |p: &PublishSpec| p.host_port == 0 && p.inside_port == port.inside_port && p.udp == port.udp;
+        if stack.publish.iter().any(chosen) {
+            let protocol = if port.udp { "udp" } else { "tcp" };
+            output::note(&format!("{} leads to port {}/{protocol} inside", port.host, port.inside_port));
+        }
+    }
 }
 
 /// Keeps or removes the box, and says so in one line if it is kept. The payload has run: what

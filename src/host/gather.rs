@@ -47,6 +47,7 @@ impl HostFacts {
             may_set_ids,
             // The initial namespace never denies.
             setgroups_denied: !initial_userns && read("/proc/self/setgroups").trim() == "deny",
+            landlock_scopes: crate::sys::landlock::has_scopes(),
             no_new_privs: rustix::thread::no_new_privs().unwrap_or(false),
             user_name,
             subuids,

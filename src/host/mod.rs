@@ -33,6 +33,8 @@ pub struct HostFacts {
     pub may_set_ids: bool,
     /// setgroups(2) is denied in this process's user namespace, and so in every one below it.
     pub setgroups_denied: bool,
+    /// Landlock can keep a process from abstract unix sockets (Linux 6.12).
+    pub landlock_scopes: bool,
     /// no_new_privs is set: setuid helpers would run without their privilege.
     pub no_new_privs: bool,
     /// The caller's name in /etc/passwd.

@@ -34,6 +34,7 @@ pub(super) fn write(ids: &IdPlan, setup: Pid, channel: &Channel) -> Result<(), L
             gids.finish()?;
         }
     }
+    tracing::debug!(uids = ?ids.uids, gids = ?ids.gids, "ids are mapped");
     channel
         .send(&ToSetup::MapsWritten, None)
         .map_err(|errno| SetupFailure::new(Step::Handshake, "", errno).into())

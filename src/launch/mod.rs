@@ -24,7 +24,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 
 use self::handshake::{Channel, SetupFailure, Step};
 use crate::plan::{Namespace, Plan};
-use crate::report::RunReport;
+use crate::report::{PublishedPort, RunReport};
 use crate::stage::{self, Inherited};
 use crate::supervise;
 use crate::sys::process::{Cloned, clone_with};
@@ -126,44 +126,71 @@ impl Drop for Sandbox {
     }
 }
 
-/// Makes the sandbox, runs the payload, waits for its end.
+/// A launch of which everything is ready that can fail without a sandbox.
+pub struct Prepared<'a> {
+    plan: &'a Plan,
+    services: Services,
+    began: Instant,
+}
+
+/// Checks the standard streams, opens the layers and binds the ports; makes no process.
 ///
-/// The process must have one thread. The upper and work directories of the plan exist, in a
-/// state directory locked by the caller. Every signal is blocked from here on; the event loop
-/// takes those that matter.
+/// The upper and work directories of the plan exist, in a state directory locked by the caller.
 ///
 /// # Errors
-/// Nothing is left of the sandbox when this returns, in either case.
-pub fn run(plan: &Plan) -> Result<RunReport, LaunchError> {
-    let started = Instant::now();
+/// The layer, port or stream that cannot be used.
+pub fn prepare(plan: &Plan) -> Result<Prepared<'_>, LaunchError> {
+    let began = Instant::now();
     check_streams()?;
-    let mut services = Services::prepare(plan)?;
+    let services = Services::prepare(plan)?;
+    tracing::info!(name = plan.name, layers = plan.root.layers.len(), "layers are open and ports bound");
+    Ok(Prepared { plan, services, began })
+}
 
-    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None).map_err(during("blocking signals"))?;
-    let nofile = raise_nofile()?;
-    let (ours, theirs) =
-        Channel::pair().map_err(|errno| SetupFailure::new(Step::Handshake, "socketpair", errno))?;
-    let null_stdin = !plan.process.terminal
-        && !plan.process.interactive
-        && rustix::termios::isatty(rustix::stdio::stdin());
+impl Prepared<'_> {
+    /// Where the published ports are bound.
+    #[must_use]
+    pub fn published(&self) -> &[PublishedPort] {
+        self.services.published()
+    }
 
-    let flags = plan.namespaces.iter().copied().fold(0, |flags, namespace| flags | clone_flag(namespace));
-    let mut sandbox = match clone_with(flags).map_err(|errno| SetupFailure::new(Step::Clone, "", errno))? {
-        Cloned::Child => {
-            drop(ours);
-            stage::enter(plan, &Inherited { channel: theirs, nofile, null_stdin })
-        }
-        Cloned::Parent { pid, pidfd } => {
-            drop(theirs);
-            let sandbox = Sandbox { pidfd, channel: ours, reaped: false };
-            idmap::write(&plan.ids, pid, &sandbox.channel)?;
-            sandbox
-        }
-    };
-    let outcome = supervise::run(plan, &mut sandbox, &mut services);
-    sandbox.kill_and_reap();
-    let changed = services.finish();
-    Ok(RunReport { outcome: outcome?, wall: started.elapsed(), changed, published: services.published() })
+    /// Makes the sandbox, runs the payload, waits for its end.
+    ///
+    /// The process must have one thread. Every signal is blocked from here on; the event loop
+    /// takes those that matter.
+    ///
+    /// # Errors
+    /// Nothing is left of the sandbox when this returns, in either case.
+    pub fn run(self) -> Result<RunReport, LaunchError> {
+        let Self { plan, mut services, began } = self;
+        sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None).map_err(during("blocking signals"))?;
+        let nofile = raise_nofile()?;
+        let (ours, theirs) =
+            Channel::pair().map_err(|errno| SetupFailure::new(Step::Handshake, "socketpair", errno))?;
+        let null_stdin = !plan.process.terminal
+            && !plan.process.interactive
+            && rustix::termios::isatty(rustix::stdio::stdin());
+
+        let flags = plan.namespaces.iter().copied().fold(0, |flags, namespace| flags | clone_flag(namespace));
+        let mut sandbox = match clone_with(flags).map_err(|errno| SetupFailure::new(Step::Clone, "", errno))? {
+            Cloned::Child => {
+                drop(ours);
+                stage::enter(plan, &Inherited { channel: theirs, nofile, null_stdin })
+            }
+            Cloned::Parent { pid, pidfd } => {
+                drop(theirs);
+                tracing::info!(%pid, namespaces = ?plan.namespaces, "namespaces are made");
+                let sandbox = Sandbox { pidfd, channel: ours, reaped: false };
+                idmap::write(&plan.ids, pid, &sandbox.channel)?;
+                sandbox
+            }
+        };
+        let outcome = supervise::run(plan, &mut sandbox, &mut services);
+        sandbox.kill_and_reap();
+        let changed = services.finish();
+        let published = services.published().to_vec();
+        Ok(RunReport { outcome: outcome?, wall: began.elapsed(), changed, published })
+    }
 }
 
 /// The payload gets our standard streams as they are. From a directory's descriptor `..` leads

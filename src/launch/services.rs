@@ -2,13 +2,12 @@
 
 use std::os::fd::OwnedFd;
 
-use fsoverlay::{Generated, GeneratedNode, LayerSpec, Overlay, OverlaySpec, Owners, UpperSpec};
+use fsoverlay::Overlay;
 use netstack::{DnsSpec, Link, Protocol, Publish, Published, Stack, StackSpec};
 
 use super::LaunchError;
 use crate::plan::{NetPlan, Plan, StackPlan};
 use crate::report::PublishedPort;
-use crate::spec::IdExtent;
 
 /// Threads that serve the overlay: a request that waits for the disk must not hold up the others.
 const OVERLAY_WORKERS: usize = 4;
@@ -25,7 +24,10 @@ pub(crate) struct Services {
 impl Services {
     /// Opens the layers and binds the ports; starts nothing.
     pub(super) fn prepare(plan: &Plan) -> Result<Self, LaunchError> {
-        let overlay = Overlay::open(&overlay_spec(plan)).map_err(LaunchError::Overlay)?;
+        for layer in &plan.root.layers {
+            tracing::debug!(layer = %layer.host_path.display(), "opening");
+        }
+        let overlay = Overlay::open(&plan.root.overlay_spec(&plan.ids, OVERLAY_WORKERS)).map_err(LaunchError::Overlay)?;
         let mut network = None;
         let mut published = Vec::new();
         if let NetPlan::Stack(stack) = &plan.net {
@@ -38,6 +40,9 @@ impl Services {
                     udp: protocol == Protocol::Udp,
                 })
                 .collect();
+            for port in &published {
+                tracing::debug!(host = %port.host, inside = port.inside_port, udp = port.udp, "published");
+            }
             network = Some((stack_spec(stack), ports));
         }
         Ok(Self { overlay: Some(overlay), server: None, network, stack: None, published })
@@ -60,8 +65,8 @@ impl Services {
     }
 
     /// Where published ports are bound on the host, with the port inside.
-    pub(super) fn published(&self) -> Vec<PublishedPort> {
-        self.published.clone()
+    pub(super) fn published(&self) -> &[PublishedPort] {
+        &self.published
     }
 
     /// Ends both once the sandbox is gone; whether the overlay's upper holds a change.
@@ -73,38 +78,6 @@ impl Services {
         let changed = server.changed();
         server.join();
         changed
-    }
-}
-
-fn overlay_spec(plan: &Plan) -> OverlaySpec {
-    let extents = |map: &[IdExtent]| {
-        map.iter()
-            .map(|e| fsoverlay::IdExtent { inside: e.inside, outside: e.outside, count: e.count })
-            .collect::<Vec<_>>()
-    };
-    let layer = |layer: &crate::plan::LayerPlan| LayerSpec {
-        dir: layer.host_path.clone(),
-        owners: if layer.translate_owners {
-            Owners::Translated { uids: extents(&plan.ids.uids), gids: extents(&plan.ids.gids) }
-        } else {
-            Owners::Numeric
-        },
-        hidden: layer.hidden.clone(),
-    };
-    let generated = |object: &crate::plan::GeneratedPlan| Generated {
-        path: object.path.clone(),
-        mode: object.mode,
-        node: match &object.content {
-            Some(content) => GeneratedNode::File(content.clone().into_bytes()),
-            None => GeneratedNode::Dir,
-        },
-    };
-    OverlaySpec {
-        layers: plan.root.layers.iter().map(layer).collect(),
-        generated: plan.root.generated.iter().map(generated).collect(),
-        upper: plan.root.upper.as_ref().map(|u| UpperSpec { dir: u.dir.clone(), work: u.work.clone() }),
-        squash: plan.ids.single(),
-        workers: OVERLAY_WORKERS,
     }
 }
 

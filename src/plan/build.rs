@@ -132,7 +132,8 @@ pub fn plan(spec: &ValidSpec, facts: &HostFacts, place: &BoxPlace) -> Result<Pla
         }
         _ => "/".into(),
     };
-    let env = env::plan_env(spec, facts, place, &hostname, &workdir, &mut notes);
+    let env = env::plan_env(spec, facts, place, &ids, &hostname, &workdir, &mut notes);
+    let confine = plan_confine(spec, facts, &mut notes);
     Ok(Plan {
         name: place.name.clone(),
         state_dir: place.state_dir.clone(),
@@ -155,7 +156,7 @@ pub fn plan(spec: &ValidSpec, facts: &HostFacts, place: &BoxPlace) -> Result<Pla
         root: RootPlan { layers, generated, upper: place.upper.clone() },
         mounts: mount_steps,
         net,
-        confine: plan_confine(spec),
+        confine,
         notes,
     })
 }
@@ -258,14 +259,22 @@ const ALL_CAPS: [&str; 41] = [
     "CHECKPOINT_RESTORE",
 ];
 
-fn plan_confine(spec: &ValidSpec) -> ConfinePlan {
+fn plan_confine(spec: &ValidSpec, facts: &HostFacts, notes: &mut Vec<Note>) -> ConfinePlan {
+    // Abstract sockets belong to the net namespace: with one of its own there is nothing of the
+    // host's to reach.
+    let host_network = spec.net.mode == NetMode::Host;
+    if host_network && !facts.landlock_scopes {
+        notes.push(Note {
+            what: "the host's abstract unix sockets are in reach".into(),
+            reason: "they belong to the host's network, and this kernel's Landlock cannot keep them away (6.12 can)"
+                .into(),
+        });
+    }
     let names: &[&str] = if spec.nested { &ALL_CAPS } else { &KEEP_CAPS };
     ConfinePlan {
         keep_caps: names.iter().map(|name| (*name).to_owned()).collect(),
         seccomp: if spec.nested { SeccompPlan::Nested } else { SeccompPlan::Default },
-        // Abstract sockets belong to the net namespace: with one of its own there is nothing
-        // of the host's to reach.
-        scope_abstract_sockets: spec.net.mode == NetMode::Host,
+        scope_abstract_sockets: host_network && facts.landlock_scopes,
     }
 }
 

@@ -7,7 +7,7 @@
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
-use super::{BoxPlace, Note};
+use super::{BoxPlace, IdPlan, Note};
 use crate::host::HostFacts;
 use crate::spec::ValidSpec;
 
@@ -75,6 +75,7 @@ pub(super) fn plan_env(
     spec: &ValidSpec,
     facts: &HostFacts,
     place: &BoxPlace,
+    ids: &IdPlan,
     hostname: &str,
     workdir: &Path,
     notes: &mut Vec<Note>,
@@ -124,6 +125,13 @@ pub(super) fn plan_env(
         set(&mut env, "TERM", term.unwrap_or_else(|| "xterm".into()));
     }
     set(&mut env, "container", "rootlet");
+    // With a range the caller's files belong to his own number inside, not to root. Programs that
+    // mind whose files they work on (git's "dubious ownership") ask sudo(8)'s variables who root is.
+    let root_inside = spec.process.user.as_ref().is_none_or(|u| u.user == "root" || u.user.parse() == Ok(0_u32));
+    if spec.process.inherit_env && ids.single().is_none() && facts.uid != 0 && root_inside {
+        set(&mut env, "SUDO_UID", facts.uid.to_string());
+        set(&mut env, "SUDO_GID", facts.gid.to_string());
+    }
     for (name, value) in &spec.process.env {
         match value {
             Some(value) => set(&mut env, name, value),

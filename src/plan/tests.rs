@@ -19,6 +19,7 @@ fn ada() -> HostFacts {
         initial_userns: true,
         may_set_ids: false,
         setgroups_denied: false,
+        landlock_scopes: true,
         no_new_privs: false,
         user_name: Some("ada".into()),
         subuids: None,

@@ -325,6 +325,26 @@ fn open_in_root(root: BorrowedFd<'_>, path: &Path) -> rustix::io::Result<OwnedFd
     )
 }
 
+/// Makes a missing place for `mount`: a directory, or an empty file for a file. The plan has
+/// places in the layers made up; what is missing still is in a file system mounted just before.
+fn make_place(root: BorrowedFd<'_>, path: &Path, mount: &OwnedFd) -> rustix::io::Result<OwnedFd> {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(rustix::io::Errno::NOENT);
+    };
+    let directory = match open_in_root(root, parent) {
+        Err(rustix::io::Errno::NOENT) => make_place(root, parent, &rustix::io::fcntl_dupfd_cloexec(root, 0)?)?,
+        other => other?,
+    };
+    let wanted = statat(mount, "", AtFlags::EMPTY_PATH)?;
+    if FileType::from_raw_mode(wanted.st_mode) == FileType::Directory {
+        mkdirat(&directory, name, Mode::from_raw_mode(0o755))?;
+    } else {
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+        drop(openat(&directory, name, flags, Mode::from_raw_mode(0o644))?);
+    }
+    open_in_root(root, path)
+}
+
 fn move_onto(mount: &OwnedFd, place: &OwnedFd) -> rustix::io::Result<()> {
     move_mount(
         mount,
@@ -337,7 +357,11 @@ fn move_onto(mount: &OwnedFd, place: &OwnedFd) -> rustix::io::Result<()> {
 
 fn attach(root: BorrowedFd<'_>, step: &MountStep, prepared: &Prepared) -> Result<()> {
     let at = |path: &Path, mount: &OwnedFd| {
-        let place = open_in_root(root, path).during(Step::MountPoint, path)?;
+        let place = match open_in_root(root, path) {
+            Err(rustix::io::Errno::NOENT) => make_place(root, path, mount),
+            other => other,
+        };
+        let place = place.during(Step::MountPoint, path)?;
         move_onto(mount, &place).during(Step::MountPoint, path)
     };
     match (step, prepared) {

@@ -83,8 +83,8 @@ mod tests {
     fn look_up(user: &str, group: Option<&str>) -> Result<Identity, SetupFailure> {
         let lines = |text: &str| text.lines().map(str::to_owned).collect::<Vec<_>>();
         let passwd = lines("root:x:0:0:root:/root:/bin/sh\nbroken\nwww-data:x:33:33::/var/www:/bin/false");
-        let group = lines("root:x:0:\nwww-data:x:33:\nssl-cert:x:110:www-data,other\nbad:x:y:");
-        resolve_in(&UserSpec { user: user.into(), group: group.map(Into::into) }, &passwd, &group)
+        let groups = lines("root:x:0:\nwww-data:x:33:\nssl-cert:x:110:www-data,other\nbad:x:y:");
+        resolve_in(&UserSpec { user: user.into(), group: group.map(Into::into) }, &passwd, &groups)
     }
 
     #[test]

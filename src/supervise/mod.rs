@@ -132,24 +132,47 @@ impl Loop<'_> {
         };
         let with_fd = |fd: Option<OwnedFd>| fd.ok_or_else(|| lost("a descriptor is missing"));
         match message {
-            FromSetup::Fuse => self.services.serve_overlay(with_fd(fd)?)?,
-            FromSetup::Tap => self.services.start_network(with_fd(fd)?)?,
+            FromSetup::Fuse => {
+                let served = self.services.serve_overlay(with_fd(fd)?);
+                served.map_err(|error| self.blame_setup(error))?;
+                tracing::info!("the overlay is served");
+            }
+            FromSetup::Tap => {
+                let started = self.services.start_network(with_fd(fd)?);
+                started.map_err(|error| self.blame_setup(error))?;
+                tracing::info!("the network stack runs");
+            }
             FromSetup::Terminal => {
                 self.terminal = Some(Terminal::start(with_fd(fd)?).map_err(during("terminal"))?);
+                tracing::debug!("the payload has a terminal");
             }
             FromSetup::Started => {
                 self.started = true;
+                tracing::info!("the payload runs");
                 if let Some(timeout) = timeout {
                     self.arm(timeout)?;
                 }
             }
             FromSetup::Failed(failure) | FromSetup::ExecFailed(failure) => return Err(failure.into()),
             FromSetup::Exited(outcome) => {
+                tracing::info!(?outcome, "the payload ended");
                 self.payload_ended = true;
                 return Ok(Some(outcome));
             }
         }
         Ok(None)
+    }
+
+    /// A service whose other end setup took away fails too: then setup's own failure, which it
+    /// reported before it ended, is the cause.
+    fn blame_setup(&mut self, error: LaunchError) -> LaunchError {
+        self.sandbox.kill_and_reap();
+        while let Ok(Some((message, _))) = self.sandbox.channel.receive::<FromSetup>() {
+            if let FromSetup::Failed(failure) = message {
+                return failure.into();
+            }
+        }
+        error
     }
 
     fn take_signals(&mut self) -> Result<Option<Outcome>, LaunchError> {
@@ -164,6 +187,7 @@ impl Loop<'_> {
                 Ok(Signal::SIGTSTP | Signal::SIGCONT) if !self.started => {}
                 Ok(_) if !self.started => return Ok(Some(Outcome::Signaled(number))),
                 Ok(signal) => {
+                    tracing::debug!(%signal, "to the payload");
                     // EPIPE: init is ending; its end is the next message.
                     self.sandbox.channel.send(&ToSetup::Signal(number), None).ok();
                     if signal == Signal::SIGTSTP {

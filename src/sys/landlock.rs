@@ -14,6 +14,21 @@ struct RulesetAttr {
 
 const SCOPE_ABSTRACT_UNIX_SOCKET: u64 = 1 << 0;
 
+/// `LANDLOCK_CREATE_RULESET_VERSION`.
+const VERSION: u32 = 1 << 0;
+/// The first ABI with scopes.
+const SCOPES_ABI: i64 = 6;
+
+/// Whether the kernel can scope abstract sockets.
+#[must_use]
+pub fn has_scopes() -> bool {
+    // SAFETY: with this flag the attributes must be null and their size zero.
+    let abi = unsafe {
+        libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<RulesetAttr>(), 0, VERSION)
+    };
+    abi >= SCOPES_ABI
+}
+
 /// Keeps this process and its children from connecting to abstract unix sockets made
 /// outside. Needs no_new_privs.
 ///
