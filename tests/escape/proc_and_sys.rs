@@ -1,0 +1,117 @@
+//! /proc and /sys: what tells of or changes the host is masked, read-only or absent.
+
+use crate::common::Home;
+
+const NONE: [&str; 0] = [];
+
+#[test]
+fn what_tells_of_the_kernel_is_masked() {
+    let home = Home::new();
+    let script = "
+for f in /proc/kcore /proc/keys /proc/timer_list /proc/sched_debug /proc/latency_stats /proc/interrupts; do
+    test -e $f || continue
+    n=$(head -c 100 $f 2>/dev/null | wc -c); test $n = 0 || echo $f shows $n
+done
+for d in /proc/acpi /proc/scsi /proc/asound /sys/firmware /sys/devices/virtual/powercap; do
+    test -e $d || continue
+    n=$(ls -A $d 2>/dev/null | wc -l); test $n = 0 || echo $d shows $n
+done
+head -c 1 /proc/kmsg 2>/dev/null && echo kmsg shows
+true
+";
+    home.sh(NONE, script).run().ok().prints("");
+    // Outside at least one of them shows something, else this proves nothing.
+    let outside = home.command("sh").args(["-c", script]).run();
+    assert!(outside.text().contains("shows"), "{outside}");
+}
+
+#[test]
+fn masks_cannot_be_taken_away() {
+    let home = Home::new();
+    let script = "mkdir m; umount /proc/kcore; umount -l /proc; mount -t proc proc m; mount -o remount,rw /proc/sys; mount --bind /proc m; ls -A m; true";
+    let out = home.sh(NONE, script).run().ok();
+    assert_eq!(out.text(), "", "{out}");
+    home.sh(NONE, "umount /proc/kcore 2>/dev/null; head -c 10 /proc/kcore | wc -c").run().ok().prints("0");
+}
+
+/// Everything in /proc and /sys that could be opened for writing as (fake) root, and would act
+/// beyond the sandbox. Opening is what counts; nothing is written.
+const WRITABLE: &str = r#"
+import os, stat, sys
+hits = []
+own = {str(os.getpid()), 'self', 'thread-self', '1'}
+for top in ('/proc', '/sys'):
+    for directory, names, files in os.walk(top):
+        if directory == '/proc':
+            names[:] = [n for n in names if not n.isdigit() and n not in own]
+        for name in files:
+            path = os.path.join(directory, name)
+            try:
+                mode = os.lstat(path).st_mode
+                # Root opens what has no write permission too, but there is nothing behind it.
+                if not stat.S_ISREG(mode) or not mode & 0o222: continue
+                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+                hits.append(path)
+            except OSError:
+                pass
+print(len(hits), *hits)
+"#;
+
+#[test]
+fn nothing_of_proc_and_sys_can_be_written() {
+    let home = Home::new();
+    let text = home.python(NONE, WRITABLE).run().ok().text();
+    let hits: Vec<&str> = text
+        .split(' ')
+        .skip(1)
+        .filter(|path| !path.starts_with("/proc/net") && !path.starts_with("/proc/pressure"))
+        .collect();
+    assert!(hits.is_empty(), "{text}");
+    // The search finds something where nothing is masked: in a user namespace of one's own.
+    let outside = home.command("unshare").args(["-Ur", "python3", "-c", WRITABLE]).run();
+    let count: u32 = outside.text().split(' ').next().unwrap().parse().unwrap_or(0);
+    assert!(count > 0, "{outside}");
+}
+
+#[test]
+fn the_ways_to_the_kernels_helpers_are_closed() {
+    let home = Home::new();
+    let script = "
+for f in /proc/sys/kernel/core_pattern /proc/sys/kernel/modprobe /proc/sys/kernel/hotplug /proc/sysrq-trigger \
+    /sys/kernel/uevent_helper /proc/sys/fs/binfmt_misc/register /sys/fs/cgroup/release_agent /sys/fs/cgroup/*/release_agent \
+    /proc/sys/vm/drop_caches /proc/sys/kernel/panic /proc/sys/kernel/randomize_va_space /proc/sys/vm/overcommit_memory; do
+    { echo 1 > $f; } 2>/dev/null && echo wrote $f
+done
+true
+";
+    home.sh(NONE, script).run().ok().prints("");
+    home.sh(["--network=host"], script).run().ok().prints("");
+}
+
+#[test]
+fn sysctls_of_the_machine_cannot_be_changed_even_when_nested() {
+    let home = Home::new();
+    let before = std::fs::read("/proc/sys/vm/overcommit_memory").unwrap();
+    let script = "{ echo 1 > /proc/sys/vm/overcommit_memory; } 2>/dev/null && echo wrote; { echo x > /proc/sys/kernel/core_pattern; } 2>/dev/null && echo wrote; true";
+    if !crate::common::is_root() {
+        home.sh(["--nested"], script).run().ok().prints("");
+    }
+    home.sh(NONE, script).run().ok().prints("");
+    assert_eq!(std::fs::read("/proc/sys/vm/overcommit_memory").unwrap(), before);
+}
+
+#[test]
+fn the_cgroup_tree_of_the_host_is_not_there() {
+    let home = Home::new();
+    let out = home.sh(NONE, "ls -A /sys/fs/cgroup 2>/dev/null | head -3; mkdir /sys/fs/cgroup/x 2>/dev/null && echo made; true").run().ok();
+    assert!(!out.text().contains("made"), "{out}");
+}
+
+#[test]
+fn sockets_of_host_services_are_not_there() {
+    let home = Home::new();
+    home.sh(NONE, "ls -A /run; ls -A /var/run/; find / -xdev -type s 2>/dev/null | grep -v ^/proc | head -3")
+        .run()
+        .ok()
+        .prints("");
+}
