@@ -9,8 +9,11 @@ use super::LaunchError;
 use crate::plan::{NetPlan, Plan, StackPlan};
 use crate::report::PublishedPort;
 
-/// Threads that serve the overlay: a request that waits for the disk must not hold up the others.
-const OVERLAY_WORKERS: usize = 4;
+/// Threads that serve the overlay. At least two, because a request that waits for the disk must not
+/// hold up the others; each costs start-up time, and more than four serve no faster.
+fn overlay_workers() -> usize {
+    std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 4))
+}
 
 /// The overlay and the network stack, from prepared to ended.
 pub(crate) struct Services {
@@ -27,7 +30,7 @@ impl Services {
         for layer in &plan.root.layers {
             tracing::debug!(layer = %layer.host_path.display(), "opening");
         }
-        let overlay = Overlay::open(&plan.root.overlay_spec(&plan.ids, OVERLAY_WORKERS)).map_err(LaunchError::Overlay)?;
+        let overlay = Overlay::open(&plan.root.overlay_spec(&plan.ids, overlay_workers())).map_err(LaunchError::Overlay)?;
         let mut network = None;
         let mut published = Vec::new();
         if let NetPlan::Stack(stack) = &plan.net {

@@ -15,6 +15,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, XattrFlags};
@@ -71,7 +72,9 @@ impl Notifier {
                     // ENOENT: the caller was killed meanwhile.
                     answer(self.listener.as_fd(), call.id, result).ok();
                 }
-                Err(Errno::EINTR | Errno::ENOENT) => {}
+                // ENOENT: the caller was killed meanwhile, or none is left that could call.
+                Err(Errno::ENOENT) if !hung_up(&self.listener) => {}
+                Err(Errno::EINTR) => {}
                 Err(_) => return,
             }
         }
@@ -180,6 +183,13 @@ impl Notifier {
         File::from(file).read_to_string(&mut text).map_err(|_| Errno::EIO)?;
         Status::parse(&text).ok_or(Errno::EIO)
     }
+}
+
+/// Whether no process has the filter any more.
+fn hung_up(listener: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(listener.as_fd(), PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO).is_ok()
+        && fds.iter().any(|fd| fd.revents().is_some_and(|events| events.contains(PollFlags::POLLHUP)))
 }
 
 /// What /proc/PID/status says of the caller.

@@ -60,16 +60,17 @@ const CLONE_NEWTIME: nix::sched::CloneFlags = nix::sched::CloneFlags::from_bits_
 pub(super) fn run(plan: &Plan, channel: &Channel) -> Result<Ready> {
     die_with_supervisor()?;
     sys::process::close_all_but(&[channel.as_fd()]).during(Step::Inherit, "")?;
+    // Needs no id, and newuidmap is a whole program's start: it runs meanwhile.
+    set_names(plan)?;
+    set_up_network(&plan.net, channel)?;
     map_ids(&plan.ids, channel)?;
 
     let overlay = mount_overlay(channel)?;
-    set_names(plan)?;
     if let Some(offsets) = plan.time {
         nix::sched::unshare(CLONE_NEWTIME).during(Step::Time, "unshare")?;
         let text = format!("monotonic {} 0\nboottime {} 0\n", offsets.monotonic, offsets.boottime);
         std::fs::write("/proc/self/timens_offsets", text).during(Step::Time, "/proc/self/timens_offsets")?;
     }
-    set_up_network(&plan.net, channel)?;
     let program = read_only_program()?;
     let prepared = plan.mounts.iter().map(prepare).collect::<Result<Vec<_>>>()?;
 
