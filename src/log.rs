@@ -116,6 +116,27 @@ pub fn escape_os(text: &std::ffi::OsStr) -> String {
     escaped
 }
 
+/// The same JSON with every character that [`escape`] would write as `\u{…}` in JSON's own form:
+/// a program reads the same value, a terminal shows it safely. Outside of strings, JSON has none of
+/// them but line ends.
+#[must_use]
+pub fn escape_json(json: &str) -> Cow<'_, str> {
+    if !json.chars().any(|c| c != '\n' && is_unsafe(c)) {
+        return Cow::Borrowed(json);
+    }
+    let mut escaped = String::with_capacity(json.len() + 16);
+    for c in json.chars() {
+        if c != '\n' && is_unsafe(c) {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                write!(escaped, "\\u{unit:04x}").expect("writing to a String does not fail");
+            }
+        } else {
+            escaped.push(c);
+        }
+    }
+    Cow::Owned(escaped)
+}
+
 fn push_escaped(out: &mut String, c: char, backslash: bool) {
     match c {
         '\\' if backslash => out.push_str("\\\\"),
@@ -171,6 +192,15 @@ mod tests {
     #[test]
     fn bytes_that_are_not_text() {
         assert_eq!(escape_os(OsStr::from_bytes(b"a\xff\x1bb")), "a\\xff\\u{1b}b");
+    }
+
+    #[test]
+    fn json_keeps_its_value_and_loses_its_teeth() {
+        let value = "a\u{9b}31m\u{202e}\u{e0001}\n";
+        let json = serde_json::to_string(value).unwrap();
+        let escaped = escape_json(&json);
+        assert_eq!(escaped, r#""a\u009b31m\u202e\udb40\udc01\n""#);
+        assert_eq!(serde_json::from_str::<String>(&escaped).unwrap(), value);
     }
 
     #[test]

@@ -104,7 +104,7 @@ pub fn print_json(value: &impl Serialize) {
     // What is printed as JSON here has text for keys.
     let mut text = serde_json::to_string_pretty(value).unwrap_or_default();
     text.push('\n');
-    print(&text);
+    print(&crate::log::escape_json(&text));
 }
 
 /// One line about what we did, on standard error.
