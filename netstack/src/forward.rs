@@ -178,7 +178,7 @@ impl Forward {
             // Without a name the peer is gone already.
             let Some(peer) = peer else { continue };
             let from = seen_as(&sh.spec.guest, &sh.spec.gateway, peer);
-            let to = Endpoint::new(sh.spec.guest.ip_like(peer.ip()), *inside_port);
+            let to = Endpoint::new(sh.spec.guest.ip_like(from.ip), *inside_port);
             let fd = sh.budget.hold(fd);
             tcp.inbound(sh, now, fd, from, to);
         }
@@ -226,7 +226,7 @@ impl Forward {
                 Err(_) => continue,
             };
             let seen = seen_as(&sh.spec.guest, &sh.spec.gateway, peer);
-            let to = Endpoint::new(sh.spec.guest.ip_like(peer.ip()), inside_port);
+            let to = Endpoint::new(sh.spec.guest.ip_like(seen.ip), inside_port);
             let payload = buffer.get(..len).unwrap_or_default();
             udp.inbound(sh, now, Arrival { port: index, real: peer, local, seen, to }, payload);
         }
@@ -235,6 +235,9 @@ impl Forward {
 }
 
 /// What the guest shall see as the peer of a connection to a published port.
+///
+/// Where that cannot be the peer's own address it is the gateway's, and then the IPv4 one whatever the peer came by:
+/// `localhost` means ::1 to many clients, and a server that listens on IPv4 only is more common than one on IPv6 only.
 fn seen_as(guest: &Link, gateway: &Link, peer: SocketAddr) -> Endpoint {
     let ip = peer.ip();
     let strange = match ip {
@@ -243,7 +246,7 @@ fn seen_as(guest: &Link, gateway: &Link, peer: SocketAddr) -> Endpoint {
             ip.is_loopback() || ip.is_unicast_link_local() || ip.is_unspecified() || ip.is_multicast()
         }
     };
-    let ip = if strange || guest.contains(ip) { gateway.ip_like(ip) } else { ip };
+    let ip = if strange || guest.contains(ip) { gateway.v4.0.into() } else { ip };
     Endpoint::new(ip, peer.port())
 }
 
@@ -301,11 +304,11 @@ mod tests {
         let seen = |peer: &str| seen_as(&spec.guest, &spec.gateway, peer.parse().expect(peer));
         for (peer, ip) in [
             ("127.0.0.1:5", "10.0.2.2"),
-            ("[::1]:5", "fd00::2"),
-            ("[fe80::1]:5", "fd00::2"),
+            ("[::1]:5", "10.0.2.2"),
+            ("[fe80::1]:5", "10.0.2.2"),
             ("10.0.2.100:5", "10.0.2.2"),
             ("10.0.2.77:5", "10.0.2.2"),
-            ("[fd00::77]:5", "fd00::2"),
+            ("[fd00::77]:5", "10.0.2.2"),
             ("192.0.2.7:5", "192.0.2.7"),
             ("[2001:db8::7]:5", "2001:db8::7"),
         ] {
