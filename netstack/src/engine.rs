@@ -515,6 +515,15 @@ pub struct Stack {
     stats: Arc<Counters>,
 }
 
+/// Runs the stack so that a defect of it ends the network and nothing else. What `run` borrows is not used again.
+fn contain(run: impl FnOnce()) {
+    if catch_unwind(AssertUnwindSafe(run)).is_err() {
+        tracing::error!(
+            "the network stack failed (this is a defect): the sandbox has no network from here on"
+        );
+    }
+}
+
 /// The monotonic clock, with an arbitrary beginning.
 fn clock() -> impl FnMut() -> Instant {
     let start = std::time::Instant::now();
@@ -556,12 +565,7 @@ impl Stack {
         let body = move || {
             // Signals are the business of the process's main thread.
             let _ = nix::sys::signal::SigSet::all().thread_block();
-            let run = catch_unwind(AssertUnwindSafe(|| while engine.turn(&mut clock, None) == Turn::Goes {}));
-            if run.is_err() {
-                tracing::error!(
-                    "the network stack failed (this is a defect): the sandbox has no network from here on"
-                );
-            }
+            contain(|| while engine.turn(&mut clock, None) == Turn::Goes {});
         };
         let thread = std::thread::Builder::new()
             .name("netstack".into())
@@ -602,4 +606,44 @@ fn nonblocking(fd: BorrowedFd<'_>) -> nix::Result<()> {
     use nix::fcntl::{FcntlArg, OFlag, fcntl};
     let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
     fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_of_the_stack_stays_in_it() {
+        let thread = std::thread::spawn(|| contain(|| panic!("part of the test")));
+        assert!(thread.join().is_ok());
+    }
+
+    #[test]
+    fn tokens_survive_packing() {
+        let mut slab = crate::flow::Slab::default();
+        for _ in 0..3 {
+            let id = slab.insert_with(|_| ());
+            for token in [
+                Token::Tap,
+                Token::Stop,
+                Token::Tcp(id),
+                Token::Udp(id),
+                Token::Ping(id),
+                Token::Dns(id),
+                Token::TcpListener(7),
+                Token::UdpListener(9),
+            ] {
+                assert_eq!(Token::unpack(token.pack()), Some(token));
+            }
+            slab.remove(id);
+        }
+        assert_eq!(Token::unpack(u64::MAX), None);
+    }
+
+    #[test]
+    fn random_numbers_differ() {
+        let mut random = Random::default();
+        assert_ne!(random.next(), random.next());
+        assert_ne!(Random::default().next(), Random::default().next());
+    }
 }

@@ -16,8 +16,8 @@
 //!                              policy: a pure function asked before any flow's first packet leaves
 //! ```
 //!
-//! Where to look: what may be reached, [`policy`]; how a connection lives and ends, [`tcp`]; why it is fast, [`device`];
-//! what a hostile frame meets first, [`ingress`]; every limit with its number, [`config`]; every `unsafe` line, [`sys`].
+//! Where to look: what may be reached, `policy.rs`; how a connection lives and ends, `tcp.rs`; why it is fast, `device.rs`;
+//! what a hostile frame meets first, `ingress.rs`; every limit with its number, `config.rs`; every `unsafe` line, `sys.rs`.
 //!
 //! What it refuses to do: it never opens a path but /dev/net/tun (in [`open_tap`]) and /etc/resolv.conf, never runs a
 //! program, never needs a capability (but for [`open_tap`], which is called inside), never wakes up without a reason, and

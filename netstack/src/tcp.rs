@@ -563,8 +563,11 @@ impl Tcp {
             || flow.inbound_until.is_some_and(|until| now >= until)
             || (flow.owes && now >= flow.heard + GUEST_SILENCE)
         {
-            socket.abort();
             fate = Fate::Broken;
+            // What the peer said before it went away goes first, as far as the guest has room for it.
+            let mut device = FlowDevice { tap: &mut sh.tap, rx: None, mss: flow.mss };
+            while socket.poll_egress(&mut self.iface, now, &mut device) {}
+            socket.abort();
         }
         // Once in TIME-WAIT smoltcp has nothing to say but one acknowledgement, and would clear its ring in ten seconds.
         if !flow.finished {
