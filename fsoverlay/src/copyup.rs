@@ -292,7 +292,8 @@ impl Engine {
                 upper.sidecar.set_owner(&copy, Some((meta.uid, meta.gid)))?;
             }
             let mut placed = 0;
-            for link in node.inner.lock().links.clone() {
+            let links = node.inner.lock().links.clone();
+            for link in links {
                 self.copy_up(&link.parent)?;
                 let state = link.parent.dir()?.state.write();
                 if state.removed || !node.has_link(&link.parent, &link.name) {

@@ -233,7 +233,7 @@ impl Engine {
             decided: (sources.len() > 1 || state.generated.is_some()).then(HashMap::new),
             look_up: Vec::new(),
         };
-        for dir in upper {
+        if let Some(dir) = upper {
             self.add_real(&mut merge, node, dir)?;
         }
         for (name, index) in state.generated.into_iter().flat_map(|dir| self.generated.children(dir)) {

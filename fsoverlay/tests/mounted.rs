@@ -1,3 +1,0 @@
-//! Mounts for real; see `examples/mount.rs`.
-
-fn main() {}

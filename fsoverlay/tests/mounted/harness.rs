@@ -1,0 +1,273 @@
+//! Directories of a case, starting the mount, and checks that give errors.
+
+use std::fmt::Display;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// The inner half's status for "cannot be tested here".
+pub(crate) const SKIPPED: u8 = 77;
+
+/// Why a case did not pass.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    Skip(String),
+    Wrong(String),
+}
+
+impl<E: Display> From<E> for Failure {
+    #[track_caller]
+    fn from(err: E) -> Self {
+        Self::Wrong(format!("{}: {err}", std::panic::Location::caller()))
+    }
+}
+
+pub(crate) type Check = Result<(), Failure>;
+
+/// Fails unless two values are equal.
+macro_rules! same {
+    ($left:expr, $right:expr $(, $($more:tt)+)?) => {{
+        let (left, right) = (&$left, &$right);
+        if left != right {
+            #[allow(unused_mut, unused_assignments)]
+            let mut note = String::new();
+            $(note = format!(" ({})", format_args!($($more)+));)?
+            return Err($crate::harness::Failure::Wrong(format!(
+                "{}:{}: {} is {left:?}, not {right:?}{note}",
+                file!(), line!(), stringify!($left),
+            )));
+        }
+    }};
+}
+
+/// Fails unless a condition holds.
+macro_rules! holds {
+    ($condition:expr $(, $($more:tt)+)?) => {
+        if !$condition {
+            #[allow(unused_mut, unused_assignments)]
+            let mut note = String::new();
+            $(note = format!(" ({})", format_args!($($more)+));)?
+            return Err($crate::harness::Failure::Wrong(format!(
+                "{}:{}: not so: {}{note}", file!(), line!(), stringify!($condition),
+            )));
+        }
+    };
+}
+
+/// Fails unless an operation fails with this errno.
+macro_rules! errno {
+    ($operation:expr, $errno:ident) => {{
+        let wanted = rustix::io::Errno::$errno;
+        match $operation {
+            Ok(_) => {
+                return Err($crate::harness::Failure::Wrong(format!(
+                    "{}:{}: {} succeeded",
+                    file!(),
+                    line!(),
+                    stringify!($operation),
+                )));
+            }
+            Err(err) => {
+                let got = $crate::harness::errno_of(&err.into());
+                if got != Some(wanted) {
+                    return Err($crate::harness::Failure::Wrong(format!(
+                        "{}:{}: {} gave {got:?}, not {wanted:?}",
+                        file!(),
+                        line!(),
+                        stringify!($operation),
+                    )));
+                }
+            }
+        }
+    }};
+}
+
+pub(crate) use {errno, holds, same};
+
+pub(crate) fn errno_of(err: &std::io::Error) -> Option<rustix::io::Errno> {
+    rustix::io::Errno::from_io_error(err)
+}
+
+/// One case; see the crate's documentation.
+#[derive(Clone, Copy)]
+pub(crate) struct Case {
+    pub(crate) name: &'static str,
+    pub(crate) outside: fn(&mut World) -> Check,
+    pub(crate) inside: fn(&[String]) -> Check,
+}
+
+/// The directories of a case: two lowers, an upper, a work directory, a mount point and
+/// a place for anything else.
+pub(crate) struct World {
+    pub(crate) name: &'static str,
+    pub(crate) dir: PathBuf,
+}
+
+impl World {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    pub(crate) fn lower(&self) -> PathBuf {
+        self.path("lower")
+    }
+
+    pub(crate) fn upper(&self) -> PathBuf {
+        self.path("upper")
+    }
+
+    /// The mount of the lower and the upper, running the inner half.
+    pub(crate) fn mount(&self) -> Mount {
+        let mut mount = self.bare();
+        mount.option("--lower", self.lower());
+        mount.upper(self)
+    }
+
+    /// A mount without layers and upper, running the inner half.
+    pub(crate) fn bare(&self) -> Mount {
+        let mut options = vec!["--translated".into(), "--at".into(), self.path("mnt").into()];
+        options.push("--report".into());
+        Mount { options, args: Vec::new(), name: self.name, wrapper: Vec::new() }
+    }
+
+    pub(crate) fn empty_upper(&self) -> Check {
+        for name in ["upper", "work"] {
+            remove(&self.path(name))?;
+            std::fs::create_dir(self.path(name))?;
+        }
+        Ok(())
+    }
+}
+
+/// A mount about to be made.
+pub(crate) struct Mount {
+    options: Vec<std::ffi::OsString>,
+    args: Vec<String>,
+    name: &'static str,
+    wrapper: Vec<String>,
+}
+
+impl Mount {
+    pub(crate) fn upper(mut self, world: &World) -> Self {
+        self.option("--upper", world.upper());
+        self.option("--work", world.path("work"));
+        self
+    }
+
+    pub(crate) fn option(&mut self, name: &str, value: impl Into<std::ffi::OsString>) {
+        self.options.push(name.into());
+        self.options.push(value.into());
+    }
+
+    pub(crate) fn with(mut self, name: &str, value: impl Into<std::ffi::OsString>) -> Self {
+        self.option(name, value);
+        self
+    }
+
+    pub(crate) fn flag(mut self, name: &str) -> Self {
+        self.options.push(name.into());
+        self
+    }
+
+    /// Arguments of the inner half.
+    pub(crate) fn arg(mut self, arg: impl Into<String>) -> Self {
+        self.args.push(arg.into());
+        self
+    }
+
+    /// Runs the whole under another command.
+    pub(crate) fn under(mut self, command: &[&str]) -> Self {
+        self.wrapper = command.iter().map(|&w| w.to_owned()).collect();
+        self
+    }
+
+    pub(crate) fn command(&self) -> Result<Command, Failure> {
+        let me = std::env::current_exe()?;
+        let program = match std::env::var_os("FSOVERLAY_MOUNT") {
+            Some(path) => PathBuf::from(path),
+            None => me
+                .parent()
+                .and_then(Path::parent)
+                .ok_or("the test program has no target directory")?
+                .join("examples/mount"),
+        };
+        // A request that is never answered must fail, not hang.
+        let mut command = Command::new("timeout");
+        command.args(["-s", "KILL", "300"]).args(&self.wrapper).arg(program);
+        command.args(&self.options).arg("--").arg(me).arg("--inside").arg(self.name).args(&self.args);
+        Ok(command)
+    }
+
+    pub(crate) fn output(&self) -> Result<Output, Failure> {
+        Ok(self.command()?.output()?)
+    }
+
+    /// Runs the inner half; its failure is ours. Gives whether the server found the
+    /// upper changed.
+    pub(crate) fn run(&self) -> Result<bool, Failure> {
+        let output = self.output()?;
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        if output.status.code() == Some(i32::from(SKIPPED)) {
+            return Err(Failure::Skip(text));
+        }
+        if !output.status.success() {
+            return Err(Failure::Wrong(format!("{}\n{text}", output.status)));
+        }
+        if text.contains("panicked") || text.contains("internal error") {
+            return Err(Failure::Wrong(text));
+        }
+        Ok(text.contains("changed=true"))
+    }
+}
+
+/// Runs the outer half in fresh directories.
+pub(crate) fn run(case: &Case) -> Check {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    if !Path::new("/dev/fuse").exists() {
+        return Err(Failure::Skip("there is no /dev/fuse".to_owned()));
+    }
+    let unique = format!("fsoverlay-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+    let dir = std::env::temp_dir().join(unique);
+    std::fs::create_dir(&dir)?;
+    // Inside other ids look at it.
+    std::fs::set_permissions(&dir, PermissionsExt::from_mode(0o755))?;
+    for name in ["lower", "lower2", "upper", "work", "mnt", "other"] {
+        std::fs::create_dir(dir.join(name))?;
+    }
+    let mut world = World { name: case.name, dir };
+    let result = (case.outside)(&mut world);
+    remove(&world.dir)?;
+    result
+}
+
+/// Removes a tree of ours, whatever modes it has.
+pub(crate) fn remove(dir: &Path) -> Check {
+    let status = Command::new("rm").arg("-rf").arg(dir).status()?;
+    if status.success() {
+        return Ok(());
+    }
+    // Directories without rights of the lowers made here; the upper has none such.
+    Command::new("chmod").args(["-R", "u+rwX"]).arg(dir).status()?;
+    Command::new("rm").arg("-rf").arg(dir).status()?;
+    Ok(())
+}
+
+/// Whether this user has subordinate ids (or is root, who needs none).
+pub(crate) fn need_range() -> Check {
+    let uid = nix::unistd::getuid();
+    if uid.is_root() {
+        return Ok(());
+    }
+    let name = nix::unistd::User::from_uid(uid)?.map(|u| u.name).unwrap_or_default();
+    let subuids = std::fs::read_to_string("/etc/subuid").unwrap_or_default();
+    if subuids.lines().any(|l| l.split(':').next() == Some(&name)) {
+        Ok(())
+    } else {
+        Err(Failure::Skip("no subordinate ids".to_owned()))
+    }
+}
+
+pub(crate) fn nothing(_: &[String]) -> Check {
+    Ok(())
+}
