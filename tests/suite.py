@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Runs one test executable (libtest) under a time limit and counts.
+"""Runs one test executable under a time limit and counts. It speaks as libtest does; `skipped: REASON`
+as a result and a time after one are understood too.
 
     suite.py LABEL LIMIT TALLY -- COMMAND...
 
@@ -16,7 +17,9 @@ import sys
 import threading
 import time
 
-RESULT = re.compile(r"^test (?P<name>.+?) (?:- should panic )?\.\.\. (?P<result>ok|FAILED|ignored.*)$")
+RESULT = re.compile(
+    r"^test (?P<name>.+?) (?:- should panic )?\.\.\. (?P<result>ok|FAILED|ignored|skipped)(?P<more>[ :,].*)?$"
+)
 
 
 def main():
@@ -41,7 +44,7 @@ def main():
         text = line.decode(errors="backslashreplace")
         if match := RESULT.match(text.rstrip("\n")):
             results[match["name"]] = match["result"]
-            if match["result"] != "FAILED":
+            if match["result"] in ("ok", "ignored"):
                 continue
         elif text.startswith(("running ", "test result: ", "\n")):
             continue
@@ -55,7 +58,7 @@ def main():
         with open(skips_file) as file:
             skips = [line.rstrip("\n") for line in file]
         os.unlink(skips_file)
-    ignored = sum(result.startswith("ignored") for result in results.values())
+    ignored = sum(result in ("ignored", "skipped") for result in results.values())
     failed = [name for name, result in results.items() if result == "FAILED"]
     running = [name for name in names if name not in results] if status else []
     if hung.is_set():
