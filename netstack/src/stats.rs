@@ -49,7 +49,7 @@ counters! {
     refused_by_policy,
     /// Flows refused because a table was full or descriptors had run out.
     refused_by_limit,
-    /// UDP flows closed early to make room for new ones.
+    /// Flows ended early to make room for new ones: idle UDP flows, and TCP connections that nobody has answered.
     evicted,
     /// Frames that could not be understood: wrong lengths, checksums, protocols.
     dropped_malformed,

@@ -3,8 +3,8 @@
 //! States of a flow, and what each permits:
 //!
 //! - `Connecting`: the guest's SYN is held, the host socket connects. No smoltcp socket and no ring exists yet, so this
-//!   is cheap (a descriptor and some hundred bytes), and there may be [`MAX_HALF_OPEN`] of them; a SYN beyond that is
-//!   dropped and the guest repeats it. When the host socket is connected the held SYN is fed to a new smoltcp socket,
+//!   is cheap (a descriptor and some hundred bytes), and there may be [`MAX_HALF_OPEN`] of them; one more, and the oldest
+//!   gives way. When the host socket is connected the held SYN is fed to a new smoltcp socket,
 //!   which answers it: the guest sees "connected" only if its peer does. A refusal becomes a RST, an unreachable
 //!   destination an ICMP error (RFC 1122 section 4.2.3.9 makes that end a SYN-SENT), a time-out silence: the guest's own
 //!   timer has then run out, too.
@@ -163,6 +163,8 @@ pub(crate) struct Tcp {
     flows: Slab<Flow>,
     by_key: HashMap<FlowKey, FlowId>,
     half_open: usize,
+    /// Flows that have begun to connect, oldest first; some are connected or gone by now.
+    connecting: VecDeque<FlowId>,
     dirty: Vec<FlowId>,
     pool: Vec<Rings>,
     /// Queries to be fetched by the engine.
@@ -197,6 +199,7 @@ impl Tcp {
             flows: Slab::default(),
             by_key: HashMap::new(),
             half_open: 0,
+            connecting: VecDeque::new(),
             dirty: Vec::new(),
             pool: Vec::new(),
             dns_queries: Vec::new(),
@@ -292,9 +295,7 @@ impl Tcp {
         to: SocketAddr,
     ) {
         if self.half_open >= MAX_HALF_OPEN {
-            // As a listener with a full queue does: the guest tries again in a second.
-            sh.stats.refused_by_limit.one();
-            return;
+            self.evict_half_open(sh);
         }
         if self.flows.len() >= MAX_TCP_FLOWS {
             sh.stats.refused_by_limit.one();
@@ -315,7 +316,23 @@ impl Tcp {
         }
         sh.stats.tcp_out.one();
         if connected {
-            self.establish(sh, now, id);
+            return self.establish(sh, now, id);
+        }
+        if self.connecting.len() >= 2 * MAX_HALF_OPEN {
+            let flows = &self.flows;
+            self.connecting.retain(|&id| is_connecting(flows, id));
+        }
+        self.connecting.push_back(id);
+    }
+
+    /// Forgets the flow that has been connecting for longest, without a word: if the guest still wants it, it repeats its
+    /// SYN. So a guest that tries thousands of hosts that do not answer does not keep itself from reaching others.
+    fn evict_half_open(&mut self, sh: &mut Shared) {
+        while let Some(id) = self.connecting.pop_front() {
+            if is_connecting(&self.flows, id) {
+                sh.stats.evicted.one();
+                return self.remove(sh, id, true);
+            }
         }
     }
 
@@ -652,6 +669,10 @@ impl Tcp {
         }
         sh.descriptor_freed = true;
     }
+}
+
+fn is_connecting(flows: &Slab<Flow>, id: FlowId) -> bool {
+    flows.get(id).is_some_and(|flow| matches!(flow.phase, Phase::Connecting { .. }))
 }
 
 /// Whether something of ours is on its way to the guest, which it has to acknowledge.

@@ -493,8 +493,9 @@ fn tcp_flood_of_half_open_connections_is_bounded(world: &World) {
     });
     tcp_close_at_once(world, &guest);
     let stats = guest.stack.stats();
-    assert!(stats.tcp_flows <= 2_048, "{stats:?}");
-    assert!(stats.tcp_flows > 100, "{stats:?}");
+    // The eighty of a moment ago may not be quite gone.
+    assert!(stats.tcp_flows <= 2_048 + 80, "{stats:?}");
+    assert!(stats.tcp_flows > 100 && stats.evicted > 100, "{stats:?}");
 }
 
 /// A UDP echo server in `net`.
@@ -727,6 +728,23 @@ fn host_loopback_can_be_allowed(_: &World) {
     guest.net.run(|| assert!(connect(at("169.254.169.254", 80)).is_err()));
 }
 
+/// A directory that goes with the test.
+struct TempDir(std::path::PathBuf);
+
+impl TempDir {
+    fn new() -> Self {
+        let path = std::env::temp_dir().join(format!("netstack-test-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
 struct Process(Child);
 
 impl Drop for Process {
@@ -741,9 +759,8 @@ fn dns_spec(upstreams: &[SocketAddr]) -> StackSpec {
 }
 
 fn dns_by_dnsmasq_over_udp_and_tcp(_: &World) {
-    let dir = std::env::temp_dir().join(format!("netstack-dnsmasq-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
-    let config = dir.join("dnsmasq.conf");
+    let dir = TempDir::new();
+    let config = dir.0.join("dnsmasq.conf");
     let mut text = String::from(
         "port=5353\nlisten-address=127.0.0.1,::1\nbind-interfaces\nno-resolv\nno-hosts\n\
          address=/web.example/192.0.2.80\naddress=/web.example/2001:db8::80\nlocal=/example/\n\
@@ -792,7 +809,6 @@ fn dns_by_dnsmasq_over_udp_and_tcp(_: &World) {
         assert_eq!(answer.lines().count(), 3, "{answer}");
     });
     drop(server);
-    std::fs::remove_dir_all(dir).unwrap();
 }
 
 fn dns_names_of_the_spec_are_answered(_: &World) {
@@ -904,7 +920,7 @@ fn published_tcp_ports_lead_inside(world: &World) {
         (&world.internet, "198.51.100.1", INTERNET_V4),
         (&world.internet, "2001:db8:1::1", INTERNET_V6),
         (&world.host, "127.0.0.1", GATEWAY_V4),
-        (&world.host, "::1", GATEWAY_V6),
+        (&world.host, "::1", GATEWAY_V4),
         (&world.host, HOST_V4, HOST_V4),
     ] {
         let listener = guest.net.run(move || TcpListener::bind((any(to), 8080)).unwrap());
@@ -925,7 +941,7 @@ fn published_tcp_ports_lead_inside(world: &World) {
             stream.read_to_end(&mut back).unwrap();
             assert!(back == data, "{to}: {} bytes", back.len());
         });
-        assert_eq!(server.join().unwrap().ip(), seen.parse::<IpAddr>().unwrap(), "{to}");
+        assert_eq!(server.join().unwrap().ip().to_canonical(), seen.parse::<IpAddr>().unwrap(), "{to}");
     }
     wait_until("flows gone", || guest.stack.stats().tcp_flows == 0);
 }
@@ -951,7 +967,7 @@ fn published_udp_ports_lead_inside(world: &World) {
         (&world.internet, "198.51.100.1", INTERNET_V4),
         (&world.internet, "2001:db8:1::1", INTERNET_V6),
         (&world.host, "127.0.0.1", GATEWAY_V4),
-        (&world.host, "::1", GATEWAY_V6),
+        (&world.host, "::1", GATEWAY_V4),
     ] {
         let server = guest.net.run(move || UdpSocket::bind((any(to), 9090)).unwrap());
         server.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -962,7 +978,7 @@ fn published_udp_ports_lead_inside(world: &World) {
             let data = pattern(9, len);
             client.send_to(&data, at(to, port)).unwrap();
             let (got, peer) = server.recv_from(&mut buffer).unwrap();
-            assert_eq!((got, peer.ip()), (len, seen.parse::<IpAddr>().unwrap()));
+            assert_eq!((got, peer.ip().to_canonical()), (len, seen.parse::<IpAddr>().unwrap()));
             server.send_to(&buffer[..got], peer).unwrap();
             // The answer comes from where the question went to.
             let (got, from) = client.recv_from(&mut buffer).unwrap();
