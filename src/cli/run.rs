@@ -288,6 +288,9 @@ fn launch_failed(error: &LaunchError, facts: &HostFacts) -> Failure {
             let step = if matches!(below, netstack::Error::Listen { .. }) { "listen" } else { "network" };
             (step, "", errno_of(below))
         }
+        LaunchError::Overlay(fsoverlay::Error::NoXattrs { .. }) => {
+            return failure.hint(Some(hints::MEND_XATTRS));
+        }
         LaunchError::Overlay(below) => ("overlay", "", errno_of(below)),
         other => match other.step() {
             Some((step, errno)) => (step, "", Some(errno)),

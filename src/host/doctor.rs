@@ -273,11 +273,8 @@ impl Doctor {
                 if attributes {
                     self.add("xattr", Status::Ok, what, "works", None);
                 } else {
-                    let mend =
-                        "choose a directory on ext4, xfs, btrfs or tmpfs (Linux 6.6) with XDG_STATE_HOME=DIR";
-                    let detail =
-                        "not on this file system: owners and modes are recorded elsewhere".to_owned();
-                    self.add("xattr", Status::Warn, what, detail, Some(mend.into()));
+                    let detail = "not on this file system: owners and deletions cannot be stored".to_owned();
+                    self.add("xattr", Status::Fail, what, detail, Some(super::hints::MEND_XATTRS.into()));
                 }
             }
             Err(errno) => {

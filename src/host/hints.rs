@@ -5,6 +5,10 @@ use nix::errno::Errno;
 
 use super::HostFacts;
 
+/// What mends an upper's file system without `user.*` attributes.
+pub const MEND_XATTRS: &str =
+    "choose a directory on ext4, xfs, btrfs or tmpfs (Linux 6.6) with XDG_STATE_HOME=DIR or --upper DIR";
+
 /// Something that is missing on a host, with what mends it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Trouble {

@@ -130,6 +130,8 @@ impl Drop for Sandbox {
 pub struct Prepared<'a> {
     plan: &'a Plan,
     services: Services,
+    /// The soft RLIMIT_NOFILE that the payload gets back.
+    nofile: u64,
     began: Instant,
 }
 
@@ -142,9 +144,11 @@ pub struct Prepared<'a> {
 pub fn prepare(plan: &Plan) -> Result<Prepared<'_>, LaunchError> {
     let began = Instant::now();
     check_streams()?;
+    // Before the layers: the overlay sizes its cache of descriptors by the limit.
+    let nofile = raise_nofile()?;
     let services = Services::prepare(plan)?;
     tracing::info!(name = plan.name, layers = plan.root.layers.len(), "layers are open and ports bound");
-    Ok(Prepared { plan, services, began })
+    Ok(Prepared { plan, services, nofile, began })
 }
 
 impl Prepared<'_> {
@@ -162,9 +166,8 @@ impl Prepared<'_> {
     /// # Errors
     /// Nothing is left of the sandbox when this returns, in either case.
     pub fn run(self) -> Result<RunReport, LaunchError> {
-        let Self { plan, mut services, began } = self;
+        let Self { plan, mut services, nofile, began } = self;
         sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None).map_err(during("blocking signals"))?;
-        let nofile = raise_nofile()?;
         let (ours, theirs) =
             Channel::pair().map_err(|errno| SetupFailure::new(Step::Handshake, "socketpair", errno))?;
         let null_stdin = !plan.process.terminal
