@@ -13,7 +13,9 @@ def call(number, *arguments):
     result = libc.syscall(ctypes.c_long(number), *(ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments))
     return errno.errorcode[ctypes.get_errno()] if result < 0 else 'ok'
 zero = ctypes.create_string_buffer(256)
-path = ctypes.create_string_buffer(b'/tmp')
+# A directory of its own: what others mounted below a shared one would decide the outcome.
+os.makedirs('attacked', exist_ok=True)
+path = ctypes.create_string_buffer(os.path.abspath('attacked').encode())
 NEW = dict(newns=0x20000, newcgroup=0x2000000, newuts=0x4000000, newipc=0x8000000, newuser=0x10000000, newpid=0x20000000, newnet=0x40000000)
 print('io_uring_setup', call(425, 1, zero))
 print('io_uring_enter', call(426, 99, 0, 0, 0, 0))
