@@ -28,10 +28,16 @@ fn argument(name: &str, default: usize) -> usize {
 
 /// One run of iperf3 in `from`: Gbit/s received.
 fn iperf(from: &Net, to: &'static str, streams: usize, reverse: bool, seconds: usize) -> f64 {
-    let json = from.run(move || {
-        let reverse = if reverse { "-R" } else { "" };
-        sh(&format!("iperf3 -J -c {to} -t {seconds} -O 1 -P {streams} {reverse}"))
-    });
+    let json = loop {
+        let output = from.run(move || {
+            let reverse = if reverse { "-R" } else { "" };
+            sh(&format!("iperf3 -J -c {to} -t {seconds} -O 1 -P {streams} {reverse} || true"))
+        });
+        // The server takes a moment between two runs.
+        if !output.contains("the server is busy") {
+            break output;
+        }
+    };
     // The sum over all streams, as received.
     let at = json.find("\"sum_received\"").unwrap_or_else(|| panic!("no summary: {json}"));
     let at = at + json[at..].find("\"bits_per_second\":").expect("a rate") + "\"bits_per_second\":".len();
@@ -57,9 +63,16 @@ fn main() -> ExitCode {
         let (seconds, runs) = (argument("--seconds", 3), argument("--runs", 3));
         let world = World::new();
         let guest = Guest::new();
-        let server = world
-            .internet
-            .run(|| Server(Command::new("iperf3").arg("-s").stdout(Stdio::null()).spawn().expect("iperf3")));
+        let server = world.internet.run(|| {
+            Server(
+                Command::new("iperf3")
+                    .arg("-s")
+                    .stdout(Stdio::null())
+                    .stderr(Stdio::null())
+                    .spawn()
+                    .expect("iperf3"),
+            )
+        });
         // iperf3 has no way to say that it listens.
         while world.internet.run(|| std::net::TcpStream::connect((INTERNET_V4, 5201))).is_err() {
             std::thread::yield_now();
