@@ -8,7 +8,7 @@ use super::{
 };
 use crate::host::HostFacts;
 use crate::host::layers::HIDDEN_OF_HOST;
-use crate::spec::{IdExtent, NetMode, RootSpec, ValidSpec};
+use crate::spec::{EXTENTS_MAX, IdExtent, NetMode, RootSpec, ValidSpec};
 
 /// Why there is no plan for a spec on this host.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -28,6 +28,30 @@ pub enum PlanError {
         reason: &'static str,
         /// What would help.
         hint: Option<String>,
+    },
+    /// `--nested` with id 0 of the initial user namespace in the map.
+    #[error(
+        "{field}: cannot map {inside}:{outside}:{count} with --nested: /proc/sys is not covered then, and id 0 outside could write to it"
+    )]
+    RootInNested {
+        /// `uidmap` or `gidmap`.
+        field: &'static str,
+        /// First id inside.
+        inside: u32,
+        /// First id outside.
+        outside: u32,
+        /// Number of ids.
+        count: u32,
+    },
+    /// The caller's own namespace has more extents than a sandbox may have.
+    #[error(
+        "{field}: the caller's own user namespace has {count} extents, and a sandbox at most {EXTENTS_MAX}"
+    )]
+    TooManyExtents {
+        /// `uidmap` or `gidmap`.
+        field: &'static str,
+        /// Number of extents.
+        count: usize,
     },
     /// A name cannot be chosen where only one id exists.
     #[error(
@@ -59,6 +83,10 @@ impl PlanError {
         match self {
             Self::UnwritableMap { hint, .. } => hint.clone(),
             Self::NameInSingleMap { hint, .. } => Some(hint.clone()),
+            Self::TooManyExtents { .. } => Some("choose some of them with --uidmap and --gidmap".into()),
+            Self::RootInNested { .. } => {
+                Some("map ids from 1 on outside, or none at all; or run it as an ordinary user".into())
+            }
             Self::MountPoint { .. } => None,
             Self::NoFreeNetwork => Some("use `--network host` or `--network none`".into()),
         }

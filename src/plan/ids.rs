@@ -6,11 +6,15 @@
 //! | the same in the initial namespace, with `--nested` | 0 → 65534 | supervisor |
 //! | has subordinate ranges and usable helpers | 0 → own, 1… → the range | newuidmap, newgidmap |
 //! | anybody else | 0 or a numeric `--user` → own | setup |
+//!
+//! Whatever the way, no sandbox with `--nested` has uid 0 of the initial namespace in its map:
+//! /proc/sys is not covered then, and what the kernel asks of a writer there is that uid, not a
+//! capability.
 
 use super::{IdPlan, MapWriter, Note, PlanError};
 use crate::host::HostFacts;
 use crate::host::hints;
-use crate::spec::{IdExtent, UserSpec, ValidSpec};
+use crate::spec::{EXTENTS_MAX, IdExtent, UserSpec, ValidSpec};
 
 /// The id of nobody(8): owns nothing on a host.
 const NOBODY: u32 = 65_534;
@@ -27,11 +31,55 @@ pub(super) fn plan_ids(
     facts: &HostFacts,
     notes: &mut Vec<Note>,
 ) -> Result<IdPlan, PlanError> {
+    let ids = choose(spec, facts, notes)?;
+    for (field, extents) in [("uidmap", &ids.uids), ("gidmap", &ids.gids)] {
+        // Given maps are validated; the caller's own namespace may have more.
+        if extents.len() > EXTENTS_MAX {
+            return Err(PlanError::TooManyExtents { field, count: extents.len() });
+        }
+    }
+    if facts.initial_userns {
+        if spec.nested {
+            refuse_root(spec, &ids)?;
+        }
+        if let Some(extent) = outside_root(&ids.uids) {
+            let inside = if extent.inside == 0 { "root".into() } else { format!("uid {}", extent.inside) };
+            notes.push(Note {
+                what: format!("{inside} inside is root outside"),
+                reason: "what it reaches through volumes it owns as root".into(),
+            });
+        }
+    }
+    Ok(ids)
+}
+
+/// The extent that leads to id 0 outside.
+fn outside_root(extents: &[IdExtent]) -> Option<&IdExtent> {
+    extents.iter().find(|extent| extent.outside == 0)
+}
+
+fn refuse_root(spec: &ValidSpec, ids: &IdPlan) -> Result<(), PlanError> {
+    // A gid of 0 that was not asked for is an ordinary caller's own, and opens nothing there.
+    let gids = spec.ids.gid_map.as_deref().unwrap_or_default();
+    for (field, extents) in [("uidmap", ids.uids.as_slice()), ("gidmap", gids)] {
+        if let Some(extent) = outside_root(extents) {
+            return Err(PlanError::RootInNested {
+                field,
+                inside: extent.inside,
+                outside: extent.outside,
+                count: extent.count,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn choose(spec: &ValidSpec, facts: &HostFacts, notes: &mut Vec<Note>) -> Result<IdPlan, PlanError> {
     if let (Some(uids), Some(gids)) = (&spec.ids.uid_map, &spec.ids.gid_map) {
         return plan_given(uids, gids, facts);
     }
     if facts.may_set_ids {
-        if spec.nested && facts.initial_userns && facts.uid == 0 {
+        if spec.nested && facts.initial_userns {
             notes.push(Note {
                 what: format!("root inside is uid {NOBODY} outside, not root"),
                 reason: "with --nested /proc/sys is not covered, and uid 0 could write to it".into(),
@@ -47,12 +95,6 @@ pub(super) fn plan_ids(
         let as_they_are = |map: &[IdExtent]| -> Vec<IdExtent> {
             map.iter().map(|e| IdExtent { outside: e.inside, ..*e }).collect()
         };
-        if facts.initial_userns && facts.uid == 0 {
-            notes.push(Note {
-                what: "root inside is root outside".into(),
-                reason: "root called; what it reaches through volumes it owns as root".into(),
-            });
-        }
         return Ok(IdPlan {
             uids: as_they_are(&facts.own_uid_map),
             gids: as_they_are(&facts.own_gid_map),

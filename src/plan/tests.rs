@@ -202,6 +202,71 @@ fn nested_shows_all_of_proc_and_is_not_root_outside() {
     );
 }
 
+/// A user whose service manager gave him CAP_SETUID, CAP_SETGID and CAP_SETFCAP.
+fn capable() -> HostFacts {
+    HostFacts { may_set_ids: true, ..ada() }
+}
+
+#[test]
+fn nested_never_has_root_of_the_host_in_its_map() {
+    let nested = |mut spec: SandboxSpec| {
+        spec.nested = true;
+        spec
+    };
+    let nobody = [IdExtent { inside: 0, outside: 65_534, count: 1 }];
+    let plan = planned(nested(spec()), &capable(), &over_host());
+    assert_eq!((&plan.ids.uids[..], &plan.ids.gids[..]), (&nobody[..], &nobody[..]));
+
+    let own = [(0, 1000, 1)];
+    for (spec, field) in [
+        (with_maps(&[(0, 0, 1)], &own), "uidmap"),
+        (with_maps(&[(0, 1000, 1), (1, 0, 2)], &own), "uidmap"),
+        (with_maps(&own, &[(5, 0, 10)]), "gidmap"),
+    ] {
+        for facts in [root(), capable()] {
+            let error = refused(nested(spec.clone()), &facts, &over_host());
+            assert!(error.to_string().starts_with(&format!("{field}: cannot map")), "{error}");
+            assert!(error.hint().is_some());
+            // Without --nested /proc/sys is read-only.
+            planned(spec.clone(), &facts, &over_host());
+        }
+    }
+    // Root without capabilities can map itself only.
+    let powerless = HostFacts { may_set_ids: false, ..root() };
+    assert!(matches!(
+        refused(nested(spec()), &powerless, &over_host()),
+        PlanError::RootInNested { field: "uidmap", .. }
+    ));
+    // The map of an ordinary user is as before.
+    assert_eq!(planned(nested(spec()), &ada(), &over_host()).ids.uids[0].outside, 1000);
+}
+
+#[test]
+fn root_of_the_host_in_the_map_is_told_of() {
+    let told = |spec: SandboxSpec, facts: &HostFacts| {
+        planned(spec, facts, &over_host())
+            .notes
+            .iter()
+            .any(|note| note.what.ends_with("inside is root outside"))
+    };
+    assert!(told(spec(), &root()) && told(spec(), &capable()));
+    assert!(told(with_maps(&[(7, 0, 1)], &[(0, 1000, 1)]), &root()));
+    assert!(!told(spec(), &ada()));
+    assert!(!told(spec(), &HostFacts { initial_userns: false, ..root() }));
+}
+
+#[test]
+fn a_namespace_of_more_extents_than_the_filter_takes_is_refused() {
+    let extents =
+        |count: u32| (0..count).map(|id| IdExtent { inside: 2 * id, outside: id, count: 1 }).collect();
+    let facts = |count| HostFacts { initial_userns: false, own_uid_map: extents(count), ..root() };
+    assert_eq!(planned(spec(), &facts(128), &over_host()).ids.uids.len(), 128);
+    assert!(matches!(
+        refused(spec(), &facts(129), &over_host()),
+        PlanError::TooManyExtents { field: "uidmap", count: 129 }
+    ));
+}
+
 #[test]
 fn a_range_needs_helpers_that_can_work() {
     for facts in [

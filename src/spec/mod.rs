@@ -7,7 +7,7 @@ pub(crate) mod os;
 pub mod parse;
 mod validate;
 
-pub use validate::{SpecError, ValidSpec, check_box_name};
+pub use validate::{EXTENTS_MAX, SpecError, ValidSpec, check_box_name};
 
 use std::ffi::OsString;
 use std::net::IpAddr;

@@ -55,6 +55,10 @@ impl std::ops::Deref for ValidSpec {
 /// Longest name of a box: it serves as host name too.
 const NAME_MAX: usize = 63;
 
+/// Most extents of a map. The kernel takes 340 (user_namespaces(7)), but the system call filter
+/// compares ids with one after the other, and it must not become too long.
+pub const EXTENTS_MAX: usize = 128;
+
 /// Paths inside that are ours: a mount over them would hide or forge what the
 /// confinement of the payload rests on.
 const OURS: [&str; 3] = ["/proc", "/sys", "/dev"];
@@ -314,9 +318,12 @@ fn check_extents(field: &'static str, extents: Option<&[IdExtent]>) -> Result<()
     if extents.is_empty() {
         return Err(SpecError::Missing { field, reason: "at least one extent" });
     }
-    // user_namespaces(7): 340 lines since Linux 4.15.
-    if extents.len() > 340 {
-        return Err(invalid(field, extents.len().to_string(), "the kernel takes at most 340 extents"));
+    if extents.len() > EXTENTS_MAX {
+        return Err(invalid(
+            field,
+            format!("{} extents", extents.len()),
+            format!("there may be at most {EXTENTS_MAX}"),
+        ));
     }
     for (at, extent) in extents.iter().enumerate() {
         let text = format!("{}:{}:{}", extent.inside, extent.outside, extent.count);
@@ -467,6 +474,14 @@ mod tests {
         assert!(map(&[(0, u32::MAX, 1)]).contains("largest"));
         assert!(map(&[(0, 10, 5), (4, 20, 1)]).contains("overlaps"));
         assert!(map(&[(0, 10, 5), (9, 14, 1)]).contains("overlaps"));
+        let many = |count: u32| (0..count).map(|id| (id, id, 1)).collect::<Vec<_>>();
+        let text = map(&many(129));
+        assert!(text.contains("\"129 extents\"") && text.contains("at most 128"), "{text}");
+        let most: Vec<_> = many(128)
+            .into_iter()
+            .map(|(inside, outside, count)| IdExtent { inside, outside, count })
+            .collect();
+        check_extents("uidmap", Some(&most)).unwrap();
         let half = refused(|s| s.ids.uid_map = Some(vec![IdExtent { inside: 0, outside: 0, count: 1 }]));
         assert!(half.starts_with("gidmap:"), "{half}");
     }
