@@ -44,4 +44,6 @@ pub mod seccomp;
 pub mod spec;
 pub mod stage;
 pub mod supervise;
-pub mod sys;
+mod sys;
+
+pub use sys::process::has_foreign_privilege;

@@ -35,10 +35,10 @@ pub fn main(args: impl Iterator<Item = OsString>) -> u8 {
         return probe::run(&probe.to_string_lossy(), argument.first().map(OsString::as_os_str));
     }
     let is_run = is_run(&args);
-    let outcome = refuse_privilege().and_then(|()| match Cli::try_parse_from(&args) {
+    let outcome = match Cli::try_parse_from(&args) {
         Ok(cli) => dispatch(cli),
         Err(error) => Ok(usage(&error, &args, is_run)),
-    });
+    };
     match outcome {
         Ok(code) => code,
         Err(failure) => {
@@ -67,15 +67,14 @@ fn dispatch(cli: Cli) -> Result<u8, Failure> {
     }
 }
 
-/// A setuid rootlet would run the caller's payload and read the caller's paths with rights the
-/// caller does not have.
-fn refuse_privilege() -> Result<(), Failure> {
-    use rustix::process::{getegid, geteuid, getgid, getuid};
-    if getuid() == geteuid() && getgid() == getegid() {
-        return Ok(());
-    }
-    Err(Failure::text("rootlet does not run set-user-ID or set-group-ID")
-        .hint(Some("it needs no privilege: chmod ug-s on the program")))
+/// Says why a rootlet with privilege of its own does nothing: it would run the caller's payload and
+/// read the caller's paths with rights the caller does not have. Gives the exit status.
+pub fn refuse_privilege() -> u8 {
+    output::fail(
+        &Failure::text("rootlet does not run set-user-ID, set-group-ID or with file capabilities")
+            .hint(Some("it needs no privilege: chmod ug-s and setcap -r on the program")),
+    );
+    RUN_FAILED
 }
 
 /// Whether the first word that is not a global option is `run`.

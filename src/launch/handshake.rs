@@ -27,6 +27,9 @@ use crate::sys::fdpass;
 /// Longest message in bytes: an object is at most a path.
 const MESSAGE_MAX: usize = 16 * 1024;
 
+/// Longest object of a failure in characters.
+const OBJECT_MAX: usize = 2048;
+
 /// What the setup process, later init, says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromSetup {
@@ -70,7 +73,13 @@ pub struct SetupFailure {
 impl SetupFailure {
     /// Makes one from an errno of nix or rustix.
     pub fn new(step: Step, object: impl Into<String>, errno: impl Into<ErrnoLike>) -> Self {
-        Self { step, object: object.into(), errno: errno.into().0 }
+        let mut object: String = object.into();
+        // A longer one would not fit into a message; escaped, a character may take six bytes.
+        if let Some((end, _)) = object.char_indices().nth(OBJECT_MAX) {
+            object.truncate(end);
+            object.push('…');
+        }
+        Self { step, object, errno: errno.into().0 }
     }
 
     /// The errno by its name.

@@ -20,14 +20,14 @@ use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 
-use self::handshake::{Channel, SetupFailure, Step};
+use self::handshake::{Channel, FromSetup, SetupFailure, Step};
 use crate::plan::{Namespace, Plan};
 use crate::report::{PublishedPort, RunReport};
 use crate::stage::{self, Inherited};
 use crate::supervise;
-use crate::sys::process::{Cloned, clone_with};
+use crate::sys::process::{Cloned, clone_with, default_signal};
 
 pub(crate) use services::Services;
 
@@ -57,6 +57,9 @@ pub enum LaunchError {
         /// `input`, `output` or `error`.
         stream: &'static str,
     },
+    /// It was killed, and something inside waits for the overlay, which waits for the disk.
+    #[error("the sandbox was killed but does not end: a file system below its layers does not answer")]
+    Stuck,
     /// A system call of the supervisor itself.
     #[error("cannot supervise the sandbox: {doing}")]
     Supervise {
@@ -98,6 +101,8 @@ pub(crate) struct Sandbox {
     pub(crate) pidfd: OwnedFd,
     pub(crate) channel: Channel,
     reaped: bool,
+    /// It was killed and is not gone: nothing may wait for it any more.
+    pub(crate) abandoned: bool,
 }
 
 impl Sandbox {
@@ -108,6 +113,24 @@ impl Sandbox {
         }
         rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL).ok();
         self.reap();
+    }
+
+    /// Gives up waiting. The kernel goes on ending it when this process is gone.
+    pub(crate) fn abandon(&mut self) {
+        self.reaped = true;
+        self.abandoned = true;
+    }
+
+    /// What setup works with fails here too when setup has ended: then its own failure, which it
+    /// reported before, is the cause.
+    pub(crate) fn blame_setup(&mut self, error: LaunchError) -> LaunchError {
+        self.kill_and_reap();
+        while let Ok(Some((message, _))) = self.channel.receive::<FromSetup>() {
+            if let FromSetup::Failed(failure) = message {
+                return failure.into();
+            }
+        }
+        error
     }
 
     /// Waits for init to end by itself.
@@ -168,31 +191,37 @@ impl Prepared<'_> {
     pub fn run(self) -> Result<RunReport, LaunchError> {
         let Self { plan, mut services, nofile, began } = self;
         sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None).map_err(during("blocking signals"))?;
+        // A caller may ignore it, which execve keeps: then the kernel reaps our children unseen.
+        default_signal(Signal::SIGCHLD).map_err(during("SIGCHLD"))?;
         let (ours, theirs) =
             Channel::pair().map_err(|errno| SetupFailure::new(Step::Handshake, "socketpair", errno))?;
-        let null_stdin = !plan.process.terminal
-            && !plan.process.interactive
-            && rustix::termios::isatty(rustix::stdio::stdin());
+        let (streams, outside) =
+            supervise::streams::prepare(&plan.process).map_err(during("making pipes for the standard streams"))?;
 
         let flags = plan.namespaces.iter().copied().fold(0, |flags, namespace| flags | clone_flag(namespace));
         let mut sandbox = match clone_with(flags).map_err(|errno| SetupFailure::new(Step::Clone, "", errno))? {
             Cloned::Child => {
                 drop(ours);
-                stage::enter(plan, &Inherited { channel: theirs, nofile, null_stdin })
+                stage::enter(plan, &Inherited { channel: theirs, nofile, streams })
             }
             Cloned::Parent { pid, pidfd } => {
-                drop(theirs);
+                drop((theirs, streams));
                 tracing::info!(%pid, namespaces = ?plan.namespaces, "namespaces are made");
-                let sandbox = Sandbox { pidfd, channel: ours, reaped: false };
-                idmap::write(&plan.ids, pid, &sandbox.channel)?;
+                let mut sandbox = Sandbox { pidfd, channel: ours, reaped: false, abandoned: false };
+                let written = idmap::write(&plan.ids, pid, &sandbox.channel);
+                written.map_err(|error| sandbox.blame_setup(error))?;
                 sandbox
             }
         };
-        let outcome = supervise::run(plan, &mut sandbox, &mut services);
+        let outcome = supervise::run(plan, &mut sandbox, &mut services, outside);
+        if sandbox.abandoned {
+            services.abandon();
+            return Err(LaunchError::Stuck);
+        }
         sandbox.kill_and_reap();
         let changed = services.finish();
         let published = services.published().to_vec();
-        Ok(RunReport { outcome: outcome?, wall: began.elapsed(), changed, published })
+        Ok(RunReport { outcome: outcome?, wall: began.elapsed(), changed, published, notes: plan.notes.clone() })
     }
 }
 

@@ -67,6 +67,11 @@ impl Services {
         Ok(())
     }
 
+    /// Leaves the threads to the end of the process, which ends the mount they serve.
+    pub(super) fn abandon(&mut self) {
+        std::mem::forget((self.server.take(), self.stack.take()));
+    }
+
     /// Where published ports are bound on the host, with the port inside.
     pub(super) fn published(&self) -> &[PublishedPort] {
         &self.published

@@ -35,7 +35,7 @@ pub struct FilterSpec<'a> {
     pub gids: &'a [IdExtent],
     /// setgroups(2) is denied in the user namespace and only seems to succeed.
     pub fake_setgroups: bool,
-    /// A listener answers owners and device nodes. Without, unmapped owners only seem to be set.
+    /// A listener answers owners and device nodes. Without, the kernel refuses them.
     pub listener: bool,
 }
 
@@ -79,8 +79,9 @@ pub fn build(spec: &FilterSpec<'_>) -> Vec<Instruction> {
         program.call(call, |p| {
             p.load_arg(0);
             for family in profile::SOCKET_FAMILIES {
-                p.when(Test::Equal(*family), refuse(Errno::EAFNOSUPPORT));
+                p.when(Test::Equal(*family), ALLOW);
             }
+            p.finish(refuse(Errno::EAFNOSUPPORT));
         });
     }
     program.call(libc::SYS_personality, |p| {
@@ -109,13 +110,14 @@ pub fn build(spec: &FilterSpec<'_>) -> Vec<Instruction> {
 
 /// Owners and ids that the user namespace does not map.
 fn owners(program: &mut Program, spec: &FilterSpec<'_>) {
-    let unmapped = if spec.listener { NOTIFY } else { SUCCEED };
-    for (call, uid_arg) in profile::CHOWN {
+    // Without a listener the kernel answers EINVAL itself. To seem to succeed would also answer for
+    // the filter of a sandbox inside, which records.
+    for (call, uid_arg) in profile::CHOWN.iter().filter(|_| spec.listener) {
         program.call(*call, |p| {
             p.load_arg(*uid_arg);
-            p.unless_id(spec.uids, unmapped);
+            p.unless_id(spec.uids, NOTIFY);
             p.load_arg(uid_arg + 1);
-            p.unless_id(spec.gids, unmapped);
+            p.unless_id(spec.gids, NOTIFY);
         });
     }
     // A single id: programs that drop to a user of their own go on as the only one there is.
@@ -162,8 +164,8 @@ enum Test {
     AnyBit(u32),
 }
 
-/// Builds a program in which every branch is at most one block long: each test is followed
-/// by the return it guards, so no jump can be too far.
+/// Builds a program. Conditional jumps, which reach 255 instructions, only go over the one or two
+/// instructions that follow; longer ways are `BPF_JA`, which reaches all.
 #[derive(Default)]
 struct Program(Vec<Instruction>);
 
@@ -198,30 +200,44 @@ impl Program {
 
     /// `action` unless the loaded id is -1 (keep) or in one of the extents.
     fn unless_id(&mut self, extents: &[IdExtent], action: u32) {
-        let mut inner = Self::default();
-        // Each extent: below its start, try the next; below its end, done (jump over the rest).
-        let tests = 1 + 2 * extents.len();
-        let after = |done: usize| u8::try_from(tests - done).unwrap_or(u8::MAX);
-        inner.branch(Test::Equal(u32::MAX), after(0), 0);
-        for (index, extent) in extents.iter().enumerate() {
-            let done = 1 + 2 * index;
-            inner.branch(Test::AtLeast(extent.inside), 0, 1);
+        let mut found = Vec::new();
+        self.branch(Test::Equal(u32::MAX), 0, 1);
+        found.push(self.jump());
+        for extent in extents {
             let last = extent.inside.saturating_add(extent.count - 1);
-            inner.branch(Test::Above(last), 0, after(done + 1));
+            // Below its start, or above its end: past the jump that says it was found.
+            self.branch(Test::AtLeast(extent.inside), 0, 2);
+            self.branch(Test::Above(last), 1, 0);
+            found.push(self.jump());
         }
-        inner.finish(action);
-        self.0.extend(inner.0);
+        self.finish(action);
+        for jump in found {
+            self.land(jump);
+        }
+    }
+
+    /// A jump to a place yet to come.
+    fn jump(&mut self) -> usize {
+        self.push(libc::BPF_JMP | libc::BPF_JA, 0, 0, 0);
+        self.0.len() - 1
+    }
+
+    /// Makes a jump lead to the next instruction.
+    fn land(&mut self, jump: usize) {
+        let distance = u32::try_from(self.0.len() - jump - 1).unwrap_or(u32::MAX);
+        if let Some(instruction) = self.0.get_mut(jump) {
+            instruction.k = distance;
+        }
     }
 
     /// Instructions for one system call. They end in `ALLOW`; for other calls the number
     /// stays loaded.
     fn call(&mut self, call: libc::c_long, body: impl FnOnce(&mut Self)) {
-        let mut block = Self::default();
-        body(&mut block);
-        block.finish(ALLOW);
-        let length = u8::try_from(block.0.len()).unwrap_or(u8::MAX);
-        self.branch(Test::Equal(number(call)), 0, length);
-        self.0.extend(block.0);
+        self.branch(Test::Equal(number(call)), 1, 0);
+        let past = self.jump();
+        body(self);
+        self.finish(ALLOW);
+        self.land(past);
     }
 
     fn branch(&mut self, test: Test, on_true: u8, on_false: u8) {
@@ -265,6 +281,7 @@ mod tests {
                 }
                 c if c == libc::BPF_ALU | libc::BPF_AND | libc::BPF_K => accumulator &= k,
                 c if c == libc::BPF_RET | libc::BPF_K => return k,
+                c if c == libc::BPF_JMP | libc::BPF_JA => at += k as usize,
                 c if c == libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K => at += jump(accumulator == k),
                 c if c == libc::BPF_JMP | libc::BPF_JGT | libc::BPF_K => at += jump(accumulator > k),
                 c if c == libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K => at += jump(accumulator >= k),
@@ -339,6 +356,19 @@ mod tests {
     }
 
     #[test]
+    fn sockets_are_of_the_families_that_programs_use() {
+        let program = filter(SeccompPlan::Default, ONE);
+        for family in [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK, libc::AF_PACKET] {
+            let family = u64::from(family.cast_unsigned());
+            assert_eq!(verdict(&program, libc::SYS_socket, &[family]), ALLOW);
+        }
+        for family in [libc::AF_VSOCK, libc::AF_ALG, libc::AF_XDP, libc::AF_TIPC, libc::AF_CAN, libc::AF_BLUETOOTH] {
+            let family = u64::from(family.cast_unsigned());
+            assert_eq!(verdict(&program, libc::SYS_socket, &[family]), refuse(Errno::EAFNOSUPPORT));
+        }
+    }
+
+    #[test]
     fn new_namespaces_are_refused_and_threads_are_not() {
         let program = filter(SeccompPlan::Default, ONE);
         let thread = u64::from((libc::CLONE_VM | libc::CLONE_THREAD | libc::CLONE_SIGHAND).cast_unsigned());
@@ -369,6 +399,24 @@ mod tests {
                 assert_eq!(with(inside, outside), NOTIFY);
                 assert_eq!(with(u64::from(u32::MAX - 1), keep), NOTIFY);
             }
+        }
+    }
+
+    #[test]
+    fn many_extents_are_all_compared() {
+        for count in [1, 62, 63, 128] {
+            let map: Vec<IdExtent> =
+                (0..count).map(|i| IdExtent { inside: i * 10, outside: 5000 + i * 10, count: 2 }).collect();
+            let program = filter(SeccompPlan::Default, &map);
+            assert!(program.len() <= 4096, "{count} extents make {} instructions", program.len());
+            for i in 0..count {
+                let id = u64::from(i * 10);
+                assert_eq!(verdict(&program, libc::SYS_fchown, &[0, id, id + 1]), ALLOW, "{count} {i}");
+                assert_eq!(verdict(&program, libc::SYS_fchown, &[0, id + 2, id]), NOTIFY, "{count} {i}");
+                assert_eq!(verdict(&program, libc::SYS_fchown, &[0, id, id + 9]), NOTIFY, "{count} {i}");
+            }
+            assert_eq!(verdict(&program, libc::SYS_read, &[]), ALLOW);
+            assert_eq!(verdict(&program, libc::SYS_bpf, &[]), refuse(Errno::EPERM));
         }
     }
 

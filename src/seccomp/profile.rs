@@ -95,12 +95,12 @@ pub(super) const DENIED: &[Denied] = &[
 const SYS_OPEN_TREE_ATTR: c_long = 467;
 
 /// Terminal ioctls that type into, or read, a terminal that is not the payload's own
-/// (CVE-2017-5226): TIOCSTI and TIOCLINUX.
-pub(super) const IOCTLS: &[u32] = &[0x5412, 0x541c];
+/// (CVE-2017-5226): TIOCSTI and TIOCLINUX; and TIOCSETD, which loads line disciplines.
+pub(super) const IOCTLS: &[u32] = &[0x5412, 0x541c, 0x5423];
 
-/// Socket families that reach past the network namespace or into rarely used kernel
-/// code: AF_ALG (38), AF_VSOCK (40: the hypervisor).
-pub(super) const SOCKET_FAMILIES: &[u32] = &[38, 40];
+/// Socket families that programs use: AF_UNIX, AF_INET, AF_INET6, AF_NETLINK, AF_PACKET. Others
+/// reach past the network namespace (AF_VSOCK: the hypervisor) or load rarely used kernel code.
+pub(super) const SOCKET_FAMILIES: &[u32] = &[1, 2, 10, 16, 17];
 
 /// Execution domains that programs use: Linux, its 32-bit and short-inode variants, the query,
 /// and `ADDR_NO_RANDOMIZE` (debuggers, sanitizers), which concerns only the caller. Others change

@@ -57,7 +57,7 @@ fn supervise_payload(plan: &Plan, inherited: &Inherited, ready: &Ready) -> Resul
             identity: &identity,
             program: &ready.program,
             terminal: ready.terminal.as_ref(),
-            null_stdin: inherited.null_stdin,
+            streams: &inherited.streams,
             nofile: inherited.nofile,
         };
         let failure = payload::run(&handover, &theirs);
@@ -136,7 +136,9 @@ fn reap(payload: Pid) -> Result<Option<Outcome>, Errno> {
                 outcome = outcome_of(status)
             }
             Ok(Some(_)) => {}
-            Ok(None) | Err(rustix::io::Errno::CHILD) => return Ok(outcome),
+            Ok(None) => return Ok(outcome),
+            // No child at all: the payload's end was seen just now, or is lost.
+            Err(rustix::io::Errno::CHILD) => return Ok(outcome.or(Some(Outcome::Signaled(libc::SIGKILL)))),
             Err(rustix::io::Errno::INTR) => {}
             Err(errno) => return Err(Errno::from_raw(errno.raw_os_error())),
         }

@@ -29,15 +29,15 @@ pub struct Inherited {
     pub channel: Channel,
     /// The soft RLIMIT_NOFILE that the payload gets back.
     pub nofile: u64,
-    /// Standard input is replaced by /dev/null.
-    pub null_stdin: bool,
+    /// What takes the place of standard input, output and error.
+    pub streams: crate::supervise::streams::Inside,
 }
 
 /// Runs as the first process of the new namespaces, from the clone to its end.
 ///
 /// Never returns into the supervisor's code, not even by a panic.
 pub fn enter(plan: &Plan, inherited: &Inherited) -> ! {
-    let run = std::panic::AssertUnwindSafe(|| match setup::run(plan, &inherited.channel) {
+    let run = std::panic::AssertUnwindSafe(|| match setup::run(plan, inherited) {
         Ok(ready) => init::run(plan, inherited, &ready),
         Err(failure) => {
             // If the supervisor is gone there is nobody left to tell.

@@ -18,7 +18,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, XattrFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, ResolveFlags, XattrFlags};
 
 use crate::sys::seccomp::{Notification, answer, receive, still_waits};
 
@@ -89,7 +89,7 @@ impl Notifier {
         }
         match wanted {
             Wanted::Owner { uid, gid } => {
-                let object = self.open(call, &named)?;
+                let object = self.open(call, &status, &named)?;
                 let keep = |id: u32| if id == u32::MAX { "-1".to_owned() } else { id.to_string() };
                 self.set(&object, fsoverlay::CHOWN_XATTR, &format!("{}:{}", keep(uid), keep(gid)))
             }
@@ -100,7 +100,7 @@ impl Notifier {
     }
 
     /// Opens the object as the caller would, as `O_PATH`, and checks that it is the overlay's.
-    fn open(&self, call: &Notification, named: &Named) -> Result<OwnedFd, Errno> {
+    fn open(&self, call: &Notification, status: &Status, named: &Named) -> Result<OwnedFd, Errno> {
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         let below_proc =
             |name: String| rustix::fs::openat(&self.proc, name, flags, Mode::empty()).map_err(errno);
@@ -120,7 +120,16 @@ impl Notifier {
                     rustix::process::fchdir(&base()?).map_err(errno)?;
                 }
                 let follow = if named.follow { OFlags::empty() } else { OFlags::NOFOLLOW };
-                rustix::fs::openat(CWD, path.as_c_str(), flags | follow, Mode::empty()).map_err(errno)?
+                match of_caller(path.to_bytes(), status, call.pid) {
+                    // The caller's own part of /proc, by the number it has here.
+                    Some(own) => rustix::fs::openat(&self.proc, own, flags | follow, Mode::empty()).map_err(errno)?,
+                    // Other magic links would be followed as this process's, not as the caller's.
+                    None => {
+                        let resolve = ResolveFlags::NO_MAGICLINKS;
+                        rustix::fs::openat2(CWD, path.as_c_str(), flags | follow, Mode::empty(), resolve)
+                            .map_err(errno)?
+                    }
+                }
             }
         };
         let stat = rustix::fs::statat(&object, "", AtFlags::EMPTY_PATH).map_err(errno)?;
@@ -162,7 +171,7 @@ impl Notifier {
             return Err(Errno::EEXIST);
         }
         let dir = CString::new(dir).map_err(|_| Errno::EINVAL)?;
-        let parent = self.open(call, &Named { base: named.base, path: Some(dir), follow: true })?;
+        let parent = self.open(call, status, &Named { base: named.base, path: Some(dir), follow: true })?;
         static COUNTER: AtomicU64 = AtomicU64::new(0);
         let made = format!(".rootlet-node-{}-{}", call.id, COUNTER.fetch_add(1, Ordering::Relaxed));
         let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
@@ -185,6 +194,25 @@ impl Notifier {
     }
 }
 
+/// A path below the caller's own part of /proc, relative to /proc, if `path` names one by a link
+/// that means whoever looks: `/proc/self`, `/proc/thread-self` and their short forms in /dev.
+fn of_caller(path: &[u8], status: &Status, thread: u32) -> Option<std::ffi::OsString> {
+    use std::os::unix::ffi::OsStringExt as _;
+    let process = status.process;
+    let own = [
+        (&b"/proc/self/"[..], format!("{process}/")),
+        (b"/proc/thread-self/", format!("{process}/task/{thread}/")),
+        (b"/dev/fd/", format!("{process}/fd/")),
+        (b"/dev/stdin", format!("{process}/fd/0")),
+        (b"/dev/stdout", format!("{process}/fd/1")),
+        (b"/dev/stderr", format!("{process}/fd/2")),
+    ];
+    own.into_iter().find_map(|(prefix, own)| {
+        let rest = path.strip_prefix(prefix)?;
+        Some(std::ffi::OsString::from_vec([own.as_bytes(), rest].concat()))
+    })
+}
+
 /// Whether no process has the filter any more.
 fn hung_up(listener: &OwnedFd) -> bool {
     let mut fds = [PollFd::new(listener.as_fd(), PollFlags::empty())];
@@ -195,6 +223,7 @@ fn hung_up(listener: &OwnedFd) -> bool {
 /// What /proc/PID/status says of the caller.
 #[derive(Debug, PartialEq, Eq)]
 struct Status {
+    process: u32,
     uid: u32,
     gid: u32,
     umask: u32,
@@ -207,6 +236,7 @@ impl Status {
         // Real, effective, saved and file system id.
         let filesystem_id = |name: &str| field(name)?.split_whitespace().nth(3)?.parse().ok();
         Some(Self {
+            process: field("Tgid:")?.parse().ok()?,
             uid: filesystem_id("Uid:")?,
             gid: filesystem_id("Gid:")?,
             umask: u32::from_str_radix(field("Umask:")?, 8).ok()?,
@@ -297,9 +327,20 @@ mod tests {
     }
 
     #[test]
+    fn the_callers_own_proc_is_the_callers() {
+        let status = Status { process: 9, uid: 0, gid: 0, umask: 0, effective: 0 };
+        let own = |path: &str| of_caller(path.as_bytes(), &status, 11).and_then(|p| p.into_string().ok());
+        assert_eq!(own("/proc/self/fd/3").as_deref(), Some("9/fd/3"));
+        assert_eq!(own("/proc/thread-self/cwd/f").as_deref(), Some("9/task/11/cwd/f"));
+        assert_eq!(own("/dev/fd/3").as_deref(), Some("9/fd/3"));
+        assert_eq!(own("/proc/7/fd/3"), None);
+        assert_eq!(own("/etc/passwd"), None);
+    }
+
+    #[test]
     fn the_callers_rights_are_read_from_its_status() {
-        let text = "Name:\tx\nUmask:\t0022\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nCapEff:\t00000000a80425fb\n";
-        let expected = Status { uid: 4, gid: 8, umask: 0o22, effective: 0xa804_25fb };
+        let text = "Name:\tx\nTgid:\t9\nUmask:\t0022\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nCapEff:\t00000000a80425fb\n";
+        let expected = Status { process: 9, uid: 4, gid: 8, umask: 0o22, effective: 0xa804_25fb };
         assert_eq!(Status::parse(text), Some(expected));
         assert_eq!(Status::parse("Uid:\tx\n"), None);
     }

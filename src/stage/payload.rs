@@ -27,6 +27,7 @@ use super::users::Identity;
 use crate::launch::handshake::{Channel, SetupFailure, Step};
 use crate::plan::{Plan, SeccompPlan};
 use crate::seccomp::{self, FilterSpec};
+use crate::supervise::streams::Inside;
 use crate::sys;
 
 /// Name (argv[0]) by which our program knows that it is the payload's last step.
@@ -38,7 +39,7 @@ pub(super) struct Handover<'a> {
     pub(super) identity: &'a Identity,
     pub(super) program: &'a OwnedFd,
     pub(super) terminal: Option<&'a OwnedFd>,
-    pub(super) null_stdin: bool,
+    pub(super) streams: &'a Inside,
     pub(super) nofile: u64,
 }
 
@@ -104,7 +105,11 @@ fn confine(handover: &Handover<'_>, report: &Channel) -> Result<SetupFailure, Se
         env.push(text([name.as_bytes(), b"=", value.as_bytes()].concat())?);
     }
     let failed = sys::process::exec_fd(handover.program.as_fd(), &args, &env);
-    Err(SetupFailure::new(Step::OwnProgram, "our own program", failed))
+    let command = plan.process.args.first().map(|c| c.to_string_lossy()).unwrap_or_default();
+    Err(match failed {
+        Errno::E2BIG => SetupFailure::new(Step::Exec, format!("{command}: its arguments and environment"), failed),
+        other => SetupFailure::new(Step::OwnProgram, "our own program", other),
+    })
 }
 
 /// What the payload's process tells init on the report channel.
@@ -130,9 +135,16 @@ fn attach_stdio(handover: &Handover<'_>) -> Result<(), SetupFailure> {
         rustix::stdio::dup2_stdin(terminal).map_err(failed)?;
         rustix::stdio::dup2_stdout(terminal).map_err(failed)?;
         rustix::stdio::dup2_stderr(terminal).map_err(failed)?;
-    } else if handover.null_stdin {
-        let null = File::open("/dev/null").map_err(|e| SetupFailure::new(Step::Terminal, "/dev/null", e))?;
-        rustix::stdio::dup2_stdin(&null).map_err(failed)?;
+    }
+    let [input, output, error] = handover.streams;
+    if let Some(input) = input {
+        rustix::stdio::dup2_stdin(input).map_err(failed)?;
+    }
+    if let Some(output) = output {
+        rustix::stdio::dup2_stdout(output).map_err(failed)?;
+    }
+    if let Some(error) = error {
+        rustix::stdio::dup2_stderr(error).map_err(failed)?;
     }
     Ok(())
 }

@@ -20,6 +20,7 @@ use rustix::mount::{
     fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree, unmount,
 };
 
+use super::Inherited;
 use crate::launch::handshake::{Channel, FromSetup, SetupFailure, Step, ToSetup};
 use crate::plan::{IdPlan, MapWriter, MountStep, NetPlan, Plan, StackPlan};
 use crate::spec::IdExtent;
@@ -57,9 +58,12 @@ const CLONE_NEWTIME: nix::sched::CloneFlags = nix::sched::CloneFlags::from_bits_
 ///
 /// # Errors
 /// The step that failed. Nothing needs to be undone: all of it dies with the namespaces.
-pub(super) fn run(plan: &Plan, channel: &Channel) -> Result<Ready> {
+pub(super) fn run(plan: &Plan, inherited: &Inherited) -> Result<Ready> {
+    let channel = &inherited.channel;
     die_with_supervisor()?;
-    sys::process::close_all_but(&[channel.as_fd()]).during(Step::Inherit, "")?;
+    let streams = inherited.streams.iter().flatten().map(OwnedFd::as_fd);
+    let keep: Vec<BorrowedFd<'_>> = std::iter::once(channel.as_fd()).chain(streams).collect();
+    sys::process::close_all_but(&keep).during(Step::Inherit, "")?;
     // Needs no id, and newuidmap is a whole program's start: it runs meanwhile.
     set_names(plan)?;
     set_up_network(&plan.net, channel)?;
@@ -326,6 +330,14 @@ fn open_in_root(root: BorrowedFd<'_>, path: &Path) -> rustix::io::Result<OwnedFd
     )
 }
 
+/// The same for what need not exist. Any other failure must not pass for absence.
+fn open_if_there(root: BorrowedFd<'_>, path: &Path) -> Result<Option<OwnedFd>> {
+    match open_in_root(root, path) {
+        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => Ok(None),
+        other => other.map(Some).during(Step::Mount, path),
+    }
+}
+
 /// Makes a missing place for `mount`: a directory, or an empty file for a file. The plan has
 /// places in the layers made up; what is missing still is in a file system mounted just before.
 fn make_place(root: BorrowedFd<'_>, path: &Path, mount: &OwnedFd) -> rustix::io::Result<OwnedFd> {
@@ -414,7 +426,7 @@ fn fill_dev(dev: &OwnedFd, children: &[(&str, OwnedFd)], nodes: &[(String, Owned
 
 /// Covers a path of the root, if it exists, with something empty and unwritable.
 fn mask(root: BorrowedFd<'_>, path: &Path) -> Result<()> {
-    let Ok(place) = open_in_root(root, path) else { return Ok(()) };
+    let Some(place) = open_if_there(root, path)? else { return Ok(()) };
     let kind = statat(&place, "", AtFlags::EMPTY_PATH).during(Step::Mount, path)?;
     let cover = if FileType::from_raw_mode(kind.st_mode) == FileType::Directory {
         let attributes =
@@ -430,7 +442,7 @@ fn mask(root: BorrowedFd<'_>, path: &Path) -> Result<()> {
 
 /// Makes a path of the root, if it exists, read-only with everything below it.
 fn make_read_only(root: BorrowedFd<'_>, path: &Path) -> Result<()> {
-    let Ok(place) = open_in_root(root, path) else { return Ok(()) };
+    let Some(place) = open_if_there(root, path)? else { return Ok(()) };
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_RECURSIVE

@@ -8,9 +8,11 @@
 //! and then us, so that the caller's shell gets its prompt back; SIGCONT undoes it. Before the
 //! payload runs, an ending signal ends the launch.
 
+mod relay;
+pub(crate) mod streams;
 mod terminal;
 
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -20,6 +22,8 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
+use self::relay::Relay;
+use self::streams::Outside;
 use self::terminal::Terminal;
 use crate::launch::handshake::{FromSetup, SetupFailure, Step, ToSetup};
 use crate::launch::{LaunchError, Sandbox, Services};
@@ -28,6 +32,9 @@ use crate::report::Outcome;
 
 /// How long the payload has after SIGTERM when its time is up.
 const TERM_GRACE: Duration = Duration::from_secs(5);
+
+/// How long a sandbox that was killed has to be gone.
+const END_GRACE: Duration = Duration::from_secs(10);
 
 /// Signals that are the payload's business.
 const FORWARDED: [Signal; 8] = [
@@ -41,14 +48,16 @@ const FORWARDED: [Signal; 8] = [
     Signal::SIGCONT,
 ];
 
-/// Runs until the payload has ended.
+/// Runs until the payload has ended and everything inside is gone.
 ///
 /// # Errors
-/// When the launch fails or the sandbox is lost. The caller kills and reaps it then.
+/// When the launch fails or the sandbox is lost. The caller kills and reaps it then, unless it was
+/// abandoned.
 pub(crate) fn run(
     plan: &Plan,
     sandbox: &mut Sandbox,
     services: &mut Services,
+    streams: Outside,
 ) -> Result<Outcome, LaunchError> {
     let mut watched = SigSet::empty();
     for signal in FORWARDED.into_iter().chain([Signal::SIGWINCH]) {
@@ -56,20 +65,11 @@ pub(crate) fn run(
     }
     let signals = SignalFd::with_flags(&watched, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(during("signalfd"))?;
+    let outputs = streams.start().map_err(during("relaying the standard streams"))?;
     let mut events =
         Loop { sandbox, services, signals, timer: None, terminal: None, started: false, payload_ended: false, timed_out: false };
     let outcome = events.run(plan.process.timeout);
-    let terminal = events.terminal.take();
-    // After the payload's end init ends by itself, once everything inside is gone and written.
-    if events.payload_ended {
-        events.sandbox.reap();
-    } else {
-        events.sandbox.kill_and_reap();
-    }
-    // What the payload wrote last arrives before the terminal is the caller's again.
-    if let Some(terminal) = terminal {
-        terminal.finish();
-    }
+    events.end(&outputs)?;
     outcome
 }
 
@@ -86,10 +86,14 @@ struct Loop<'a> {
 
 impl Loop<'_> {
     fn run(&mut self, timeout: Option<Duration>) -> Result<Outcome, LaunchError> {
+        // From the start: a command on a dead network file system may never be executed.
+        if let Some(timeout) = timeout {
+            self.arm(timeout)?;
+        }
         loop {
             let [message, signal, time_up] = self.wait()?;
             if message {
-                if let Some(outcome) = self.take_message(timeout)? {
+                if let Some(outcome) = self.take_message()? {
                     return Ok(if self.timed_out { Outcome::TimedOut } else { outcome });
                 }
             }
@@ -118,7 +122,7 @@ impl Loop<'_> {
         Ok([ready(0), ready(1), ready(2)])
     }
 
-    fn take_message(&mut self, timeout: Option<Duration>) -> Result<Option<Outcome>, LaunchError> {
+    fn take_message(&mut self) -> Result<Option<Outcome>, LaunchError> {
         let received = self.sandbox.channel.receive::<FromSetup>();
         let lost = |what: &str| SetupFailure::new(Step::Handshake, what, Errno::EPIPE);
         let Some((message, fd)) = received.map_err(|errno| SetupFailure::new(Step::Handshake, "", errno))?
@@ -134,12 +138,12 @@ impl Loop<'_> {
         match message {
             FromSetup::Fuse => {
                 let served = self.services.serve_overlay(with_fd(fd)?);
-                served.map_err(|error| self.blame_setup(error))?;
+                served.map_err(|error| self.sandbox.blame_setup(error))?;
                 tracing::info!("the overlay is served");
             }
             FromSetup::Tap => {
                 let started = self.services.start_network(with_fd(fd)?);
-                started.map_err(|error| self.blame_setup(error))?;
+                started.map_err(|error| self.sandbox.blame_setup(error))?;
                 tracing::info!("the network stack runs");
             }
             FromSetup::Terminal => {
@@ -149,9 +153,6 @@ impl Loop<'_> {
             FromSetup::Started => {
                 self.started = true;
                 tracing::info!("the payload runs");
-                if let Some(timeout) = timeout {
-                    self.arm(timeout)?;
-                }
             }
             FromSetup::Failed(failure) | FromSetup::ExecFailed(failure) => return Err(failure.into()),
             FromSetup::Exited(outcome) => {
@@ -161,18 +162,6 @@ impl Loop<'_> {
             }
         }
         Ok(None)
-    }
-
-    /// A service whose other end setup took away fails too: then setup's own failure, which it
-    /// reported before it ended, is the cause.
-    fn blame_setup(&mut self, error: LaunchError) -> LaunchError {
-        self.sandbox.kill_and_reap();
-        while let Ok(Some((message, _))) = self.sandbox.channel.receive::<FromSetup>() {
-            if let FromSetup::Failed(failure) = message {
-                return failure.into();
-            }
-        }
-        error
     }
 
     fn take_signals(&mut self) -> Result<Option<Outcome>, LaunchError> {
@@ -193,7 +182,13 @@ impl Loop<'_> {
                     if signal == Signal::SIGTSTP {
                         // As SIGTSTP would have, had we not blocked it. The SIGCONT that wakes us is
                         // pending afterwards and goes the same way as any other.
+                        if let Some(terminal) = &self.terminal {
+                            terminal.restore();
+                        }
                         nix::sys::signal::raise(Signal::SIGSTOP).map_err(during("stopping"))?;
+                        if let Some(terminal) = &self.terminal {
+                            terminal.resume();
+                        }
                     }
                 }
                 Err(_) => {}
@@ -203,14 +198,79 @@ impl Loop<'_> {
     }
 
     fn take_timeout(&mut self) -> Result<(), LaunchError> {
-        if self.timed_out {
-            rustix::process::pidfd_send_signal(&self.sandbox.pidfd, rustix::process::Signal::KILL).ok();
+        if self.timed_out || !self.started {
+            self.timed_out = true;
+            self.kill();
             self.timer = None;
             return Ok(());
         }
         self.timed_out = true;
         self.sandbox.channel.send(&ToSetup::Signal(libc::SIGTERM), None).ok();
         self.arm(TERM_GRACE)
+    }
+
+    /// Waits until nothing of the sandbox is left and its last output is out, without becoming deaf
+    /// to signals: what serves the sandbox may be stuck on a dead file system below it, and who reads
+    /// our output may never read on.
+    fn end(&mut self, outputs: &[Relay]) -> Result<(), LaunchError> {
+        // After the payload's end init ends by itself, once everything is gone and written.
+        let mut patience = None;
+        if !self.payload_ended {
+            self.kill();
+            patience = Some(END_GRACE);
+        }
+        loop {
+            match self.wait_until(self.sandbox.pidfd.as_fd(), patience)? {
+                Waited::Ready => break self.sandbox.reap(),
+                Waited::Signal => {
+                    self.kill();
+                    patience = Some(END_GRACE);
+                }
+                Waited::TimeUp => {
+                    self.sandbox.abandon();
+                    return Err(LaunchError::Stuck);
+                }
+            }
+        }
+        let terminal = self.terminal.take();
+        if let Some(terminal) = &terminal {
+            terminal.restore();
+        }
+        for output in outputs.iter().chain(terminal.as_ref().map(Terminal::output)) {
+            if let Waited::Signal = self.wait_until(output.done(), None)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn kill(&self) {
+        rustix::process::pidfd_send_signal(&self.sandbox.pidfd, rustix::process::Signal::KILL).ok();
+    }
+
+    /// Waits for `fd`, for a signal that ends programs, or for the time.
+    fn wait_until(&self, fd: BorrowedFd<'_>, limit: Option<Duration>) -> Result<Waited, LaunchError> {
+        let limit = limit.and_then(|limit| PollTimeout::try_from(limit).ok()).unwrap_or(PollTimeout::NONE);
+        loop {
+            let mut fds =
+                [PollFd::new(fd, PollFlags::POLLIN), PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut fds, limit) {
+                Err(Errno::EINTR) => continue,
+                Ok(0) => return Ok(Waited::TimeUp),
+                other => other.map_err(during("poll"))?,
+            };
+            let [ready, signal] = fds.map(|fd| fd.any().unwrap_or(true));
+            if ready {
+                return Ok(Waited::Ready);
+            }
+            while signal {
+                let Some(info) = self.signals.read_signal().map_err(during("signalfd"))? else { break };
+                let ends = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM];
+                if ends.into_iter().any(|signal| info.ssi_signo.cast_signed() == signal as i32) {
+                    return Ok(Waited::Signal);
+                }
+            }
+        }
     }
 
     fn arm(&mut self, after: Duration) -> Result<(), LaunchError> {
@@ -222,6 +282,13 @@ impl Loop<'_> {
         self.timer = Some(timer);
         Ok(())
     }
+}
+
+/// What a wait ended with.
+enum Waited {
+    Ready,
+    Signal,
+    TimeUp,
 }
 
 fn during(doing: &'static str) -> impl Fn(Errno) -> LaunchError {

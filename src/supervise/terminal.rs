@@ -1,44 +1,44 @@
 //! The payload's terminal (`-t`): bytes both ways between ours and the master of its pty.
 //!
-//! Two threads, one for each way, because either side may block for ever without holding up the
-//! other. Our terminal is raw meanwhile, so Ctrl-C and Ctrl-Z are the payload's; it is put back
-//! when this value goes, however that happens.
+//! Our terminal is raw meanwhile, so Ctrl-C and Ctrl-Z are the payload's; it is put back when we
+//! stop, when the payload has ended, and when this value goes.
 
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::thread::{Builder, JoinHandle};
 
 use nix::errno::Errno;
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
 use rustix::termios::{
     OptionalActions, SpecialCodeIndex, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize,
 };
+
+use super::relay::{Relay, errno, write_all};
 
 /// A relayed terminal.
 #[derive(Debug)]
 pub(super) struct Terminal {
     master: Arc<OwnedFd>,
     saved: Option<Termios>,
-    output: Option<JoinHandle<()>>,
+    output: Relay,
 }
 
 impl Terminal {
     /// Makes our terminal raw, if we have one, and starts relaying.
     pub(super) fn start(master: OwnedFd) -> Result<Self, Errno> {
         let master = Arc::new(master);
-        let mut terminal = Self { master: Arc::clone(&master), saved: None, output: None };
+        // In the background this stops us until we are in the foreground, before a key is read.
+        let saved = if isatty(rustix::stdio::stdin()) {
+            let settings = tcgetattr(rustix::stdio::stdin()).map_err(errno)?;
+            set_settings(&raw(&settings))?;
+            Some(settings)
+        } else {
+            None
+        };
+        // Waits for a key for ever, and ends with the process.
+        Relay::start("terminal-input", rustix::stdio::stdin(), Arc::clone(&master), end_input)?;
+        let output = Relay::start("terminal-output", Arc::clone(&master), rustix::stdio::stdout(), |_| {})?;
+        let terminal = Self { master, saved, output };
         terminal.copy_size();
-        if isatty(rustix::stdio::stdin()) {
-            let saved = tcgetattr(rustix::stdio::stdin()).map_err(errno)?;
-            let mut raw = saved.clone();
-            raw.make_raw();
-            tcsetattr(rustix::stdio::stdin(), OptionalActions::Drain, &raw).map_err(errno)?;
-            terminal.saved = Some(saved);
-        }
-        let input = Arc::clone(&master);
-        // Never joined: it may wait for a key for ever, and ends with the process.
-        spawn("terminal-input", move || relay_input(&input))?;
-        terminal.output = Some(spawn("terminal-output", move || relay_output(&master))?);
         Ok(terminal)
     }
 
@@ -50,61 +50,52 @@ impl Terminal {
         }
     }
 
-    /// Waits until everything the payload wrote is out. Nobody may hold its terminal any more.
-    pub(super) fn finish(mut self) {
-        if let Some(output) = self.output.take() {
-            output.join().ok();
+    /// Puts our terminal back.
+    pub(super) fn restore(&self) {
+        if let Some(saved) = &self.saved {
+            tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, saved).ok();
         }
+    }
+
+    /// Makes it raw again after [`Terminal::restore`]; its size may have changed meanwhile.
+    pub(super) fn resume(&self) {
+        if let Some(saved) = &self.saved {
+            set_settings(&raw(saved)).ok();
+        }
+        self.copy_size();
+    }
+
+    /// What the payload still wrote.
+    pub(super) fn output(&self) -> &Relay {
+        &self.output
     }
 }
 
 impl Drop for Terminal {
     fn drop(&mut self) {
-        if let Some(saved) = &self.saved {
-            tcsetattr(rustix::stdio::stdin(), OptionalActions::Drain, saved).ok();
-        }
+        self.restore();
     }
 }
 
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, Errno> {
-    let spawned = Builder::new().name(name.into()).spawn(body);
-    spawned.map_err(|e: io::Error| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EAGAIN)))
+fn raw(settings: &Termios) -> Termios {
+    let mut raw = settings.clone();
+    raw.make_raw();
+    raw
 }
 
-fn relay_input(master: &OwnedFd) {
-    relay(rustix::stdio::stdin(), master);
-    // Our input is at its end: so is the payload's, which a terminal says with a character.
-    if let Ok(settings) = tcgetattr(master) {
-        write_all(master, &[settings.special_codes[SpecialCodeIndex::VEOF]]).ok();
+/// Changes our terminal as a job may: from the background, the terminal stops us first.
+fn set_settings(settings: &Termios) -> Result<(), Errno> {
+    let mut stop = SigSet::empty();
+    stop.add(Signal::SIGTTOU);
+    pthread_sigmask(SigmaskHow::SIG_UNBLOCK, Some(&stop), None)?;
+    let set = rustix::io::retry_on_intr(|| tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, settings));
+    pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&stop), None)?;
+    set.map_err(errno)
+}
+
+/// Our input is at its end: so is the payload's, which a terminal says with a character.
+fn end_input(master: &Arc<OwnedFd>) {
+    if let Ok(settings) = tcgetattr(&**master) {
+        write_all(&**master, &[settings.special_codes[SpecialCodeIndex::VEOF]]).ok();
     }
-}
-
-fn relay_output(master: &OwnedFd) {
-    relay(master, rustix::stdio::stdout());
-}
-
-/// Copies until the end or an error. The master reads EIO when no process holds the terminal.
-fn relay(from: impl AsFd, to: impl AsFd) {
-    let mut buffer = [0; 16 * 1024];
-    loop {
-        let got = match rustix::io::retry_on_intr(|| rustix::io::read(&from, &mut buffer)) {
-            Ok(0) | Err(_) => return,
-            Ok(got) => got,
-        };
-        if write_all(&to, buffer.get(..got).unwrap_or_default()).is_err() {
-            return;
-        }
-    }
-}
-
-fn write_all(to: impl AsFd, mut bytes: &[u8]) -> Result<(), rustix::io::Errno> {
-    while !bytes.is_empty() {
-        let written = rustix::io::retry_on_intr(|| rustix::io::write(&to, bytes))?;
-        bytes = bytes.get(written..).unwrap_or_default();
-    }
-    Ok(())
-}
-
-fn errno(errno: rustix::io::Errno) -> Errno {
-    Errno::from_raw(errno.raw_os_error())
 }

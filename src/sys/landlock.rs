@@ -21,7 +21,7 @@ const SCOPES_ABI: i64 = 6;
 
 /// Whether the kernel can scope abstract sockets.
 #[must_use]
-pub fn has_scopes() -> bool {
+pub(crate) fn has_scopes() -> bool {
     // SAFETY: with this flag the attributes must be null and their size zero.
     let abi = unsafe {
         libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<RulesetAttr>(), 0, VERSION)
@@ -34,7 +34,7 @@ pub fn has_scopes() -> bool {
 ///
 /// # Errors
 /// `ENOSYS` or `EOPNOTSUPP` without Landlock, `E2BIG` or `EINVAL` before Linux 6.12.
-pub fn scope_abstract_sockets() -> Result<(), Errno> {
+pub(crate) fn scope_abstract_sockets() -> Result<(), Errno> {
     let attr =
         RulesetAttr { handled_access_fs: 0, handled_access_net: 0, scoped: SCOPE_ABSTRACT_UNIX_SOCKET };
     // SAFETY: `attr` outlives the call and its size is passed.

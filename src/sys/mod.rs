@@ -4,9 +4,9 @@
 //! errno, and hold no policy.
 #![expect(unsafe_code, reason = "the one module of this crate that may")]
 
-pub mod fdpass;
-pub mod landlock;
-pub mod mount;
-pub mod netlink;
-pub mod process;
-pub mod seccomp;
+pub(crate) mod fdpass;
+pub(crate) mod landlock;
+pub(crate) mod mount;
+pub(crate) mod netlink;
+pub(crate) mod process;
+pub(crate) mod seccomp;

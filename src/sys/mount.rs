@@ -8,7 +8,7 @@ use nix::errno::Errno;
 ///
 /// # Errors
 /// `ENOSYS` before Linux 5.12; `EPERM` for attributes locked by a more privileged mount namespace.
-pub fn set_attributes(mount: BorrowedFd<'_>, attributes: u64, recursive: bool) -> Result<(), Errno> {
+pub(crate) fn set_attributes(mount: BorrowedFd<'_>, attributes: u64, recursive: bool) -> Result<(), Errno> {
     let attr = libc::mount_attr { attr_set: attributes, attr_clr: 0, propagation: 0, userns_fd: 0 };
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is an empty C string; `attr` outlives the call and its size is passed.

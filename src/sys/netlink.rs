@@ -28,14 +28,14 @@ const RTN_UNICAST: u8 = 1;
 
 /// A routing socket of the calling thread's network namespace.
 #[derive(Debug)]
-pub struct Route(OwnedFd);
+pub(crate) struct Route(OwnedFd);
 
 impl Route {
     /// Opens it.
     ///
     /// # Errors
     /// As socket(2).
-    pub fn open() -> Result<Self, Errno> {
+    pub(crate) fn open() -> Result<Self, Errno> {
         let flags = SockFlag::SOCK_CLOEXEC;
         socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute).map(Self)
     }
@@ -44,7 +44,7 @@ impl Route {
     ///
     /// # Errors
     /// As the kernel answers.
-    pub fn set_up(&self, index: u32, mac: Option<[u8; 6]>, mtu: Option<u16>) -> Result<(), Errno> {
+    pub(crate) fn set_up(&self, index: u32, mac: Option<[u8; 6]>, mtu: Option<u16>) -> Result<(), Errno> {
         // struct ifinfomsg: family, pad, type, index, flags, change
         let mut body = vec![0, 0, 0, 0];
         body.extend(index.to_ne_bytes());
@@ -63,7 +63,7 @@ impl Route {
     ///
     /// # Errors
     /// As the kernel answers.
-    pub fn add_address(&self, index: u32, address: IpAddr, prefix: u8) -> Result<(), Errno> {
+    pub(crate) fn add_address(&self, index: u32, address: IpAddr, prefix: u8) -> Result<(), Errno> {
         // struct ifaddrmsg: family, prefixlen, flags, scope, index
         let mut body = vec![family(address), prefix, IFA_F_NODAD, 0];
         body.extend(index.to_ne_bytes());
@@ -76,7 +76,7 @@ impl Route {
     ///
     /// # Errors
     /// As the kernel answers.
-    pub fn add_default_route(&self, index: u32, gateway: IpAddr) -> Result<(), Errno> {
+    pub(crate) fn add_default_route(&self, index: u32, gateway: IpAddr) -> Result<(), Errno> {
         // struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
         let mut body = vec![family(gateway), 0, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, 0, RTN_UNICAST, 0, 0, 0, 0];
         push_attribute(&mut body, RTA_GATEWAY, &octets(gateway));

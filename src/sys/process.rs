@@ -7,7 +7,7 @@ use nix::unistd::Pid;
 
 /// Which side of a [`clone_with`] this is.
 #[derive(Debug)]
-pub enum Cloned {
+pub(crate) enum Cloned {
     /// The caller: the new process as its pid namespace's parent sees it.
     Parent {
         /// Process id.
@@ -30,7 +30,7 @@ pub enum Cloned {
 ///
 /// # Panics
 /// When another thread exists.
-pub fn clone_with(namespaces: libc::c_int) -> Result<Cloned, Errno> {
+pub(crate) fn clone_with(namespaces: libc::c_int) -> Result<Cloned, Errno> {
     assert!(single_threaded(), "clone_with needs a single-threaded process");
     let mut pidfd: RawFd = -1;
     // SAFETY: clone_args is plain integers, for which zero is valid.
@@ -61,11 +61,19 @@ fn single_threaded() -> bool {
     std::fs::metadata("/proc/self/task").map_or(true, |m| m.nlink() == 3)
 }
 
+/// Whether this program was started with privilege that its caller does not have: set-user-ID,
+/// set-group-ID or file capabilities (AT_SECURE in getauxval(3)).
+#[must_use]
+pub fn has_foreign_privilege() -> bool {
+    // SAFETY: reads the auxiliary vector that the kernel gave this process.
+    unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
+}
+
 /// Closes every descriptor above 2 but those in `keep` (close_range(2)).
 ///
 /// # Errors
 /// `ENOSYS` before Linux 5.9.
-pub fn close_all_but(keep: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+pub(crate) fn close_all_but(keep: &[BorrowedFd<'_>]) -> Result<(), Errno> {
     let mut keep: Vec<u32> = keep.iter().map(|fd| fd.as_raw_fd().cast_unsigned()).collect();
     keep.sort_unstable();
     let mut first = 3;
@@ -82,7 +90,7 @@ pub fn close_all_but(keep: &[BorrowedFd<'_>]) -> Result<(), Errno> {
 ///
 /// # Errors
 /// `EINVAL` before Linux 5.11, which lacks `CLOSE_RANGE_CLOEXEC`.
-pub fn cloexec_from(first: u32) -> Result<(), Errno> {
+pub(crate) fn cloexec_from(first: u32) -> Result<(), Errno> {
     close_range(first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC)
 }
 
@@ -100,7 +108,7 @@ fn close_range(first: u32, last: u32, flags: u32) -> Result<(), Errno> {
 ///
 /// # Panics
 /// When another thread exists.
-pub fn fork() -> Result<Option<Pid>, Errno> {
+pub(crate) fn fork() -> Result<Option<Pid>, Errno> {
     assert!(single_threaded(), "fork needs a single-threaded process");
     // SAFETY: no other thread exists (asserted above), so the child may do everything.
     match unsafe { nix::unistd::fork() }? {
@@ -111,14 +119,14 @@ pub fn fork() -> Result<Option<Pid>, Errno> {
 
 /// Ends this process at once: no destructor and no exit handler of the memory it shares
 /// a past with runs.
-pub fn exit_now(code: i32) -> ! {
+pub(crate) fn exit_now(code: i32) -> ! {
     // SAFETY: _exit has no precondition.
     unsafe { libc::_exit(code) }
 }
 
 /// Sets a signal to its default action. Rust's runtime ignores SIGPIPE, and an ignored
 /// signal stays ignored over execve(2).
-pub fn default_signal(signal: nix::sys::signal::Signal) -> Result<(), Errno> {
+pub(crate) fn default_signal(signal: nix::sys::signal::Signal) -> Result<(), Errno> {
     // SAFETY: SIG_DFL installs no handler.
     unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigDfl) }.map(drop)
 }
@@ -127,7 +135,7 @@ pub fn default_signal(signal: nix::sys::signal::Signal) -> Result<(), Errno> {
 ///
 /// # Errors
 /// `EBADF` when it is not open.
-pub fn adopt(fd: RawFd) -> Result<OwnedFd, Errno> {
+pub(crate) fn adopt(fd: RawFd) -> Result<OwnedFd, Errno> {
     // SAFETY: fcntl on any number is harmless; F_GETFD fails when it is not open.
     Errno::result(unsafe { libc::fcntl(fd, libc::F_GETFD) })?;
     // SAFETY: it is open, and only the first lines of `main` call this, before anything else owns it.
@@ -138,7 +146,7 @@ pub fn adopt(fd: RawFd) -> Result<OwnedFd, Errno> {
 ///
 /// # Errors
 /// As execveat(2); it only returns on failure.
-pub fn exec_fd(file: BorrowedFd<'_>, args: &[std::ffi::CString], env: &[std::ffi::CString]) -> Errno {
+pub(crate) fn exec_fd(file: BorrowedFd<'_>, args: &[std::ffi::CString], env: &[std::ffi::CString]) -> Errno {
     let pointers = |list: &[std::ffi::CString]| -> Vec<*const libc::c_char> {
         list.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
     };
