@@ -163,6 +163,25 @@ impl StateRoot {
         Self::open_at(&path)
     }
 
+    /// As [`Self::open`], but a state directory that is missing stays so: for a plan.
+    ///
+    /// # Errors
+    /// When it cannot be trusted.
+    pub fn locate() -> Result<Self> {
+        let path = config::state_root(|name| std::env::var_os(name))?;
+        Self::locate_at(&path)
+    }
+
+    fn locate_at(path: &Path) -> Result<Self> {
+        match std::fs::symlink_metadata(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                let path = canonical_missing(path).map_err(failed("look at the state directory", path))?;
+                Ok(Self { path })
+            }
+            _ => Self::open_at(path),
+        }
+    }
+
     fn open_at(path: &Path) -> Result<Self> {
         let meta = match std::fs::symlink_metadata(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => {
@@ -257,11 +276,17 @@ impl StateRoot {
                 }
                 Err(error) => return Err(failed("make the directory", &dir)(error)),
             }
-            // Between here and the lock a `prune` may take it for a leftover and remove it.
+            // Between here and the lock a `prune` may take it for a leftover and remove it, and who
+            // looks whether it is running has it locked for an instant: the directory is ours, so
+            // that is waited for.
             let lock = match File::open(&dir) {
-                Ok(lock) if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() => lock,
-                _ => continue,
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                other => other.map_err(failed("open", &dir))?,
             };
+            if let Err(errno) = rustix::io::retry_on_intr(|| flock(&lock, FlockOperation::LockExclusive)) {
+                std::fs::remove_dir(&dir).ok();
+                return Err(failed("lock", &dir)(errno));
+            }
             if lock.metadata().is_ok_and(|meta| meta.nlink() == 0) {
                 continue;
             }
@@ -314,6 +339,16 @@ impl StateRoot {
             return Err(StateError::NoSuchBox { name: name.to_owned() });
         }
         Ok(FoundBox::look(name.to_owned(), dir))
+    }
+}
+
+/// The path without links, as it will be when its missing part is made.
+fn canonical_missing(path: &Path) -> std::io::Result<PathBuf> {
+    match (std::fs::canonicalize(path), path.parent(), path.file_name()) {
+        (Err(error), Some(parent), Some(name)) if error.kind() == ErrorKind::NotFound => {
+            Ok(canonical_missing(parent)?.join(name))
+        }
+        (result, ..) => result,
     }
 }
 
@@ -627,6 +662,17 @@ mod tests {
     }
 
     #[test]
+    fn a_state_directory_can_be_located_without_being_made() {
+        let scratch = Scratch::new("locate");
+        std::os::unix::fs::symlink(&scratch.0, scratch.0.join("link")).unwrap();
+        let wanted = scratch.0.join("link/a/b/rootlet");
+        let located = StateRoot::locate_at(&wanted).unwrap();
+        assert!(!scratch.0.join("a").exists());
+        assert_eq!(located.path(), StateRoot::open_at(&wanted).unwrap().path());
+        assert_eq!(located.path(), StateRoot::locate_at(&wanted).unwrap().path());
+    }
+
+    #[test]
     fn a_box_is_running_as_long_as_it_is_locked() {
         let scratch = Scratch::new("lock");
         let root = scratch.root();
@@ -640,6 +686,23 @@ mod tests {
         found.lock().unwrap().remove().unwrap();
         assert!(matches!(root.find("one"), Err(StateError::NoSuchBox { .. })));
         assert!(matches!(root.find("last"), Err(StateError::NoBox)));
+    }
+
+    #[test]
+    fn a_box_can_be_made_while_others_look() {
+        let scratch = Scratch::new("look");
+        let root = scratch.root();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    FoundBox::look("one".into(), root.dir_of("one"));
+                }
+            });
+            let made = (0..100).try_for_each(|_| root.make_box(Some("one"))?.remove());
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+            made.unwrap();
+        });
     }
 
     #[test]
