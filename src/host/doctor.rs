@@ -229,7 +229,8 @@ impl Doctor {
 
     fn confinement(&mut self) {
         if self.attempt("seccomp", "system call filter", "seccomp", None, Status::Fail) {
-            self.attempt("seccomp-notify", "answering filtered calls", "notify", None, Status::Warn);
+            // `run` stops without it, except with --nested.
+            self.attempt("seccomp-notify", "answering filtered calls", "notify", None, Status::Fail);
         }
         let what = "hiding the host's abstract sockets (Landlock, for --network host)";
         match probe::attempt("landlock", None) {

@@ -60,6 +60,8 @@ pub enum Trouble {
     NoSuchAddress,
     /// seccomp filters cannot be installed.
     Seccomp,
+    /// A filter outside answers calls already: the kernel allows one such filter only.
+    SeccompAnswered,
     /// Echo sockets are not allowed: ping does not work through the stack.
     PingGroup,
     /// No such working directory inside.
@@ -193,6 +195,12 @@ impl Trouble {
                 "system call filters cannot be installed",
                 "use a kernel with CONFIG_SECCOMP_FILTER; rootlet does not run without one".into(),
             ),
+            Self::SeccompAnswered => (
+                "a program outside answers filtered calls of this one already, and the kernel allows one to do so",
+                "in an LXC or Incus container, turn off `security.syscalls.intercept.*`; in another, take \
+                 SCMP_ACT_NOTIFY out of its seccomp profile; `rootlet run --nested` does without"
+                    .into(),
+            ),
             Self::PingGroup => (
                 "ping sockets are not allowed to the caller's group",
                 sysctl("net.ipv4.ping_group_range = 0 2147483647"),
@@ -269,8 +277,8 @@ impl Sysctls {
 #[must_use]
 pub fn diagnose(step: &str, errno: Errno, sysctls: &Sysctls) -> Option<Trouble> {
     use Errno::{
-        EACCES, EADDRINUSE, EADDRNOTAVAIL, EDQUOT, EINVAL, EISDIR, EMFILE, ENFILE, ENODEV, ENOENT, ENOEXEC,
-        ENOSPC, ENOSYS, ENOTDIR, ENXIO, EPERM, ERANGE, EROFS, ETIMEDOUT, ETXTBSY, EUSERS,
+        EACCES, EADDRINUSE, EADDRNOTAVAIL, EBUSY, EDQUOT, EINVAL, EISDIR, EMFILE, ENFILE, ENODEV, ENOENT,
+        ENOEXEC, ENOSPC, ENOSYS, ENOTDIR, ENXIO, EPERM, ERANGE, EROFS, ETIMEDOUT, ETXTBSY, EUSERS,
     };
     let forbidden = || {
         if sysctls.unprivileged_userns_clone == Some(0) {
@@ -310,6 +318,7 @@ pub fn diagnose(step: &str, errno: Errno, sysctls: &Sysctls) -> Option<Trouble> 
         ("tap_open", _) => Trouble::TapDenied,
         ("procfs", EPERM) => Trouble::ProcCovered,
         ("confine", EINVAL | ENOSYS) => Trouble::Seccomp,
+        ("confine", EBUSY) => Trouble::SeccompAnswered,
         ("state", ENOSPC | EDQUOT) => Trouble::DiskFull,
         ("state", EROFS | EACCES | EPERM) => Trouble::NotPermittedOnState,
         ("listen", EACCES) => Trouble::PrivilegedPort,
@@ -360,6 +369,15 @@ mod tests {
         let many = Sysctls { max_user_namespaces: Some(96_365), ..Sysctls::default() };
         assert_eq!(diagnose("clone", Errno::ENOSPC, &many), Some(Trouble::UsernsDepth));
         assert_eq!(diagnose("state", Errno::ENOSPC, &none), Some(Trouble::DiskFull));
+    }
+
+    #[test]
+    fn one_program_only_can_answer_filtered_calls() {
+        let trouble = diagnose("confine", Errno::EBUSY, &Sysctls::default());
+        assert_eq!(trouble, Some(Trouble::SeccompAnswered));
+        let mend = trouble.map(|trouble| trouble.hint(&HostFacts::gather()).mend);
+        assert!(mend.is_some_and(|mend| mend.contains("--nested")));
+        assert_eq!(diagnose("confine", Errno::EINVAL, &Sysctls::default()), Some(Trouble::Seccomp));
     }
 
     #[test]

@@ -43,6 +43,12 @@ pub enum LayerError {
         /// The path.
         path: PathBuf,
     },
+    /// A volume of a device.
+    #[error("cannot use the volume's source {path}: it is a device, and volumes are mounted nodev")]
+    Device {
+        /// The path.
+        path: PathBuf,
+    },
     /// Nothing is in it.
     #[error("cannot use the layer {path}: it is empty, so there is no command to run in it")]
     Empty {
@@ -87,6 +93,9 @@ impl LayerError {
                 "a layer is an unpacked directory tree; unpack an archive first, for example with `tar -xf`",
             ),
             Self::NotADirectory { .. } => None,
+            Self::Device { .. } => Some(
+                "the sandbox has null, zero, full, random, urandom and tty of its own; no others are given to it",
+            ),
             Self::Empty { .. } => {
                 Some("make one first, for example with `mmdebstrap --variant=minbase stable DIR`")
             }
@@ -316,6 +325,9 @@ fn inspect_volume(path: &Path) -> Result<VolumeFacts, LayerError> {
     let role = "volume's source";
     let host_path = std::fs::canonicalize(path).map_err(access(role, path))?;
     let meta = std::fs::symlink_metadata(&host_path).map_err(access(role, path))?;
+    if meta.file_type().is_block_device() || meta.file_type().is_char_device() {
+        return Err(LayerError::Device { path: path.to_owned() });
+    }
     Ok(VolumeFacts { host_path, kind: if meta.is_dir() { Kind::Directory } else { Kind::File } })
 }
 
@@ -587,6 +599,13 @@ mod tests {
         assert!(matches!(check_not_empty(std::slice::from_ref(&facts)), Err(LayerError::Empty { .. })));
         let full = inspect_layer(&scratch.0).unwrap();
         check_not_empty(&[facts, full]).unwrap();
+    }
+
+    #[test]
+    fn a_device_is_no_volume() {
+        assert!(matches!(inspect_volume(Path::new("/dev/null")), Err(LayerError::Device { .. })));
+        assert_eq!(inspect_volume(Path::new("/dev/fd/")).unwrap().kind, Kind::Directory);
+        assert_eq!(inspect_volume(Path::new("/etc/passwd")).unwrap().kind, Kind::File);
     }
 
     #[test]
