@@ -116,11 +116,10 @@ pub fn plan(spec: &ValidSpec, facts: &HostFacts, place: &BoxPlace) -> Result<Pla
         Namespace::Cgroup,
     ];
     if spec.net.mode == NetMode::Host {
-        notes.push(Note {
-            what: "the network is not isolated".into(),
-            reason: "with --network host the payload reaches what the caller reaches, the host's loopback included"
-                .into(),
-        });
+        notes.push(Note::new(
+            "the network is not isolated",
+            "with --network host the payload reaches what the caller reaches, the host's loopback included",
+        ));
     } else {
         namespaces.push(Namespace::Net);
     }
@@ -149,10 +148,10 @@ pub fn plan(spec: &ValidSpec, facts: &HostFacts, place: &BoxPlace) -> Result<Pla
                     .iter()
                     .any(|hidden| current.starts_with(layer.host_path.join(hidden)))
             }) {
-                notes.push(Note {
-                    what: "the working directory is /".into(),
-                    reason: format!("{} is hidden in the sandbox", current.display()),
-                });
+                notes.push(Note::new(
+                    "the working directory is /",
+                    format!("{} is hidden in the sandbox", current.display()),
+                ));
                 "/".into()
             } else {
                 current.clone()
@@ -296,6 +295,7 @@ fn plan_confine(spec: &ValidSpec, facts: &HostFacts, notes: &mut Vec<Note>) -> C
             what: "the host's abstract unix sockets are in reach".into(),
             reason: "they belong to the host's network, and this kernel's Landlock cannot keep them away (6.12 can)"
                 .into(),
+            weaker: true,
         });
     }
     let names: &[&str] = if spec.nested { &ALL_CAPS } else { &KEEP_CAPS };

@@ -93,10 +93,10 @@ pub(super) fn plan_env(
         }
         if !gone.is_empty() {
             gone.sort();
-            notes.push(Note {
-                what: format!("variables left out: {}", gone.join(" ")),
-                reason: "what they name does not exist inside; --env NAME passes one all the same".into(),
-            });
+            notes.push(Note::new(
+                format!("variables left out: {}", gone.join(" ")),
+                "what they name does not exist inside; --env NAME passes one all the same",
+            ));
         }
         for (name, value) in [("HOSTNAME", OsStr::new(hostname)), ("PWD", workdir.as_os_str())] {
             if has(&env, name) {
@@ -127,7 +127,8 @@ pub(super) fn plan_env(
     set(&mut env, "container", "rootlet");
     // With a range the caller's files belong to his own number inside, not to root. Programs that
     // mind whose files they work on (git's "dubious ownership") ask sudo(8)'s variables who root is.
-    let root_inside = spec.process.user.as_ref().is_none_or(|u| u.user == "root" || u.user.parse() == Ok(0_u32));
+    let root_inside =
+        spec.process.user.as_ref().is_none_or(|u| u.user == "root" || u.user.parse() == Ok(0_u32));
     if spec.process.inherit_env && ids.single().is_none() && facts.uid != 0 && root_inside {
         set(&mut env, "SUDO_UID", facts.uid.to_string());
         set(&mut env, "SUDO_GID", facts.gid.to_string());

@@ -79,7 +79,8 @@ impl Lines {
         }
         self.line("", format_args!("capabilities: {}", plan.confine.keep_caps.join(" ")))?;
         for note in &plan.notes {
-            self.line("note", format_args!("{}: {}", escape(&note.what), escape(&note.reason)))?;
+            let label = if note.weaker { "weaker" } else { "note" };
+            self.line(label, format_args!("{}: {}", escape(&note.what), escape(&note.reason)))?;
         }
         Ok(())
     }

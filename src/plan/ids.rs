@@ -44,10 +44,10 @@ pub(super) fn plan_ids(
         }
         if let Some(extent) = outside_root(&ids.uids) {
             let inside = if extent.inside == 0 { "root".into() } else { format!("uid {}", extent.inside) };
-            notes.push(Note {
-                what: format!("{inside} inside is root outside"),
-                reason: "what it reaches through volumes it owns as root".into(),
-            });
+            notes.push(Note::new(
+                format!("{inside} inside is root outside"),
+                "what it reaches through volumes it owns as root",
+            ));
         }
     }
     Ok(ids)
@@ -80,10 +80,10 @@ fn choose(spec: &ValidSpec, facts: &HostFacts, notes: &mut Vec<Note>) -> Result<
     }
     if facts.may_set_ids {
         if spec.nested && facts.initial_userns {
-            notes.push(Note {
-                what: format!("root inside is uid {NOBODY} outside, not root"),
-                reason: "with --nested /proc/sys is not covered, and uid 0 could write to it".into(),
-            });
+            notes.push(Note::new(
+                format!("root inside is uid {NOBODY} outside, not root"),
+                "with --nested /proc/sys is not covered, and uid 0 could write to it",
+            ));
             let (uid, gid) = single_ids(spec, facts)?;
             return Ok(IdPlan {
                 uids: vec![one(uid, NOBODY)],
@@ -111,7 +111,7 @@ fn choose(spec: &ValidSpec, facts: &HostFacts, notes: &mut Vec<Note>) -> Result<
         }),
         Err(reason) => {
             let (uid, gid) = single_ids(spec, facts)?;
-            notes.push(Note { what: "one user id and one group id inside".into(), reason: reason.into() });
+            notes.push(Note::new("one user id and one group id inside", reason));
             Ok(IdPlan {
                 uids: vec![one(uid, facts.uid)],
                 gids: vec![one(gid, facts.gid)],

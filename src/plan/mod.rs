@@ -308,4 +308,12 @@ pub struct Note {
     pub what: String,
     /// Why.
     pub reason: String,
+    /// Something security-relevant holds less than was asked: told in any case.
+    pub weaker: bool,
+}
+
+impl Note {
+    fn new(what: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self { what: what.into(), reason: reason.into(), weaker: false }
+    }
 }

@@ -7,25 +7,35 @@ use std::path::{Path, PathBuf};
 use super::{BoxPlace, GeneratedPlan, MountStep, NetPlan, Note, PlanError};
 use crate::host::HostFacts;
 use crate::host::layers::{Accounts, Kind, PlaceFacts};
-use crate::spec::{RootSpec, ValidSpec};
+use crate::spec::{NetMode, RootSpec, ValidSpec};
 
 /// What says too much of the host or of the kernel, as docker has it.
-const MASKED: [&str; 12] = [
+const MASKED: [&str; 18] = [
     "/proc/acpi",
     "/proc/asound",
     "/proc/interrupts",
     "/proc/kcore",
     "/proc/keys",
+    "/proc/kpagecgroup",
+    "/proc/kpagecount",
+    "/proc/kpageflags",
     "/proc/latency_stats",
+    "/proc/pagetypeinfo",
     "/proc/timer_list",
     "/proc/timer_stats",
     "/proc/sched_debug",
     "/proc/scsi",
+    "/proc/slabinfo",
+    "/proc/vmallocinfo",
     "/sys/firmware",
     "/sys/devices/virtual/powercap",
 ];
 /// What would change the host or the kernel.
-const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+const READ_ONLY: [&str; 6] =
+    ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/pressure", "/proc/sys", "/proc/sysrq-trigger"];
+/// File systems below /sys where it is the host's own, bound: a new one has none of them.
+const MASKED_OF_HOST_SYS: [&str; 5] =
+    ["/sys/fs/bpf", "/sys/fs/cgroup", "/sys/kernel/debug", "/sys/kernel/security", "/sys/kernel/tracing"];
 const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
 const NESTED_DEVICES: [&str; 2] = ["fuse", "net/tun"];
 
@@ -54,20 +64,25 @@ pub(super) fn plan_mounts(spec: &ValidSpec, place: &BoxPlace, notes: &mut Vec<No
     placed.sort_by_key(|(path, _)| path.components().count());
     steps.extend(placed.into_iter().map(|(_, step)| step));
 
-    // A volume may hold the state directory: the payload must not reach its own upper, or
-    // other boxes, past the overlay.
+    // A volume may hold the state directory, or an upper elsewhere: the payload must not reach
+    // its own upper, or other boxes, past the overlay.
+    let external = place.upper.iter().flat_map(|upper| [&upper.dir, &upper.work]);
+    let external = external.filter(|path| !path.starts_with(&place.state_root));
+    let covered: Vec<&PathBuf> = std::iter::once(&place.state_root).chain(external).collect();
     for (volume, found) in spec.fs.volumes.iter().zip(&place.root.volumes) {
-        if let Ok(inside) = place.state_root.strip_prefix(&found.host_path) {
-            steps.push(MountStep::Mask(volume.root_path.join(inside)));
-        }
+        let inside = covered.iter().filter_map(|path| path.strip_prefix(&found.host_path).ok());
+        steps.extend(inside.map(|inside| MountStep::Mask(volume.root_path.join(inside))));
     }
     if spec.nested {
-        notes.push(Note {
-            what: "nothing in /proc and /sys is masked".into(),
-            reason: "the kernel refuses a sandbox inside its own /proc where ours is partly covered".into(),
-        });
+        notes.push(Note::new(
+            "nothing in /proc and /sys is masked",
+            "the kernel refuses a sandbox inside its own /proc where ours is partly covered",
+        ));
     } else {
         steps.extend(MASKED.iter().map(|path| MountStep::Mask(path.into())));
+        if spec.net.mode == NetMode::Host {
+            steps.extend(MASKED_OF_HOST_SYS.iter().map(|path| MountStep::Mask(path.into())));
+        }
         steps.extend(READ_ONLY.iter().map(|path| MountStep::ReadOnly(path.into())));
     }
     steps
@@ -110,10 +125,10 @@ pub(super) fn plan_generated(
     }
     if single && place.root.has_apt {
         file("etc/apt/apt.conf.d/99rootlet", 0o644, "APT::Sandbox::User \"root\";\n".into());
-        notes.push(Note {
-            what: "apt downloads as root".into(),
-            reason: "its own user _apt does not exist where there is only one id".into(),
-        });
+        notes.push(Note::new(
+            "apt downloads as root",
+            "its own user _apt does not exist where there is only one id",
+        ));
     }
     generated.extend(mount_points(spec, place, host_tree)?);
     Ok(generated)

@@ -180,6 +180,25 @@ fn host_network_and_read_only() {
 }
 
 #[test]
+fn only_abstract_sockets_in_reach_are_weaker_than_asked() {
+    let weaker = |spec: SandboxSpec, facts: &HostFacts| {
+        let plan = planned(spec, facts, &over_host());
+        let lines = explain(&plan).lines().filter(|line| line.starts_with("weaker ")).count();
+        let notes: Vec<Note> = plan.notes.into_iter().filter(|note| note.weaker).collect();
+        assert_eq!(lines, notes.len());
+        notes
+    };
+    let mut host = spec();
+    host.net.mode = NetMode::Host;
+    let old = HostFacts { landlock_scopes: false, ..ada() };
+    assert!(weaker(host.clone(), &old)[0].what.contains("abstract unix sockets"));
+    assert_eq!(weaker(host.clone(), &ada()), []);
+    host.nested = true;
+    host.net.mode = NetMode::Stack;
+    assert_eq!(weaker(host, &HostFacts { landlock_scopes: false, ..root() }), []);
+}
+
+#[test]
 fn nested_shows_all_of_proc_and_is_not_root_outside() {
     let mut nested = spec();
     nested.nested = true;
@@ -360,6 +379,31 @@ fn an_upper_over_the_hosts_tree_is_hidden() {
     place.upper = Some(UpperPlan { dir: "/data/changes".into(), work: "/data/.changes.rootlet-work".into() });
     let hidden = &planned(spec(), &ada(), &place).root.layers[0].hidden;
     assert!(hidden.contains(&"data/changes".into()) && hidden.contains(&"data/.changes.rootlet-work".into()));
+}
+
+#[test]
+fn an_upper_in_a_volume_is_masked() {
+    let mut spec = spec();
+    spec.fs.volumes =
+        vec![VolumeSpec { host_path: "/data".into(), root_path: "/mnt".into(), read_only: false }];
+    let mut place = over_host();
+    place.root.places.push(found("/mnt", Some(Kind::Directory)));
+    place.root.volumes = vec![VolumeFacts { host_path: "/data".into(), kind: Kind::Directory }];
+    let masked = |place: &BoxPlace| {
+        let plan = planned(spec.clone(), &ada(), place);
+        let below = |step: &MountStep| match step {
+            MountStep::Mask(path) if path.starts_with("/mnt") => Some(path.clone()),
+            _ => None,
+        };
+        plan.mounts.iter().filter_map(below).collect::<Vec<_>>()
+    };
+    assert_eq!(masked(&place), [PathBuf::new(); 0]);
+    place.upper =
+        Some(UpperPlan { dir: "/data/x/changes".into(), work: "/data/x/.changes.rootlet-work".into() });
+    assert_eq!(
+        masked(&place),
+        [PathBuf::from("/mnt/x/changes"), PathBuf::from("/mnt/x/.changes.rootlet-work")]
+    );
 }
 
 #[test]

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::plan::Note;
+
 /// The end of a run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunReport {
@@ -16,6 +18,8 @@ pub struct RunReport {
     pub changed: bool,
     /// Ports on the host as they were bound, with the port inside.
     pub published: Vec<PublishedPort>,
+    /// What was weaker or other than asked, from the plan.
+    pub notes: Vec<Note>,
 }
 
 /// A published port as it was bound.
