@@ -168,7 +168,7 @@ pub(super) struct RunArgs {
     #[arg(long, requires = "dry_run", help_heading = "Report")]
     pub(super) json: bool,
     /// Write what happened to this file, as JSON
-    #[arg(long, value_name = "FILE", help_heading = "Report")]
+    #[arg(long, value_name = "FILE", conflicts_with = "dry_run", help_heading = "Report")]
     pub(super) report: Option<PathBuf>,
 
     /// What stands before `--`: an image

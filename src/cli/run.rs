@@ -69,7 +69,10 @@ pub(super) fn run(args: &RunArgs) -> Result<u8, Failure> {
         };
         let mut bytes = serde_json::to_vec_pretty(&text).unwrap_or_default();
         bytes.push(b'\n');
-        file.write_all(&bytes).map_err(|source| report_failed(&path, &source))?;
+        // Told, but no outcome of its own: by now the payload has run, or something failed before.
+        if let Err(source) = file.write_all(&bytes) {
+            output::fail(&report_failed(&path, &source));
+        }
     }
     outcome.map(|_| code)
 }
@@ -91,7 +94,9 @@ fn run_spec(args: &RunArgs) -> Result<Option<Done>, Failure> {
         let hint = error.hint();
         Failure::new(&error).hint(hint).code(RUN_FAILED)
     })?;
-    let state = StateRoot::open().map_err(|error| state_failed(&error, &facts))?;
+    // A plan makes nothing, the state directory included.
+    let state = if args.dry_run { StateRoot::locate() } else { StateRoot::open() };
+    let state = state.map_err(|error| state_failed(&error, &facts))?;
     let external = spec
         .fs
         .upper
@@ -153,6 +158,9 @@ fn launch_in(
 ) -> Result<(RunReport, BoxRecord), Failure> {
     let plan = make_plan(spec, facts, place)?;
     for note in &plan.notes {
+        if note.weaker {
+            output::note(&format!("{}: {}", note.what, note.reason));
+        }
         tracing::info!(what = %note.what, reason = %note.reason, "plan");
     }
     tracing::info!(name = %plan.name, "starting the sandbox");
@@ -164,8 +172,9 @@ fn launch_in(
         tell_chosen_ports(&plan, prepared.published());
         prepared.run()
     });
-    if let Some(external) = external {
-        external.release().map_err(failed)?;
+    // What cannot be tidied up is told; how the run ended is what counts.
+    if let Some(Err(error)) = external.map(ExternalUpper::release) {
+        output::fail(&failed(error));
     }
     let report = outcome.map_err(|error| launch_failed(&error, facts))?;
     tracing::info!(name = %plan.name, outcome = ?report.outcome, changed = report.changed, "the run is over");

@@ -297,6 +297,31 @@ fn dry_run_prints_the_plan_and_does_nothing() {
     assert!(json.to_string().contains("planned"), "{json}");
     assert!(!mark.exists());
     assert!(home.boxes().is_empty());
+    assert!(!home.boxes_dir().parent().unwrap().exists(), "the state directory was made");
+    let report = home.path("work/report");
+    let flag = format!("--report={}", report.display());
+    let both = home.run(["--dry-run", &flag], touch).run().exits(125);
+    assert!(both.errors().contains("--report") && !report.exists(), "{both}");
+}
+
+#[test]
+fn a_report_that_cannot_be_written_does_not_hide_the_end() {
+    let home = Home::new();
+    let out = home.sh(["--report=/dev/full"], "echo ran; exit 7").run().exits(7);
+    assert!(out.text() == "ran" && out.errors().contains("cannot write the report /dev/full"), "{out}");
+    let early = home.sh(["--report=/does/not/exist"], "echo ran").run().exits(125);
+    assert_eq!(early.text(), "", "{early}");
+}
+
+#[test]
+fn the_report_has_the_notes_of_the_plan() {
+    let home = Home::new();
+    let report = home.path("work/report.json");
+    home.sh(["--network=host", &format!("--report={}", report.display())], "true").run().ok();
+    let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&report).unwrap()).unwrap();
+    let notes = json["run"]["notes"].as_array().unwrap();
+    let network = notes.iter().find(|note| note["what"] == "the network is not isolated").unwrap();
+    assert_eq!(network["weaker"], false, "{json}");
 }
 
 #[test]
