@@ -4,11 +4,11 @@
 //! 1. What can fail without anything having been made: layers opened, ports bound.
 //! 2. The clone, while this process still has one thread. Setup works from here on.
 //! 3. Id maps, if setup may not write its own.
-//! 4. The event loop ([`crate::supervise`]), which starts the overlay's server and the network
+//! 4. The event loop (`crate::supervise`), which starts the overlay's server and the network
 //!    stack as their descriptors arrive, beside setup's own work.
 //!
 //! Undoing is the kernel's: mounts, processes and the TAP die with their namespaces, which die
-//! with setup. Whatever returns early drops the [`Sandbox`], which kills it.
+//! with setup. Whatever returns early drops the sandbox, which kills it.
 
 pub mod handshake;
 mod idmap;
@@ -190,29 +190,31 @@ impl Prepared<'_> {
     /// Nothing is left of the sandbox when this returns, in either case.
     pub fn run(self) -> Result<RunReport, LaunchError> {
         let Self { plan, mut services, nofile, began } = self;
-        sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None).map_err(during("blocking signals"))?;
+        sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None)
+            .map_err(during("blocking signals"))?;
         // A caller may ignore it, which execve keeps: then the kernel reaps our children unseen.
         default_signal(Signal::SIGCHLD).map_err(during("SIGCHLD"))?;
         let (ours, theirs) =
             Channel::pair().map_err(|errno| SetupFailure::new(Step::Handshake, "socketpair", errno))?;
-        let (streams, outside) =
-            supervise::streams::prepare(&plan.process).map_err(during("making pipes for the standard streams"))?;
+        let (streams, outside) = supervise::streams::prepare(&plan.process)
+            .map_err(during("making pipes for the standard streams"))?;
 
         let flags = plan.namespaces.iter().copied().fold(0, |flags, namespace| flags | clone_flag(namespace));
-        let mut sandbox = match clone_with(flags).map_err(|errno| SetupFailure::new(Step::Clone, "", errno))? {
-            Cloned::Child => {
-                drop(ours);
-                stage::enter(plan, &Inherited { channel: theirs, nofile, streams })
-            }
-            Cloned::Parent { pid, pidfd } => {
-                drop((theirs, streams));
-                tracing::info!(%pid, namespaces = ?plan.namespaces, "namespaces are made");
-                let mut sandbox = Sandbox { pidfd, channel: ours, reaped: false, abandoned: false };
-                let written = idmap::write(&plan.ids, pid, &sandbox.channel);
-                written.map_err(|error| sandbox.blame_setup(error))?;
-                sandbox
-            }
-        };
+        let mut sandbox =
+            match clone_with(flags).map_err(|errno| SetupFailure::new(Step::Clone, "", errno))? {
+                Cloned::Child => {
+                    drop(ours);
+                    stage::enter(plan, &Inherited { channel: theirs, nofile, streams })
+                }
+                Cloned::Parent { pid, pidfd } => {
+                    drop((theirs, streams));
+                    tracing::info!(%pid, namespaces = ?plan.namespaces, "namespaces are made");
+                    let mut sandbox = Sandbox { pidfd, channel: ours, reaped: false, abandoned: false };
+                    let written = idmap::write(&plan.ids, pid, &sandbox.channel);
+                    written.map_err(|error| sandbox.blame_setup(error))?;
+                    sandbox
+                }
+            };
         let outcome = supervise::run(plan, &mut sandbox, &mut services, outside);
         if sandbox.abandoned {
             services.abandon();
@@ -221,15 +223,24 @@ impl Prepared<'_> {
         sandbox.kill_and_reap();
         let changed = services.finish();
         let published = services.published().to_vec();
-        Ok(RunReport { outcome: outcome?, wall: began.elapsed(), changed, published, notes: plan.notes.clone() })
+        Ok(RunReport {
+            outcome: outcome?,
+            wall: began.elapsed(),
+            changed,
+            published,
+            notes: plan.notes.clone(),
+        })
     }
 }
 
 /// The payload gets our standard streams as they are. From a directory's descriptor `..` leads
 /// anywhere in the host's tree, whatever the payload's root is.
 fn check_streams() -> Result<(), LaunchError> {
-    let streams =
-        [("input", rustix::stdio::stdin()), ("output", rustix::stdio::stdout()), ("error", rustix::stdio::stderr())];
+    let streams = [
+        ("input", rustix::stdio::stdin()),
+        ("output", rustix::stdio::stdout()),
+        ("error", rustix::stdio::stderr()),
+    ];
     for (stream, fd) in streams {
         let stat = rustix::fs::fstat(fd).map_err(|errno| Errno::from_raw(errno.raw_os_error()));
         let mode = stat.map_err(during("looking at the standard streams"))?.st_mode;

@@ -30,7 +30,8 @@ impl Services {
         for layer in &plan.root.layers {
             tracing::debug!(layer = %layer.host_path.display(), "opening");
         }
-        let overlay = Overlay::open(&plan.root.overlay_spec(&plan.ids, overlay_workers())).map_err(LaunchError::Overlay)?;
+        let overlay = Overlay::open(&plan.root.overlay_spec(&plan.ids, overlay_workers()))
+            .map_err(LaunchError::Overlay)?;
         let mut network = None;
         let mut published = Vec::new();
         if let NetPlan::Stack(stack) = &plan.net {

@@ -1,6 +1,6 @@
 //! The system call filter of the payload.
 //!
-//! One classic-BPF program (seccomp(2)), built from the tables of [`profile`]. What it
+//! One classic-BPF program (seccomp(2)), built from the tables of `profile`. What it
 //! refuses does not depend on capabilities: the payload may be root in its own user
 //! namespace, and namespaces, mounts, io_uring, bpf and the like are kernel surface that
 //! builds and servers do not need.
@@ -39,9 +39,15 @@ pub struct FilterSpec<'a> {
     pub listener: bool,
 }
 
-const DATA_NUMBER: u32 = offset_of!(libc::seccomp_data, nr) as u32;
-const DATA_ARCH: u32 = offset_of!(libc::seccomp_data, arch) as u32;
-const DATA_ARGS: u32 = offset_of!(libc::seccomp_data, args) as u32;
+/// Offsets in `struct seccomp_data`.
+const DATA_NUMBER: u32 = 0;
+const DATA_ARCH: u32 = 4;
+const DATA_ARGS: u32 = 16;
+const _: () = assert!(
+    offset_of!(libc::seccomp_data, nr) == DATA_NUMBER as usize
+        && offset_of!(libc::seccomp_data, arch) == DATA_ARCH as usize
+        && offset_of!(libc::seccomp_data, args) == DATA_ARGS as usize
+);
 #[cfg(target_arch = "x86_64")]
 const ARCH: u32 = 0xc000_003e; // AUDIT_ARCH_X86_64
 #[cfg(target_arch = "aarch64")]
@@ -362,7 +368,9 @@ mod tests {
             let family = u64::from(family.cast_unsigned());
             assert_eq!(verdict(&program, libc::SYS_socket, &[family]), ALLOW);
         }
-        for family in [libc::AF_VSOCK, libc::AF_ALG, libc::AF_XDP, libc::AF_TIPC, libc::AF_CAN, libc::AF_BLUETOOTH] {
+        for family in
+            [libc::AF_VSOCK, libc::AF_ALG, libc::AF_XDP, libc::AF_TIPC, libc::AF_CAN, libc::AF_BLUETOOTH]
+        {
             let family = u64::from(family.cast_unsigned());
             assert_eq!(verdict(&program, libc::SYS_socket, &[family]), refuse(Errno::EAFNOSUPPORT));
         }

@@ -170,12 +170,7 @@ fn forward(payload: Pid, number: i32) {
 /// the payload wrote is lost when the mount goes.
 fn end_everything() {
     if nix::sys::signal::kill(Pid::from_raw(-1), Signal::SIGKILL).is_ok() {
-        loop {
-            match rustix::process::wait(WaitOptions::empty()) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(_) => break,
-            }
-        }
+        while let Ok(_) | Err(rustix::io::Errno::INTR) = rustix::process::wait(WaitOptions::empty()) {}
     }
     if let Ok(root) = std::fs::File::open("/") {
         rustix::fs::syncfs(&root).ok();

@@ -122,7 +122,9 @@ impl Notifier {
                 let follow = if named.follow { OFlags::empty() } else { OFlags::NOFOLLOW };
                 match of_caller(path.to_bytes(), status, call.pid) {
                     // The caller's own part of /proc, by the number it has here.
-                    Some(own) => rustix::fs::openat(&self.proc, own, flags | follow, Mode::empty()).map_err(errno)?,
+                    Some(own) => {
+                        rustix::fs::openat(&self.proc, own, flags | follow, Mode::empty()).map_err(errno)?
+                    }
                     // Other magic links would be followed as this process's, not as the caller's.
                     None => {
                         let resolve = ResolveFlags::NO_MAGICLINKS;

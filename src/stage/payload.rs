@@ -30,7 +30,7 @@ use crate::seccomp::{self, FilterSpec};
 use crate::supervise::streams::Inside;
 use crate::sys;
 
-/// Name (argv[0]) by which our program knows that it is the payload's last step.
+/// Name (`argv[0]`) by which our program knows that it is the payload's last step.
 pub const EXEC_STAGE: &str = "rootlet-exec";
 
 /// What init hands to the payload's process.
@@ -107,7 +107,9 @@ fn confine(handover: &Handover<'_>, report: &Channel) -> Result<SetupFailure, Se
     let failed = sys::process::exec_fd(handover.program.as_fd(), &args, &env);
     let command = plan.process.args.first().map(|c| c.to_string_lossy()).unwrap_or_default();
     Err(match failed {
-        Errno::E2BIG => SetupFailure::new(Step::Exec, format!("{command}: its arguments and environment"), failed),
+        Errno::E2BIG => {
+            SetupFailure::new(Step::Exec, format!("{command}: its arguments and environment"), failed)
+        }
         other => SetupFailure::new(Step::OwnProgram, "our own program", other),
     })
 }

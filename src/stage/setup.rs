@@ -345,7 +345,9 @@ fn make_place(root: BorrowedFd<'_>, path: &Path, mount: &OwnedFd) -> rustix::io:
         return Err(rustix::io::Errno::NOENT);
     };
     let directory = match open_in_root(root, parent) {
-        Err(rustix::io::Errno::NOENT) => make_place(root, parent, &rustix::io::fcntl_dupfd_cloexec(root, 0)?)?,
+        Err(rustix::io::Errno::NOENT) => {
+            make_place(root, parent, &rustix::io::fcntl_dupfd_cloexec(root, 0)?)?
+        }
         other => other?,
     };
     let wanted = statat(mount, "", AtFlags::EMPTY_PATH)?;

@@ -66,8 +66,16 @@ pub(crate) fn run(
     let signals = SignalFd::with_flags(&watched, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(during("signalfd"))?;
     let outputs = streams.start().map_err(during("relaying the standard streams"))?;
-    let mut events =
-        Loop { sandbox, services, signals, timer: None, terminal: None, started: false, payload_ended: false, timed_out: false };
+    let mut events = Loop {
+        sandbox,
+        services,
+        signals,
+        timer: None,
+        terminal: None,
+        started: false,
+        payload_ended: false,
+        timed_out: false,
+    };
     let outcome = events.run(plan.process.timeout);
     events.end(&outputs)?;
     outcome
@@ -92,15 +100,11 @@ impl Loop<'_> {
         }
         loop {
             let [message, signal, time_up] = self.wait()?;
-            if message {
-                if let Some(outcome) = self.take_message()? {
-                    return Ok(if self.timed_out { Outcome::TimedOut } else { outcome });
-                }
+            if message && let Some(outcome) = self.take_message()? {
+                return Ok(if self.timed_out { Outcome::TimedOut } else { outcome });
             }
-            if signal {
-                if let Some(outcome) = self.take_signals()? {
-                    return Ok(outcome);
-                }
+            if signal && let Some(outcome) = self.take_signals()? {
+                return Ok(outcome);
             }
             if time_up {
                 self.take_timeout()?;
@@ -259,12 +263,11 @@ impl Loop<'_> {
                 Ok(0) => return Ok(Waited::TimeUp),
                 other => other.map_err(during("poll"))?,
             };
-            let [ready, signal] = fds.map(|fd| fd.any().unwrap_or(true));
+            let [ready, _] = fds.map(|fd| fd.any().unwrap_or(true));
             if ready {
                 return Ok(Waited::Ready);
             }
-            while signal {
-                let Some(info) = self.signals.read_signal().map_err(during("signalfd"))? else { break };
+            while let Some(info) = self.signals.read_signal().map_err(during("signalfd"))? {
                 let ends = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM];
                 if ends.into_iter().any(|signal| info.ssi_signo.cast_signed() == signal as i32) {
                     return Ok(Waited::Signal);

@@ -41,7 +41,8 @@ pub(crate) fn prepare(process: &ProcessPlan) -> Result<(Inside, Outside), Errno>
             outside.input = Some(write);
         } else {
             let null = std::fs::File::open("/dev/null");
-            inside[0] = Some(null.map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::ENOENT)))?.into());
+            inside[0] =
+                Some(null.map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::ENOENT)))?.into());
         }
     }
     if isatty(rustix::stdio::stdout()) {
