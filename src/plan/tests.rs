@@ -397,7 +397,7 @@ fn an_upper_in_a_volume_is_masked() {
         };
         plan.mounts.iter().filter_map(below).collect::<Vec<_>>()
     };
-    assert_eq!(masked(&place), [PathBuf::new(); 0]);
+    assert!(masked(&place).is_empty());
     place.upper =
         Some(UpperPlan { dir: "/data/x/changes".into(), work: "/data/x/.changes.rootlet-work".into() });
     assert_eq!(
