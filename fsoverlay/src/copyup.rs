@@ -458,14 +458,18 @@ impl Engine {
     /// Brings a directory and everything in it into the upper, so that it can be renamed.
     /// Each object is copied where it is, which changes nothing that can be seen; a
     /// failure half-way therefore leaves the tree as it was. Gives the directories, which
-    /// [`Engine::forget_lowers`] cuts from their layers once the top is opaque.
+    /// [`Engine::rename`] cuts from their layers once the top is opaque.
     pub(crate) fn copy_up_tree(&self, top: &Arc<Node>) -> Res<Vec<Arc<Node>>> {
         let mut dirs = vec![top.clone()];
         let mut next = 0;
         while next < dirs.len() {
             let dir = dirs[next].clone();
             next += 1;
-            self.copy_up(&dir)?;
+            match self.copy_up(&dir) {
+                // Removed since it was listed. (The top itself is the rename's to judge.)
+                Err(Errno::NOENT) if next > 1 => continue,
+                other => other?,
+            }
             if !dir.dir()?.state.read().has_lower() {
                 continue;
             }
@@ -473,9 +477,12 @@ impl Engine {
                 match self.lookup(&dir, &name) {
                     Ok(child) if child.kind == Kind::Dir => dirs.push(child),
                     Ok(child) => {
-                        self.copy_up(&child)?;
                         // A hard link may be there under another name only.
-                        self.materialise(&child, &dir, &name)?;
+                        let copied = self.copy_up(&child).and_then(|()| self.materialise(&child, &dir, &name));
+                        match copied {
+                            Err(Errno::NOENT) => {}
+                            other => other?,
+                        }
                     }
                     Err(Errno::NOENT) => {}
                     Err(err) => return Err(err),
@@ -483,18 +490,6 @@ impl Engine {
             }
         }
         Ok(dirs)
-    }
-
-    /// Cuts directories that are complete in the upper from the layers below.
-    pub(crate) fn forget_lowers(&self, dirs: &[Arc<Node>], locked: &[&Arc<Node>]) -> Res<()> {
-        for dir in dirs {
-            // The caller holds the locks of some of them and does those itself.
-            if locked.iter().any(|l| l.ino == dir.ino) {
-                continue;
-            }
-            crate::rename::cut(&mut dir.dir()?.state.write());
-        }
-        Ok(())
     }
 
     /// A root that was never copied up: nothing to do, it is the upper's directory.

@@ -123,6 +123,9 @@ impl Engine {
 
         let mut nodes = vec![parent, new_parent, &source];
         nodes.extend(target.as_ref());
+        // Below the renamed too, all at once: one after another could meet a request that holds one
+        // of them and wants one of ours.
+        nodes.extend(&cut_off);
         let mut guards = lock_dirs(&nodes)?;
         let still = |node: &Node, parent: &Node, name: &[u8]| {
             if node.has_link(parent, name) { Ok(()) } else { Err(Errno::NOENT) }
@@ -162,13 +165,9 @@ impl Engine {
             self.note_arrival(target, from.dir)?;
         }
         // The tops are opaque now: what lies in them has nothing below any more.
-        let locked: Vec<&Arc<Node>> = nodes.iter().copied().filter(|n| n.kind == Kind::Dir).collect();
         for node in &cut_off {
-            if let Ok(state) = guards.get(node) {
-                cut(state);
-            }
+            cut(guards.get(node)?);
         }
-        self.forget_lowers(&cut_off, &locked)?;
 
         if let (How::Exchange, Some(target)) = (how, &target) {
             self.exchange(&source, &from, target, &to)?;

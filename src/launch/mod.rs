@@ -153,8 +153,8 @@ impl Drop for Sandbox {
 pub struct Prepared<'a> {
     plan: &'a Plan,
     services: Services,
-    /// The soft RLIMIT_NOFILE that the payload gets back.
-    nofile: u64,
+    /// The soft limits that the payload gets back.
+    limits: Vec<SoftLimit>,
     began: Instant,
 }
 
@@ -168,10 +168,10 @@ pub fn prepare(plan: &Plan) -> Result<Prepared<'_>, LaunchError> {
     let began = Instant::now();
     check_streams()?;
     // Before the layers: the overlay sizes its cache of descriptors by the limit.
-    let nofile = raise_nofile()?;
+    let limits = OWN_LIMITS.map(raise_limit).into_iter().collect::<Result<Vec<_>, _>>()?;
     let services = Services::prepare(plan)?;
     tracing::info!(name = plan.name, layers = plan.root.layers.len(), "layers are open and ports bound");
-    Ok(Prepared { plan, services, nofile, began })
+    Ok(Prepared { plan, services, limits, began })
 }
 
 impl Prepared<'_> {
@@ -189,7 +189,7 @@ impl Prepared<'_> {
     /// # Errors
     /// Nothing is left of the sandbox when this returns, in either case.
     pub fn run(self) -> Result<RunReport, LaunchError> {
-        let Self { plan, mut services, nofile, began } = self;
+        let Self { plan, mut services, limits, began } = self;
         sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None)
             .map_err(during("blocking signals"))?;
         // A caller may ignore it, which execve keeps: then the kernel reaps our children unseen.
@@ -204,7 +204,7 @@ impl Prepared<'_> {
             match clone_with(flags).map_err(|errno| SetupFailure::new(Step::Clone, "", errno))? {
                 Cloned::Child => {
                     drop(ours);
-                    stage::enter(plan, &Inherited { channel: theirs, nofile, streams })
+                    stage::enter(plan, &Inherited { channel: theirs, limits, streams })
                 }
                 Cloned::Parent { pid, pidfd } => {
                     drop((theirs, streams));
@@ -269,12 +269,18 @@ fn clone_flag(namespace: Namespace) -> libc::c_int {
     }
 }
 
-/// Raises our own limit on open files, as every flow and open file inside costs one; the
-/// payload gets the old one back.
-fn raise_nofile() -> Result<u64, LaunchError> {
-    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(during("RLIMIT_NOFILE"))?;
+/// A soft limit as the caller had it (getrlimit(2)).
+pub(crate) type SoftLimit = (Resource, u64);
+
+/// Limits of our own that what the payload does would meet: every flow and open file inside costs us
+/// a descriptor, and we write its files.
+const OWN_LIMITS: [Resource; 2] = [Resource::RLIMIT_NOFILE, Resource::RLIMIT_FSIZE];
+
+/// Raises one as far as we may; the payload gets the old one back.
+fn raise_limit(limit: Resource) -> Result<SoftLimit, LaunchError> {
+    let (soft, hard) = getrlimit(limit).map_err(during("reading our limits"))?;
     if soft < hard {
-        setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map_err(during("RLIMIT_NOFILE"))?;
+        setrlimit(limit, hard, hard).map_err(during("raising our limits"))?;
     }
-    Ok(soft)
+    Ok((limit, soft))
 }

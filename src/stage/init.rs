@@ -58,7 +58,7 @@ fn supervise_payload(plan: &Plan, inherited: &Inherited, ready: &Ready) -> Resul
             program: &ready.program,
             terminal: ready.terminal.as_ref(),
             streams: &inherited.streams,
-            nofile: inherited.nofile,
+            limits: &inherited.limits,
         };
         let failure = payload::run(&handover, &theirs);
         theirs.send(&PayloadMessage::Failed(failure), None).ok();

@@ -27,8 +27,8 @@ pub(crate) use setup::write_maps;
 pub struct Inherited {
     /// Its end of the hand-shake.
     pub channel: Channel,
-    /// The soft RLIMIT_NOFILE that the payload gets back.
-    pub nofile: u64,
+    /// The soft limits that the payload gets back.
+    pub limits: Vec<crate::launch::SoftLimit>,
     /// What takes the place of standard input, output and error.
     pub streams: crate::supervise::streams::Inside,
 }

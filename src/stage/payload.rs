@@ -24,6 +24,7 @@ use nix::unistd::{Gid, Uid};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::users::Identity;
+use crate::launch::SoftLimit;
 use crate::launch::handshake::{Channel, SetupFailure, Step};
 use crate::plan::{Plan, SeccompPlan};
 use crate::seccomp::{self, FilterSpec};
@@ -40,7 +41,7 @@ pub(super) struct Handover<'a> {
     pub(super) program: &'a OwnedFd,
     pub(super) terminal: Option<&'a OwnedFd>,
     pub(super) streams: &'a Inside,
-    pub(super) nofile: u64,
+    pub(super) limits: &'a [SoftLimit],
 }
 
 /// From the fork to our own program's second start. Returns only on failure.
@@ -57,9 +58,10 @@ fn confine(handover: &Handover<'_>, report: &Channel) -> Result<SetupFailure, Se
     let confine = |what: &'static str| move |errno: Errno| SetupFailure::new(Step::Confine, what, errno);
 
     attach_stdio(handover)?;
-    let limit = nix::sys::resource::Resource::RLIMIT_NOFILE;
-    let (_, hard) = nix::sys::resource::getrlimit(limit).map_err(spawn("RLIMIT_NOFILE"))?;
-    nix::sys::resource::setrlimit(limit, handover.nofile.min(hard), hard).map_err(spawn("RLIMIT_NOFILE"))?;
+    for (limit, soft) in handover.limits {
+        let (_, hard) = nix::sys::resource::getrlimit(*limit).map_err(spawn("reading limits"))?;
+        nix::sys::resource::setrlimit(*limit, (*soft).min(hard), hard).map_err(spawn("restoring limits"))?;
+    }
 
     let keep = capability_set(&plan.confine.keep_caps);
     drop_bounding_set(keep).map_err(confine("the bounding set"))?;
