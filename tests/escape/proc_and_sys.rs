@@ -1,5 +1,7 @@
 //! /proc and /sys: what tells of or changes the host is masked, read-only or absent.
 
+use std::os::fd::AsRawFd as _;
+
 use crate::common::Home;
 
 const NONE: [&str; 0] = [];
@@ -120,8 +122,10 @@ fn sockets_of_the_host_are_not_there_or_lead_nowhere() {
     let home = Home::new();
     home.sh(NONE, "ls -A /run; ls -A /var/run/").run().ok().prints("");
     // The name of a socket elsewhere shows through the overlay, but nobody listens behind it.
-    let path = home.path("work/socket");
-    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    // By way of a descriptor: the path itself may be longer than a socket's name can be.
+    let work = std::fs::File::open(home.path("work")).unwrap();
+    let path = format!("/proc/self/fd/{}/socket", work.as_raw_fd());
+    let listener = std::os::unix::net::UnixListener::bind(path).unwrap();
     let connect = "
 import errno, socket
 try:
