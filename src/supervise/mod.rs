@@ -36,6 +36,9 @@ const TERM_GRACE: Duration = Duration::from_secs(5);
 /// How long a sandbox that was killed has to be gone.
 const END_GRACE: Duration = Duration::from_secs(10);
 
+/// How long our terminal stays raw for output that nobody takes.
+const OUTPUT_GRACE: Duration = Duration::from_secs(2);
+
 /// Signals that are the payload's business.
 const FORWARDED: [Signal; 8] = [
     Signal::SIGHUP,
@@ -236,12 +239,18 @@ impl Loop<'_> {
                 }
             }
         }
+        // Our terminal stays raw while the payload's last output goes through it, but not for a reader
+        // that does not read: the keys would be nobody's.
         let terminal = self.terminal.take();
-        if let Some(terminal) = &terminal {
-            terminal.restore();
-        }
         for output in outputs.iter().chain(terminal.as_ref().map(Terminal::output)) {
-            if let Waited::Signal = self.wait_until(output.done(), None)? {
+            let mut waited = self.wait_until(output.done(), Some(OUTPUT_GRACE))?;
+            if let Waited::TimeUp = waited {
+                if let Some(terminal) = &terminal {
+                    terminal.restore();
+                }
+                waited = self.wait_until(output.done(), None)?;
+            }
+            if let Waited::Signal = waited {
                 break;
             }
         }
