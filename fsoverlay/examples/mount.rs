@@ -39,6 +39,8 @@ struct Args {
     workers: usize,
     /// Run as these ids inside.
     user: Option<(u32, u32)>,
+    /// Mount the kernel's overlayfs of the same directories instead.
+    kernel: bool,
     /// Say whether the upper was changed.
     report: bool,
     command: Vec<String>,
@@ -58,6 +60,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Outcome<Args> {
             "--translated" => args.translated = true,
             "--nofile" => args.nofile = Some(value()?.parse()?),
             "--workers" => args.workers = value()?.parse()?,
+            "--kernel" => args.kernel = true,
             "--report" => args.report = true,
             "--user" => {
                 let text = value()?;
@@ -103,19 +106,23 @@ fn main() -> Outcome<ExitCode> {
 
 /// Parent: the host's side.
 fn serve(args: &Args) -> Outcome<ExitCode> {
-    if let Some(limit) = args.nofile {
-        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-        setrlimit(Resource::RLIMIT_NOFILE, limit, hard)?;
-    }
     let (mut ours, theirs) = UnixStream::pair()?;
     let mut child = Command::new(std::env::current_exe()?)
         .arg("--inside")
         .args(std::env::args_os().skip(1))
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .spawn()?;
+    if let Some(limit) = args.nofile {
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        setrlimit(Resource::RLIMIT_NOFILE, limit, hard)?;
+    }
     let mut byte = [0];
     ours.read_exact(&mut byte)?;
     let (uids, gids) = write_maps(child.id(), args.range)?;
+    if args.kernel {
+        ours.write_all(b"m")?;
+        return Ok(exit_code(child.wait()?));
+    }
     let owners = if args.translated { Owners::Translated { uids, gids } } else { Owners::Numeric };
     let layer =
         |dir: &PathBuf| LayerSpec { dir: dir.clone(), owners: owners.clone(), hidden: args.hidden.clone() };
@@ -136,8 +143,12 @@ fn serve(args: &Args) -> Outcome<ExitCode> {
         std::io::stderr().write_all(format!("changed={}\n", server.changed()).as_bytes())?;
     }
     server.join();
+    Ok(exit_code(status))
+}
+
+fn exit_code(status: std::process::ExitStatus) -> ExitCode {
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
-    Ok(ExitCode::from(u8::try_from(code).unwrap_or(255)))
+    ExitCode::from(u8::try_from(code).unwrap_or(255))
 }
 
 /// Maps ids for the child: 0 to our own, and in a range 1… to the subordinate ids.
@@ -218,6 +229,10 @@ fn inside(args: &Args) -> Outcome<Never> {
     nix::unistd::setresuid(0.into(), 0.into(), 0.into())?;
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+    if args.kernel {
+        mount_kernel_overlay(args)?;
+        return become_command(args);
+    }
     let fuse: OwnedFd = std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse")?.into();
     let data = fsoverlay::mount_data(fuse.as_raw_fd(), 0, 0);
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
@@ -233,6 +248,22 @@ fn inside(args: &Args) -> Outcome<Never> {
     drop(fuse);
     socket.read_exact(&mut byte)?;
     drop(socket);
+    become_command(args)
+}
+
+/// The same directories through the kernel's overlayfs.
+fn mount_kernel_overlay(args: &Args) -> Outcome<()> {
+    let text = |path: &PathBuf| path.to_string_lossy().into_owned();
+    let lowers: Vec<String> = args.lowers.iter().rev().map(text).collect();
+    let mut data = format!("userxattr,lowerdir={}", lowers.join(":"));
+    if let (Some(upper), Some(work)) = (&args.upper, &args.work) {
+        data.push_str(&format!(",upperdir={},workdir={}", text(upper), text(work)));
+    }
+    mount(Some("overlay"), &args.at, Some("overlay"), MsFlags::empty(), Some(data.as_str()))?;
+    Ok(())
+}
+
+fn become_command(args: &Args) -> Outcome<Never> {
     let (program, rest) = args.command.split_first().ok_or("no command")?;
     let mut command = Command::new(program);
     command.args(rest).current_dir(&args.at).env("OVERLAY", &args.at).stdin(Stdio::null());

@@ -478,7 +478,8 @@ impl Engine {
                     Ok(child) if child.kind == Kind::Dir => dirs.push(child),
                     Ok(child) => {
                         // A hard link may be there under another name only.
-                        let copied = self.copy_up(&child).and_then(|()| self.materialise(&child, &dir, &name));
+                        let copied =
+                            self.copy_up(&child).and_then(|()| self.materialise(&child, &dir, &name));
                         match copied {
                             Err(Errno::NOENT) => {}
                             other => other?,

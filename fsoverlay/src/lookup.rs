@@ -96,7 +96,7 @@ impl Engine {
     /// Owner and mode of an object of the upper without an xattr that says them.
     fn unrecorded(&self, stat: &Stat, kind: Kind) -> Res<Meta> {
         let mut owner = self.default_owner;
-        if kind == Kind::Symlink
+        if (kind == Kind::Symlink || kind.is_special())
             && let Some(recorded) = self.upper()?.sidecar.owner(stat)?
         {
             owner = recorded;

@@ -168,6 +168,10 @@ impl Engine {
         for node in &cut_off {
             cut(guards.get(node)?);
         }
+        // The kernel shows whiteouts in a directory that merges with nothing.
+        for node in &cut_off {
+            self.sweep_whiteouts(node.upper_dir()?);
+        }
 
         if let (How::Exchange, Some(target)) = (how, &target) {
             self.exchange(&source, &from, target, &to)?;

@@ -113,10 +113,22 @@ impl Engine {
         let had_record = node.inner.lock().has_record;
         let (target, _) = self.target(node)?;
         let needed = meta.needs_record(self.default_owner) || Self::is_root(node);
-        if node.kind == Kind::Symlink {
+        // A link, and a fifo or socket that somebody else put into the upper, cannot hold
+        // an xattr.
+        let mut by_sidecar = node.kind == Kind::Symlink;
+        if let (Target::Name(dir, name), true) = (&target, node.kind.is_special()) {
+            by_sidecar = crate::layer::stat_at(dir.as_fd(), name)?.kind() != Some(Kind::File);
+        }
+        if by_sidecar {
             if let Target::Name(dir, name) = &target {
                 let stat = crate::layer::stat_at(dir.as_fd(), name)?;
-                self.upper()?.sidecar.set_owner(&stat, needed.then_some((meta.uid, meta.gid)))?;
+                let owner = (meta.uid, meta.gid);
+                let sidecar = &self.upper()?.sidecar;
+                sidecar.set_owner(&stat, (owner != self.default_owner).then_some(owner))?;
+                if node.kind != Kind::Symlink {
+                    let mode = Mode::from_raw_mode(meta.perm & 0o777);
+                    sys::chmod_special(dir.as_fd(), name, mode)?;
+                }
                 // Changes nothing but the change time.
                 rustix::fs::chownat(dir, &**name, None, None, AtFlags::SYMLINK_NOFOLLOW)?;
             }
@@ -144,7 +156,7 @@ impl Engine {
         }
         let mut inner = node.inner.lock();
         inner.meta = meta;
-        inner.has_record = needed && node.kind != Kind::Symlink;
+        inner.has_record = needed && !by_sidecar;
         Ok(())
     }
 

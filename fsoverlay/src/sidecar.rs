@@ -1,4 +1,5 @@
-//! Owners of symbolic links, which cannot hold `user.*` xattrs.
+//! Owners of symbolic links, which cannot hold `user.*` xattrs. (Nor can real fifos and
+//! sockets; ours are files with a record, but an upper may hold such of another maker.)
 //!
 //! A link whose owner is not the default one gets a line in the file `owners` of the
 //! work directory: `INO BTIME UID GID`, the inode number and the time of birth of the

@@ -1,4 +1,5 @@
-//! The crate's only unsafe lines: extended attributes of a (directory, name) pair.
+//! The crate's only unsafe lines: extended attributes of a (directory, name) pair, and
+//! what else neither library offers for such a pair.
 //!
 //! `getxattrat` and its relatives exist since Linux 6.13 and neither `rustix`, `nix`
 //! nor `libc` wraps them. Before, the same is reached through `/proc/self/fd`, which
@@ -183,6 +184,11 @@ pub(crate) fn remove_xattr(at: At<'_>, attr: &str) -> Res<()> {
         }
     }
     with_proc_path(dir, name, |path| rustix::fs::removexattr(path, attr))
+}
+
+/// chmod of a name that is never followed. (fchmodat2 is newer than the kernels we want.)
+pub(crate) fn chmod_special(dir: BorrowedFd<'_>, name: &[u8], mode: Mode) -> Res<()> {
+    with_proc_path(dir, name, |path| rustix::fs::chmod(path, mode))
 }
 
 /// getxattr into a vector of the right size; `None` if the attribute (or the file

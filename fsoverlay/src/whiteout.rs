@@ -11,9 +11,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, XattrFlags};
 
+use crate::attr::Kind;
 use crate::engine::{Engine, Upper};
 use crate::errno::{Errno, Res};
-use crate::layer::{RealDir, stat_at};
+use crate::layer::{RealDir, open_for_reading, stat_at};
 use crate::sys::{self, At};
 use crate::xattr::{OPAQUE, WHITEOUT};
 
@@ -133,13 +134,37 @@ impl Engine {
         if stat.is_whiteout() {
             return Ok(true);
         }
-        if dir.xattr_whiteouts.load(Ordering::Relaxed)
-            && stat.kind() == Some(crate::attr::Kind::File)
-            && stat.size == 0
-        {
+        if dir.xattr_whiteouts.load(Ordering::Relaxed) && stat.kind() == Some(Kind::File) && stat.size == 0 {
             return Ok(sys::get_xattr_vec(At::Name(fd.as_fd(), name), WHITEOUT)?.is_some());
         }
         Ok(false)
+    }
+
+    /// Removes the whiteouts of a directory that has nothing below any more. A failure
+    /// leaves what is not needed.
+    pub(crate) fn sweep_whiteouts(&self, dir: &Arc<RealDir>) {
+        let sweep = || -> Res<()> {
+            let fd = self.fd(dir)?;
+            let mut suspects: Vec<Box<[u8]>> = Vec::new();
+            let by_xattr = dir.xattr_whiteouts.load(Ordering::Relaxed);
+            crate::readdir::for_each_entry(&open_for_reading(fd.as_fd())?, |name, kind, _| {
+                match kind {
+                    Some(Kind::Char) | None => suspects.push(name.into()),
+                    Some(Kind::File) if by_xattr => suspects.push(name.into()),
+                    Some(_) => {}
+                }
+                true
+            })?;
+            for name in suspects {
+                if self.is_whiteout(dir, &name)? {
+                    rustix::fs::unlinkat(&fd, &*name, AtFlags::empty())?;
+                }
+            }
+            Ok(())
+        };
+        if let Err(err) = sweep() {
+            tracing::debug!(?err, "whiteouts were left in a directory that needs none");
+        }
     }
 
     /// Removes a directory that holds nothing but whiteouts, after it was moved into the

@@ -183,6 +183,12 @@ impl Mount {
     }
 
     pub(crate) fn command(&self) -> Result<Command, Failure> {
+        // A request that is never answered must fail, not hang.
+        self.command_under(&["timeout", "-s", "KILL", "300"])
+    }
+
+    /// The command under another one; of the server itself if that is empty.
+    pub(crate) fn command_under(&self, first: &[&str]) -> Result<Command, Failure> {
         let me = std::env::current_exe()?;
         let program = match std::env::var_os("FSOVERLAY_MOUNT") {
             Some(path) => PathBuf::from(path),
@@ -192,10 +198,18 @@ impl Mount {
                 .ok_or("the test program has no target directory")?
                 .join("examples/mount"),
         };
-        // A request that is never answered must fail, not hang.
-        let mut command = Command::new("timeout");
-        command.args(["-s", "KILL", "300"]).args(&self.wrapper).arg(program);
-        command.args(&self.options).arg("--").arg(me).arg("--inside").arg(self.name).args(&self.args);
+        let mut words = first.iter().map(std::ffi::OsString::from).collect::<Vec<_>>();
+        words.extend(self.wrapper.iter().map(std::ffi::OsString::from));
+        words.push(program.into());
+        let mut command = Command::new(words.remove(0));
+        command
+            .args(words)
+            .args(&self.options)
+            .arg("--")
+            .arg(me)
+            .arg("--inside")
+            .arg(self.name)
+            .args(&self.args);
         Ok(command)
     }
 
@@ -237,8 +251,12 @@ pub(crate) fn run(case: &Case) -> Check {
     }
     let mut world = World { name: case.name, dir };
     let result = (case.outside)(&mut world);
+    // Whatever the payload did, its user can remove what is stored.
+    let removed = Command::new("rm").arg("-rf").arg(world.upper()).arg(world.path("work")).status()?;
     remove(&world.dir)?;
-    result
+    result?;
+    holds!(removed.success());
+    Ok(())
 }
 
 /// Removes a tree of ours, whatever modes it has.

@@ -1,3 +1,178 @@
-//! t
-use crate::harness::Case;
-pub(crate) const CASES: &[Case] = &[];
+//! Few descriptors, many threads.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::Path;
+
+use crate::harness::{Case, Check, Failure, World, errno_of, holds, same};
+use crate::semantics::{make_tree, no_leftovers};
+
+pub(crate) const CASES: &[Case] = &[
+    Case { name: "few_descriptors_suffice", outside: few_descriptors, inside: many_objects },
+    Case { name: "concurrent_copy_ups_are_one", outside: shared_file, inside: race },
+    Case { name: "threads_in_one_tree", outside: storm_over, inside: storm },
+];
+
+fn few_descriptors(world: &mut World) -> Check {
+    for i in 0..400 {
+        let dir = world.lower().join(format!("d{i}"));
+        fs::create_dir(&dir)?;
+        fs::write(dir.join("f"), i.to_string())?;
+    }
+    world.mount().with("--nofile", "100").run()?;
+    no_leftovers(world)
+}
+
+fn many_objects(_: &[String]) -> Check {
+    let mut open = Vec::new();
+    for i in 0..400 {
+        let name = format!("d{i}/f");
+        same!(fs::read_to_string(&name)?, i.to_string());
+        let file = OpenOptions::new().read(true).write(true).open(&name)?;
+        file.write_all_at(b"+", 0)?;
+        file.sync_all()?;
+        open.push(file);
+    }
+    // All of them unlinked and still open.
+    for i in 0..400 {
+        fs::remove_file(format!("d{i}/f"))?;
+    }
+    for (i, file) in open.iter().enumerate() {
+        let mut buf = vec![0; i.to_string().len()];
+        file.read_exact_at(&mut buf, 0)?;
+        same!(buf[0], b'+');
+        let text = i.to_string();
+        same!(buf[1..], text.as_bytes()[1..]);
+    }
+    drop(open);
+    for i in 0..400 {
+        fs::rename(format!("d{i}"), format!("e{i}"))?;
+        fs::write(format!("e{i}/new"), "")?;
+    }
+    Ok(())
+}
+
+const THREADS: u64 = 8;
+
+fn shared_file(world: &mut World) -> Check {
+    fs::write(world.lower().join("shared"), vec![b'.'; 8 << 20])?;
+    fs::hard_link(world.lower().join("shared"), world.lower().join("link"))?;
+    fs::create_dir(world.lower().join("dir"))?;
+    fs::write(world.lower().join("dir/x"), "x")?;
+    world.mount().with("--workers", "4").run()?;
+    same!(fs::metadata(world.upper().join("shared"))?.ino(), fs::metadata(world.upper().join("link"))?.ino());
+    no_leftovers(world)
+}
+
+fn race(_: &[String]) -> Check {
+    holds!(fs::metadata("link")?.nlink() == 2);
+    let results: Vec<Result<(), std::io::Error>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..THREADS)
+            .map(|i| {
+                scope.spawn(move || {
+                    let name = if i % 2 == 0 { "shared" } else { "link" };
+                    let file = OpenOptions::new().write(true).open(name)?;
+                    file.write_all_at(format!("{i}").as_bytes(), i * 65536)?;
+                    file.sync_all()?;
+                    // Directories above are copied up by several at once, too.
+                    fs::write(format!("dir/made{i}"), "")
+                })
+            })
+            .collect();
+        threads
+            .into_iter()
+            .map(|t| t.join().unwrap_or_else(|_| Err(std::io::Error::other("a thread panicked"))))
+            .collect()
+    });
+    for result in results {
+        result?;
+    }
+    let data = fs::read("shared")?;
+    for i in 0..THREADS {
+        same!(data[usize::try_from(i)? * 65536], b'0' + u8::try_from(i)?);
+    }
+    same!(data.iter().filter(|&&b| b == b'.').count(), (8 << 20) - 8);
+    same!(fs::read_dir("dir")?.count(), 9);
+    Ok(())
+}
+
+fn storm_over(world: &mut World) -> Check {
+    for i in 0..6 {
+        let dir = world.lower().join(format!("t{i}"));
+        fs::create_dir(&dir)?;
+        make_tree(&dir)?;
+    }
+    world.mount().with("--workers", "4").run()?;
+    no_leftovers(world)
+}
+
+/// Errors that are right when others change the same names.
+fn expected(err: &std::io::Error) -> bool {
+    use rustix::io::Errno as E;
+    matches!(
+        errno_of(err),
+        Some(
+            E::NOENT | E::EXIST | E::NOTEMPTY | E::ISDIR | E::NOTDIR | E::INVAL | E::BUSY | E::LOOP | E::PERM
+        )
+    )
+}
+
+fn storm(_: &[String]) -> Check {
+    let results: Vec<Result<(), Failure>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (1..=6u64).map(|seed| scope.spawn(move || storm_thread(seed))).collect();
+        threads
+            .into_iter()
+            .map(|t| t.join().unwrap_or_else(|_| Err(Failure::Wrong("a thread panicked".to_owned()))))
+            .collect()
+    });
+    for result in results {
+        result?;
+    }
+    // What is left is whole: it can be walked, and removed.
+    fn walk(dir: &Path) -> Check {
+        for entry in fs::read_dir(dir)? {
+            let path = entry?.path();
+            let meta = path.symlink_metadata()?;
+            if meta.is_dir() {
+                walk(&path)?;
+            } else if meta.is_file() {
+                fs::read(&path)?;
+            }
+        }
+        Ok(())
+    }
+    walk(Path::new("."))?;
+    for entry in fs::read_dir(".")? {
+        let path = entry?.path();
+        if path.symlink_metadata()?.is_dir() { fs::remove_dir_all(&path)? } else { fs::remove_file(&path)? }
+    }
+    same!(fs::read_dir(".")?.count(), 0);
+    Ok(())
+}
+
+fn storm_thread(seed: u64) -> Check {
+    let mut random = crate::random::Random::new(seed);
+    let names =
+        ["dir", "dir/sub", "dir/sub/deep", "dir/a", "dir/b", "file", "dir/sub/c", "empty", "new", "dir/new"];
+    for _ in 0..400 {
+        let path = |random: &mut crate::random::Random| {
+            format!("t{}/{}", random.below(6), names[random.below(names.len())])
+        };
+        let (a, b) = (path(&mut random), path(&mut random));
+        let result = match random.below(9) {
+            0 => fs::write(&a, "storm"),
+            1 => fs::remove_file(&a),
+            2 => fs::rename(&a, &b),
+            3 => fs::create_dir(&a),
+            4 => fs::remove_dir(&a),
+            5 => fs::hard_link(&a, &b),
+            6 => fs::set_permissions(&a, fs::Permissions::from_mode(0o755)),
+            7 => fs::read_dir(&a).map(|dir| dir.count()).map(drop),
+            _ => File::open(&a).and_then(|f| f.read_at(&mut [0; 16], 0)).map(drop),
+        };
+        if let Err(err) = result {
+            holds!(expected(&err), "{a} {b}: {err}");
+        }
+    }
+    Ok(())
+}

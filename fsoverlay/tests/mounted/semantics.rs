@@ -773,8 +773,8 @@ fn host_like(world: &mut World) -> Check {
     fs::write(lower.join("locked/inside"), "")?;
     fs::write(lower.join("secret"), "s")?;
     symlink("/nowhere", lower.join("lib"))?;
-    fs::set_permissions(lower.join("locked"), fs::Permissions::from_mode(0))?;
-    fs::set_permissions(lower.join("secret"), fs::Permissions::from_mode(0))?;
+    fs::set_permissions(lower.join("locked"), fs::Permissions::from_mode(0o000))?;
+    fs::set_permissions(lower.join("secret"), fs::Permissions::from_mode(0o000))?;
     let root = nix::unistd::getuid().is_root();
     let mut mount = world.mount();
     for hidden in ["proc", "home/me/state", "sys"] {
