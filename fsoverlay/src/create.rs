@@ -139,8 +139,9 @@ impl Engine {
         // A number that the disk used again is not the object it was.
         self.aliases.lock().remove(&stat.key);
         let default_acl = extras.default.as_ref().map(|acl| Arc::from(acl.to_bytes()));
-        self.table.intern(
-            self.numbers.number(stat.key),
+        let number = self.numbers.number(stat.key);
+        let node = self.table.intern(
+            number,
             |_| false,
             || NewNode {
                 kind: meta.kind,
@@ -158,7 +159,13 @@ impl Engine {
                 upper: (meta.kind == Kind::Dir).then(|| RealDir::child(dir, name, stat.key)),
                 state: DirState { default_acl: Some(default_acl), ..DirState::default() },
             },
-        )
+        );
+        if node.ino != number {
+            // The kernel has not yet forgotten what had this number before; the new
+            // object keeps the one that it was given instead.
+            self.aliases.lock().insert(stat.key, node.ino);
+        }
+        node
     }
 
     /// Makes an object with its record at a name of the upper or the work directory;

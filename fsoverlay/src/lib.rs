@@ -30,7 +30,7 @@
 //! the user namespace of the mount, who passes the open `/dev/fuse` over:
 //!
 //! ```no_run
-//! # fn passed_by_the_mounting_process() -> std::os::fd::OwnedFd { unimplemented!() }
+//! # fn passed_by_the_mounting_process() -> std::os::fd::OwnedFd { std::io::pipe().unwrap().0.into() }
 //! use fsoverlay::{LayerSpec, Overlay, OverlaySpec, Owners, UpperSpec};
 //!
 //! let overlay = Overlay::open(&OverlaySpec {

@@ -273,7 +273,9 @@ impl Engine {
                 Err(Errno::NOENT) => continue,
                 Err(err) => return Err(err),
             };
-            let ino = self.numbers.number(Key { dev: dir.key.dev, ino: entry.ino });
+            let key = Key { dev: dir.key.dev, ino: entry.ino };
+            let alias = if dir.layer == UPPER { self.alias(key) } else { None };
+            let ino = alias.unwrap_or_else(|| self.numbers.number(key));
             merge.add(entry.name, kind, ino, !impure);
         }
         for name in dir.hidden.iter().flat_map(|h| h.names()) {

@@ -22,6 +22,7 @@ pub(crate) const CASES: &[Case] = &[
     },
     Case { name: "unlinked_open_files_go_on", outside: with_tree, inside: unlinked },
     Case { name: "inode_numbers_stay_and_agree", outside: with_tree, inside: numbers },
+    Case { name: "numbers_used_again_stay", outside: simple, inside: reuse_numbers },
     Case { name: "copy_up_keeps_everything", outside: copy_up_source, inside: copy_up },
     Case { name: "hard_links_of_a_lower_move_together", outside: linked, inside: hard_links },
     Case { name: "links_and_symlinks", outside: with_tree, inside: links },
@@ -370,6 +371,23 @@ fn numbers(_: &[String]) -> Check {
         })
         .collect();
     same!(after, renamed);
+    Ok(())
+}
+
+/// The file system below gives the number of what has just been removed to the next
+/// object, often before the kernel has forgotten the old one.
+fn reuse_numbers(_: &[String]) -> Check {
+    for round in 0..200 {
+        for name in ["a", "b"] {
+            let _ = fs::remove_file(name);
+            symlink(round.to_string(), name)?;
+        }
+        let _ = fs::remove_dir("d");
+        fs::create_dir("d")?;
+        let mut all = BTreeMap::new();
+        walk(Path::new("."), &mut all)?;
+        same!(all.len(), 3);
+    }
     Ok(())
 }
 
