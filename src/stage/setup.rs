@@ -180,6 +180,11 @@ fn set_up_network(net: &NetPlan, channel: &Channel) -> Result<()> {
     netstack::leave_tap_to_namespace(tap.as_fd()).during(Step::TapOpen, &stack.tap)?;
     channel.send(&FromSetup::Tap, Some(tap.as_fd())).during(Step::Handshake, "")?;
     let index = nix::net::if_::if_nametoindex(stack.tap.as_str()).map_err(during("interface index"))?;
+    // There is one router, and nobody else on the link: no need to ask for either. A kernel without
+    // IPv6, or a read-only /proc/sys, only means a few packets more.
+    for setting in ["accept_ra", "accept_dad"] {
+        std::fs::write(format!("/proc/sys/net/ipv6/conf/{}/{setting}", stack.tap), "0").ok();
+    }
     route.set_up(index, Some(StackPlan::GUEST_MAC), Some(stack.mtu)).map_err(during("link"))?;
     let addresses = [
         (IpAddr::V4(stack.guest_v4.0), stack.guest_v4.1, IpAddr::V4(stack.gateway_v4)),
