@@ -11,7 +11,7 @@ use std::process::Stdio;
 use fsoverlay::{ChangeKind, LayerSpec, OverlaySpec, Owners, UpperSpec};
 use rustix::fs::{CWD, FileType, Mode, XattrFlags, mknodat};
 
-use crate::harness::{Case, Check, Failure, World, errno, holds, nothing, same};
+use crate::harness::{Case, Check, Failure, World, errno, holds, no_kernel_overlay, nothing, same};
 use crate::semantics::{make_tree, no_leftovers};
 
 pub(crate) const CASES: &[Case] = &[
@@ -81,8 +81,8 @@ fn both_views(world: &World, first_kernel: bool) -> Check {
     let own = |step: &str| world.mount().arg(step).arg(&ours).run();
     let could = if first_kernel { kernel("change") } else { own("change").and_then(|_| kernel("look")) };
     match could {
-        Err(Failure::Wrong(text)) if text.contains("Operation not permitted") || text.contains("EPERM") => {
-            return Err(Failure::Skip(format!("the kernel does not mount an overlay here: {text}")));
+        Err(failure) if no_kernel_overlay(&failure) => {
+            return Err(Failure::Skip("the kernel does not mount an overlay here".to_owned()));
         }
         other => other.map(drop)?,
     }

@@ -275,7 +275,12 @@ pub(crate) fn remove(dir: &Path) -> Check {
 pub(crate) fn need_range() -> Check {
     let uid = nix::unistd::getuid();
     if uid.is_root() {
-        return Ok(());
+        // In a namespace of its own root may hold fewer ids than it would map.
+        let map = std::fs::read_to_string("/proc/self/uid_map")?;
+        let count = map.split_whitespace().nth(2).and_then(|n| n.parse::<u32>().ok()).unwrap_or(0);
+        if count >= 65536 {
+            return Ok(());
+        }
     }
     let name = nix::unistd::User::from_uid(uid)?.map(|u| u.name).unwrap_or_default();
     let subuids = std::fs::read_to_string("/etc/subuid").unwrap_or_default();
@@ -284,6 +289,12 @@ pub(crate) fn need_range() -> Check {
     } else {
         Err(Failure::Skip("no subordinate ids".to_owned()))
     }
+}
+
+/// Whether the failure is the kernel's refusal to mount its own overlay here: in a
+/// container, or because the directories are on a file system that cannot be its upper.
+pub(crate) fn no_kernel_overlay(failure: &Failure) -> bool {
+    matches!(failure, Failure::Wrong(text) if text.contains("Error: EPERM") || text.contains("Error: EINVAL"))
 }
 
 pub(crate) fn nothing(_: &[String]) -> Check {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, RenameFlags, XattrFlags, renameat_with};
 
-use crate::harness::{Case, Check, Failure, World, errno_of, same};
+use crate::harness::{Case, Check, Failure, World, errno_of, no_kernel_overlay, same};
 use crate::semantics::{make_tree, no_leftovers};
 
 pub(crate) const CASES: &[Case] =
@@ -74,7 +74,7 @@ fn seeds(world: &mut World) -> Check {
         no_leftovers(world)?;
         let by_kernel = world.mount().flag("--kernel").arg("0").arg("0").arg(plain.display().to_string());
         match by_kernel.run() {
-            Err(Failure::Wrong(text)) if text.contains("EPERM") => {}
+            Err(failure) if no_kernel_overlay(&failure) => {}
             other => {
                 other.map_err(|failure| match failure {
                     Failure::Wrong(text) => Failure::Wrong(format!("seed {seed}, the kernel's view: {text}")),
