@@ -184,7 +184,22 @@ impl Engine {
             return self.become_unlinked(node, has_record, &temp);
         }
         self.note_links(node, from, count);
+        self.place_late_links(node, &links);
         Ok(())
+    }
+
+    /// Names that were looked up while the copy was made: whoever did so met the layer's
+    /// file, and nobody will look them up again.
+    fn place_late_links(&self, node: &Arc<Node>, placed: &[Link]) {
+        let links = node.inner.lock().links.clone();
+        for link in links {
+            if placed.iter().any(|l| l.is(&link.parent, &link.name)) {
+                continue;
+            }
+            if let Err(err) = self.materialise(node, &link.parent, &link.name) {
+                tracing::debug!(?err, "a hard link was left behind by a copy-up");
+            }
+        }
     }
 
     /// Of `from.nlink` names below, `placed` are in the upper now.
@@ -293,7 +308,7 @@ impl Engine {
             }
             let mut placed = 0;
             let links = node.inner.lock().links.clone();
-            for link in links {
+            for link in &links {
                 self.copy_up(&link.parent)?;
                 let state = link.parent.dir()?.state.write();
                 if state.removed || !node.has_link(&link.parent, &link.name) {
@@ -321,6 +336,7 @@ impl Engine {
                 node.inner.lock().place = Place::Gone(Arc::new(Stat { nlink: 0, ..*stat }));
             } else {
                 self.note_links(node, stat, placed);
+                self.place_late_links(node, &links);
             }
             Ok(())
         }();
