@@ -229,7 +229,9 @@ impl Channel {
     pub fn receive<M: DeserializeOwned>(&self) -> Result<Option<(M, Option<OwnedFd>)>, rustix::io::Errno> {
         let mut buffer = vec![0; MESSAGE_MAX];
         let (length, fd) = match fdpass::receive(self.as_fd(), &mut buffer) {
-            Err(rustix::io::Errno::CONNRESET) => return Ok(None),
+            // The other side ended with a message of ours unread. That is said once, and before what it
+            // sent: its last words are still there.
+            Err(rustix::io::Errno::CONNRESET) => fdpass::receive(self.as_fd(), &mut buffer)?,
             other => other?,
         };
         if length == 0 {
@@ -261,6 +263,16 @@ mod tests {
         drop(theirs);
         assert_eq!(ours.receive::<FromSetup>().expect("receive").map(|(m, _)| m), None);
         assert_eq!(ours.send(&ToSetup::MapsWritten, None), Err(rustix::io::Errno::PIPE));
+    }
+
+    #[test]
+    fn last_words_are_heard_though_ours_were_not() {
+        let (ours, theirs) = Channel::pair().expect("socketpair");
+        ours.send(&ToSetup::MapsWritten, None).expect("send");
+        theirs.send(&FromSetup::Started, None).expect("send");
+        drop(theirs);
+        assert_eq!(ours.receive().expect("receive").map(|(m, _)| m), Some(FromSetup::Started));
+        assert_eq!(ours.receive::<FromSetup>().expect("receive").map(|(m, _)| m), None);
     }
 
     #[test]

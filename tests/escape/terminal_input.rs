@@ -65,6 +65,29 @@ fn the_payload_cannot_type_into_the_callers_terminal() {
     }
 }
 
+/// Says which standard streams are terminals, and so readable whatever they were opened for.
+const HOLDS: &str = "import os; print('holds', [fd for fd in (0, 1, 2) if os.isatty(fd)])";
+
+#[test]
+fn the_payload_does_not_hold_the_callers_terminal() {
+    let home = Home::new();
+    let rootlet = rootlet_binary();
+    for options in [&[][..], &["-i"]] {
+        let out = home
+            .command("python3")
+            .args(["-c", ON_TERMINAL])
+            .arg(&rootlet)
+            .args(["run", "--rm"])
+            .args(options)
+            .args(["--", "python3", "-c", HOLDS])
+            .run()
+            .ok();
+        assert!(out.text().contains("holds []"), "{options:?}\n{out}");
+    }
+    let outside = home.command("python3").args(["-c", ON_TERMINAL, "python3", "-c", HOLDS]).run().ok();
+    assert!(outside.text().contains("holds [0, 1, 2]"), "{outside}");
+}
+
 #[test]
 fn the_attack_hits_outside() {
     let home = Home::new();
