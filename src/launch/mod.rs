@@ -16,9 +16,10 @@ mod services;
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 
@@ -30,6 +31,9 @@ use crate::supervise;
 use crate::sys::process::{Cloned, clone_with, default_signal};
 
 pub(crate) use services::Services;
+
+/// How long a setup process that may be ending has to say why.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Why a sandbox was not started, or was lost.
 #[derive(Debug, thiserror::Error)]
@@ -121,16 +125,27 @@ impl Sandbox {
         self.abandoned = true;
     }
 
-    /// What setup works with fails here too when setup has ended: then its own failure, which it
-    /// reported before, is the cause.
+    /// What setup works with fails here too when setup ends: then its own failure, which it is about
+    /// to report if it has not yet, is the cause.
     pub(crate) fn blame_setup(&mut self, error: LaunchError) -> LaunchError {
-        self.kill_and_reap();
-        while let Ok(Some((message, _))) = self.channel.receive::<FromSetup>() {
-            if let FromSetup::Failed(failure) = message {
-                return failure.into();
+        let mut cause = error;
+        let says_something = |channel: &Channel| {
+            let mut fds = [PollFd::new(channel.as_fd(), PollFlags::POLLIN)];
+            let limit = PollTimeout::try_from(LAST_WORDS).unwrap_or(PollTimeout::ZERO);
+            poll(&mut fds, limit).is_ok_and(|ready| ready > 0)
+        };
+        while says_something(&self.channel) {
+            match self.channel.receive::<FromSetup>() {
+                Ok(Some((FromSetup::Failed(failure), _))) => {
+                    cause = failure.into();
+                    break;
+                }
+                Ok(Some(_)) => {}
+                Ok(None) | Err(_) => break,
             }
         }
-        error
+        self.kill_and_reap();
+        cause
     }
 
     /// Waits for init to end by itself.
