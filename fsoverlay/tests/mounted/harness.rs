@@ -30,9 +30,7 @@ macro_rules! same {
     ($left:expr, $right:expr $(, $($more:tt)+)?) => {{
         let (left, right) = (&$left, &$right);
         if left != right {
-            #[allow(unused_mut, unused_assignments)]
-            let mut note = String::new();
-            $(note = format!(" ({})", format_args!($($more)+));)?
+            let note = [String::new() $(, format!(" ({})", format_args!($($more)+)))?].concat();
             return Err($crate::harness::Failure::Wrong(format!(
                 "{}:{}: {} is {left:?}, not {right:?}{note}",
                 file!(), line!(), stringify!($left),
@@ -45,9 +43,7 @@ macro_rules! same {
 macro_rules! holds {
     ($condition:expr $(, $($more:tt)+)?) => {
         if !$condition {
-            #[allow(unused_mut, unused_assignments)]
-            let mut note = String::new();
-            $(note = format!(" ({})", format_args!($($more)+));)?
+            let note = [String::new() $(, format!(" ({})", format_args!($($more)+)))?].concat();
             return Err($crate::harness::Failure::Wrong(format!(
                 "{}:{}: not so: {}{note}", file!(), line!(), stringify!($condition),
             )));
