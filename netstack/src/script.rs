@@ -191,6 +191,7 @@ struct Peer {
     ack: i32,
     mss: u16,
     window: u16,
+    window_scale: Option<u8>,
 }
 
 impl Peer {
@@ -203,6 +204,7 @@ impl Peer {
             ack: 0,
             mss: if is_v6 { 1440 } else { 1460 },
             window: 60_000,
+            window_scale: Some(7),
         }
     }
 
@@ -215,7 +217,7 @@ impl Peer {
             seq_number: TcpSeqNumber(self.seq),
             ack_number: (self.ack != 0).then_some(TcpSeqNumber(self.ack)),
             window_len: self.window,
-            window_scale: syn.then_some(7),
+            window_scale: self.window_scale.filter(|_| syn),
             max_seg_size: syn.then_some(self.mss),
             sack_permitted: syn,
             sack_ranges: [None; 3],
@@ -729,6 +731,30 @@ fn a_flood_of_impossible_segments_harms_nobody() {
         let mut hello = [0; 5];
         accept(&quiet).read_exact(&mut hello).expect("read");
         assert_eq!(&hello, b"hello");
+    }
+}
+
+#[test]
+fn a_segment_behind_the_end_of_the_window_is_not_taken() {
+    for window_scale in [Some(7), None] {
+        let (listener, port) = listener(false);
+        let mut script = Script::new(&spec(), true);
+        let mut peer = Peer::new(false, port);
+        peer.window_scale = window_scale;
+        peer.open(&mut script);
+        let start = peer.seq;
+        // Before the stack has acknowledged anything, so all that it has announced is the window of its SYN.
+        peer.seq = start.wrapping_add(500_000);
+        peer.send(&mut script, TcpControl::None, &[7; 60_000]);
+        let answer = script.expect_tcp("an acknowledgement", |segment| !segment.syn()).0;
+        let segment = Out(answer);
+        assert_eq!(segment.tcp().ack_number(), TcpSeqNumber(start));
+        for (_, right) in segment.tcp().selective_ack_ranges().expect("options").into_iter().flatten() {
+            assert!(right.wrapping_sub(u32::from_ne_bytes(start.to_ne_bytes())) <= 512 * 1024);
+        }
+        peer.seq = start;
+        peer.send(&mut script, TcpControl::None, b"in order");
+        accept(&listener).read_exact(&mut [0; 8]).expect("read");
     }
 }
 

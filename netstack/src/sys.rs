@@ -87,11 +87,22 @@ pub(crate) fn accept(fd: BorrowedFd<'_>) -> nix::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 
-/// The memory of a receive and a transmit ring: one private anonymous mapping of twice `capacity` bytes.
+/// The memory of a receive and a transmit ring: one private anonymous mapping of twice `capacity` bytes, of which each
+/// ring uses [`ring_len`].
 #[derive(Debug)]
 pub(crate) struct Rings {
     base: NonNull<u8>,
+    /// A power of two, and whole pages.
     capacity: usize,
+}
+
+/// How much of `capacity` bytes a ring uses. The window in a SYN is not scaled, but until its first acknowledgement
+/// smoltcp takes what the SYN announced for scaled, and segments that far ahead for acceptable. So the ring must be as
+/// long as the greatest window that its scale can express, or a segment behind its end makes smoltcp panic.
+fn ring_len(capacity: usize) -> usize {
+    const GREATEST: usize = 0xffff;
+    // smoltcp takes the least scale with which 65,535 covers the ring.
+    if capacity <= GREATEST { capacity } else { GREATEST << (capacity.ilog2() - GREATEST.ilog2() - 1) }
 }
 
 // SAFETY: the mapping belongs to this value alone, and nothing about it is tied to the thread that made it.
@@ -143,14 +154,15 @@ pub(crate) struct RingSocket {
 
 impl RingSocket {
     pub(crate) fn new(rings: Rings) -> Self {
+        let len = ring_len(rings.capacity);
         // SAFETY: the mapping is twice `capacity` long, readable and writable, zero-filled, and used by nobody else:
         // `rings` is owned and moves into the value made here, where only `into_rings` and drop reach it, both after
-        // the socket is gone. The two slices do not overlap.
+        // the socket is gone. The two slices do not overlap, since `len` is `capacity` at most.
         let (rx, tx) = unsafe {
             let base = rings.base.as_ptr();
             (
-                std::slice::from_raw_parts_mut(base, rings.capacity),
-                std::slice::from_raw_parts_mut(base.add(rings.capacity), rings.capacity),
+                std::slice::from_raw_parts_mut(base, len),
+                std::slice::from_raw_parts_mut(base.add(rings.capacity), len),
             )
         };
         let socket = tcp::Socket::new(tcp::SocketBuffer::new(rx), tcp::SocketBuffer::new(tx));
@@ -236,12 +248,13 @@ impl RingSocket {
         }
         let capacity = self.rings.capacity;
         let released = self.send(|room| {
-            if room.len() == capacity {
-                // SAFETY: the range is the whole ring, page-aligned as the mapping's second half, and lent to us for
+            let whole = room.len() == ring_len(capacity);
+            if whole {
+                // SAFETY: the range is the mapping's second half, of which only the ring is used, lent to us for
                 // writing; it is empty, so nobody minds that it reads as zeroes afterwards.
-                let _ = unsafe { libc::madvise(room.as_mut_ptr().cast(), room.len(), libc::MADV_DONTNEED) };
+                let _ = unsafe { libc::madvise(room.as_mut_ptr().cast(), capacity, libc::MADV_DONTNEED) };
             }
-            (0, room.len() == capacity)
+            (0, whole)
         });
         released.unwrap_or(false)
     }
@@ -268,6 +281,13 @@ impl RingSocket {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_ring_is_as_long_as_its_greatest_window() {
+        for (capacity, len) in [(16_384, 16_384), (65_536, 65_535), (131_072, 131_070), (524_288, 524_280)] {
+            assert_eq!(ring_len(capacity), len);
+        }
+    }
 
     #[test]
     fn rings_are_zero_after_their_pages_are_released() {
