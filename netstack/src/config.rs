@@ -163,6 +163,8 @@ pub(crate) const PING_IDLE: Duration = Duration::from_secs(30);
 pub(crate) const MAX_DNS_QUERIES: usize = 128;
 /// Time for one resolver to answer. Three tries stay below the five seconds that a libc waits.
 pub(crate) const DNS_TRY: Duration = Duration::from_millis(1_500);
+/// TCP connections to the forwarder at once.
+pub(crate) const MAX_DNS_CONNECTIONS: usize = 128;
 /// Queries under way on one TCP connection to the forwarder.
 pub(crate) const MAX_DNS_PIPELINE: usize = 16;
 /// Idle time of a TCP connection to the forwarder (RFC 7766 section 6.2.3: a few seconds).

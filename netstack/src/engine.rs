@@ -223,6 +223,11 @@ impl Engine {
         self.dns.under_way()
     }
 
+    #[cfg(test)]
+    pub(crate) fn dns_bytes(&self) -> usize {
+        self.tcp.dns_bytes()
+    }
+
     /// Time until the next timer; `None`: until something happens.
     fn patience(&self, now: Instant) -> Option<Duration> {
         if self.forward.is_eager() || (self.more_frames || self.more_work) && !self.sh.tap.is_blocked() {

@@ -581,6 +581,57 @@ fn dns_tries_on_until_time_is_up() {
 }
 
 #[test]
+fn dns_over_tcp_waits_for_a_guest_that_reads_no_answers() {
+    let mut script = Script::new(&spec(), true);
+    let mut peer = Peer::new(false, 53);
+    peer.open(&mut script);
+    peer.window = 0;
+    // Empty messages: each is answered at once, with an error six times as long.
+    let mut closed = false;
+    for _ in 0..100 {
+        peer.send(&mut script, TcpControl::None, &[0; 16_000]);
+        closed |= std::iter::from_fn(|| script.try_recv()).any(|frame| frame.tcp().window_len() == 0);
+    }
+    assert!(closed, "its window closes");
+    assert!(script.engine.dns_bytes() <= 1 << 20, "{}", script.engine.dns_bytes());
+    assert_eq!(script.stats().tcp_flows, 1);
+}
+
+#[test]
+fn dns_over_tcp_takes_a_query_in_any_pieces() {
+    let mut spec = spec();
+    spec.dns.hosts = vec![("some.name".into(), ip("192.0.2.7"))];
+    let mut script = Script::new(&spec, true);
+    let mut peer = Peer::new(true, 53);
+    peer.open(&mut script);
+    let query = crate::dns::message::tests::query(0x1234, "some.name", 1, false);
+    let mut stream = Vec::new();
+    for _ in 0..3 {
+        stream.extend(u16::try_from(query.len()).expect("length").to_be_bytes());
+        stream.extend(&query);
+    }
+    let (pieces, rest) = stream.split_at(40);
+    for byte in pieces {
+        peer.send(&mut script, TcpControl::None, &[*byte]);
+    }
+    peer.send(&mut script, TcpControl::None, rest);
+    let mut answers = 0;
+    while answers < 3 {
+        let frame = script.expect_tcp("answers", |segment| !segment.payload().is_empty());
+        answers += frame.tcp().payload().windows(4).filter(|window| window == &[192, 0, 2, 7]).count();
+        peer.take(&mut script, &frame);
+    }
+    // One too many connections.
+    for port in 1..=128 {
+        let mut another = Peer::new(true, 53);
+        another.guest.1 = port;
+        another.send(&mut script, TcpControl::Syn, b"");
+    }
+    script.expect_tcp("RST", |segment| segment.rst());
+    assert_eq!((script.stats().tcp_flows, script.stats().refused_by_limit), (128, 1));
+}
+
+#[test]
 fn an_expired_hop_limit_is_reported() {
     let mut script = Script::new(&spec(), true);
     let mut packet = udp((GUEST_V4, 5_000), (GATEWAY_V4, 33_434), b"probe");

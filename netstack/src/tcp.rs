@@ -36,8 +36,8 @@ use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::TcpPacket;
 
 use crate::config::{
-    DNS_TCP_IDLE, GUEST_SILENCE, INBOUND_CONNECT, MAX_DNS_PIPELINE, MAX_HALF_OPEN, MAX_TCP_FLOWS, RING,
-    RING_POOL,
+    DNS_TCP_IDLE, GUEST_SILENCE, INBOUND_CONNECT, MAX_DNS_CONNECTIONS, MAX_DNS_PIPELINE, MAX_HALF_OPEN,
+    MAX_TCP_FLOWS, RING, RING_POOL,
 };
 use crate::device::FlowDevice;
 use crate::emit::{self, IcmpError, Unreachable};
@@ -101,9 +101,9 @@ impl HostSide {
 /// The forwarder's side of a DNS connection.
 #[derive(Debug, Default)]
 struct DnsSide {
-    /// Bytes from the guest that are no whole query yet.
+    /// Bytes from the guest that are no whole query yet: 65,537 at most.
     input: Vec<u8>,
-    /// Answers that did not fit into the ring yet.
+    /// Answers that did not fit into the ring yet: [`MAX_DNS_PIPELINE`] at most.
     output: VecDeque<u8>,
     under_way: usize,
 }
@@ -163,6 +163,8 @@ pub(crate) struct Tcp {
     flows: Slab<Flow>,
     by_key: HashMap<FlowKey, FlowId>,
     half_open: usize,
+    /// Connections to the forwarder.
+    dns_flows: usize,
     /// Flows that have begun to connect, oldest first; some are connected or gone by now.
     connecting: VecDeque<FlowId>,
     dirty: Vec<FlowId>,
@@ -199,11 +201,22 @@ impl Tcp {
             flows: Slab::default(),
             by_key: HashMap::new(),
             half_open: 0,
+            dns_flows: 0,
             connecting: VecDeque::new(),
             dirty: Vec::new(),
             pool: Vec::new(),
             dns_queries: Vec::new(),
         }
+    }
+
+    /// Bytes of queries and answers that wait outside the rings.
+    #[cfg(test)]
+    pub(crate) fn dns_bytes(&self) -> usize {
+        let side = |flow: &Flow| match &flow.far {
+            Far::Dns(dns) => dns.input.len() + dns.output.len(),
+            Far::Host(_) => 0,
+        };
+        self.flows.iter().map(|(_, flow)| side(flow)).sum()
     }
 
     /// A segment from the guest.
@@ -337,12 +350,13 @@ impl Tcp {
     }
 
     fn outbound_dns(&mut self, sh: &mut Shared, now: Instant, key: FlowKey, packet: &Packet<'_>) {
-        if self.flows.len() >= MAX_TCP_FLOWS {
+        if self.flows.len() >= MAX_TCP_FLOWS || self.dns_flows >= MAX_DNS_CONNECTIONS {
             sh.stats.refused_by_limit.one();
             return self.refuse(sh, now, packet);
         }
         let syn = packet.plain().into_owned();
         self.half_open += 1;
+        self.dns_flows += 1;
         let id = self.insert(sh, now, key, Phase::Connecting { syn }, Far::Dns(DnsSide::default()));
         self.establish(sh, now, id);
     }
@@ -664,8 +678,10 @@ impl Tcp {
                 }
             }
         }
-        if reset && let Far::Host(host) = &flow.far {
-            host::reset_on_close(host.fd.as_fd());
+        match &flow.far {
+            Far::Host(host) if reset => host::reset_on_close(host.fd.as_fd()),
+            Far::Host(_) => {}
+            Far::Dns(_) => self.dns_flows -= 1,
         }
         sh.descriptor_freed = true;
     }
@@ -745,28 +761,11 @@ fn retry<R>(mut call: impl FnMut() -> nix::Result<R>) -> nix::Result<R> {
     }
 }
 
-/// Takes whole queries out of the receive ring, and puts answers into the transmit ring (RFC 1035 section 4.2.2).
+/// Puts answers into the transmit ring, and takes whole queries out of the receive ring (RFC 1035 section 4.2.2).
+///
+/// No more is taken out than one query needs, and none while the guest leaves answers unread: what it sends beyond that
+/// stays in the ring and closes its window.
 fn move_dns(id: FlowId, socket: &mut RingSocket, dns: &mut DnsSide, queries: &mut Vec<DnsQuery>) {
-    while dns.under_way < MAX_DNS_PIPELINE {
-        // Whatever comes, a query and its length fit into the ring's contiguous parts in two steps at most.
-        if socket.recv(|data| (data.len(), dns.input.extend_from_slice(data))).is_err()
-            && dns.input.is_empty()
-        {
-            break;
-        }
-        let Some((len, rest)) = dns.input.split_first_chunk() else { break };
-        let len = usize::from(u16::from_be_bytes(*len));
-        if rest.len() < len {
-            if socket.can_recv() {
-                continue;
-            }
-            break;
-        }
-        let message = rest[..len].to_vec();
-        dns.input.drain(..2 + len);
-        dns.under_way += 1;
-        queries.push(DnsQuery { flow: id, message });
-    }
     while !dns.output.is_empty() && socket.can_send() {
         let sent = socket.send(|room| {
             let (first, _) = dns.output.as_slices();
@@ -777,6 +776,27 @@ fn move_dns(id: FlowId, socket: &mut RingSocket, dns: &mut DnsSide, queries: &mu
         match sent {
             Ok(n) => drop(dns.output.drain(..n)),
             Err(_) => break,
+        }
+    }
+    while dns.under_way < MAX_DNS_PIPELINE && dns.output.is_empty() {
+        let missing = match dns.input.split_first_chunk() {
+            Some((len, rest)) => usize::from(u16::from_be_bytes(*len)).saturating_sub(rest.len()),
+            None => 2 - dns.input.len(),
+        };
+        if missing == 0 {
+            let message = dns.input.split_off(2);
+            dns.input.clear();
+            dns.under_way += 1;
+            queries.push(DnsQuery { flow: id, message });
+            continue;
+        }
+        let taken = socket.recv(|data| {
+            let n = data.len().min(missing);
+            dns.input.extend_from_slice(&data[..n]);
+            (n, n)
+        });
+        if !taken.is_ok_and(|n| n > 0) {
+            break;
         }
     }
 }
