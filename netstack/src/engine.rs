@@ -224,6 +224,11 @@ impl Engine {
     }
 
     #[cfg(test)]
+    pub(crate) fn held_bytes(&self) -> usize {
+        self.tcp.held_bytes()
+    }
+
+    #[cfg(test)]
     pub(crate) fn dns_bytes(&self) -> usize {
         self.tcp.dns_bytes()
     }

@@ -361,6 +361,68 @@ fn a_refused_connection_is_a_reset_that_acknowledges_the_syn() {
     assert_eq!(script.stats().tcp_flows, 0);
 }
 
+/// A listener whose queue is full: whoever connects now waits until somebody is accepted.
+struct Busy {
+    listener: TcpListener,
+    port: u16,
+    _queued: Vec<TcpStream>,
+}
+
+impl Busy {
+    fn new() -> Self {
+        let (listener, port) = listener(false);
+        // Shortens the queue of a socket that listens already.
+        nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).expect("backlog"))
+            .expect("listen");
+        // A queue of no length holds one.
+        let queued = vec![TcpStream::connect(("127.0.0.1", port)).expect("connect")];
+        Self { listener, port, _queued: queued }
+    }
+}
+
+#[test]
+fn a_syn_is_held_without_its_data_until_the_host_is_connected() {
+    let busy = Busy::new();
+    let mut script = Script::new(&spec(), true);
+    let mut peer = Peer::new(false, busy.port);
+    let start = peer.seq;
+    peer.send(&mut script, TcpControl::Syn, &[7; 20_000]);
+    // The guest repeats it, as its kernel would.
+    for _ in 0..3 {
+        peer.seq = start;
+        peer.send(&mut script, TcpControl::Syn, &[7; 20_000]);
+    }
+    script.nothing_comes("an answer before the host's");
+    assert_eq!((script.stats().tcp_flows, script.stats().tcp_out), (1, 1));
+    assert!(script.engine.held_bytes() < 200, "{}", script.engine.held_bytes());
+    // Now there is room; the host's kernel tries again within some seconds of real time.
+    accept(&busy.listener);
+    let answer = script.expect_tcp("SYN-ACK", |segment| segment.syn() && segment.ack());
+    assert_eq!(
+        answer.tcp().ack_number(),
+        TcpSeqNumber(start.wrapping_add(1)),
+        "the data is not acknowledged"
+    );
+    peer.seq = start.wrapping_add(1);
+    peer.ack = answer.tcp().seq_number().0.wrapping_add(1);
+    peer.send(&mut script, TcpControl::None, b"hello");
+    let mut hello = [0; 5];
+    accept(&busy.listener).read_exact(&mut hello).expect("read");
+    assert_eq!(&hello, b"hello");
+}
+
+#[test]
+fn a_guest_that_gives_up_connecting_is_forgotten() {
+    let busy = Busy::new();
+    let mut script = Script::new(&spec(), true);
+    let mut peer = Peer::new(false, busy.port);
+    peer.send(&mut script, TcpControl::Syn, b"");
+    assert_eq!(script.stats().tcp_flows, 1);
+    peer.send(&mut script, TcpControl::Rst, b"");
+    script.nothing_comes("an answer to a reset");
+    assert_eq!(script.stats().tcp_flows, 0);
+}
+
 #[test]
 fn segments_of_no_connection_are_reset_and_resets_are_not() {
     let mut script = Script::new(&spec(), true);

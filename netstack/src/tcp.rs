@@ -110,7 +110,8 @@ struct DnsSide {
 
 #[derive(Debug)]
 enum Phase {
-    /// Holds the guest's SYN as a plain IP packet.
+    /// Holds the guest's SYN as a plain IP packet without data, which the guest sends again: 2,048 of 64 KiB would be a
+    /// lot of memory for connections that do not exist yet.
     Connecting {
         syn: Vec<u8>,
     },
@@ -207,6 +208,16 @@ impl Tcp {
             pool: Vec::new(),
             dns_queries: Vec::new(),
         }
+    }
+
+    /// Bytes of SYNs that are held.
+    #[cfg(test)]
+    pub(crate) fn held_bytes(&self) -> usize {
+        let held = |flow: &Flow| match &flow.phase {
+            Phase::Connecting { syn } => syn.capacity(),
+            Phase::Open(_) => 0,
+        };
+        self.flows.iter().map(|(_, flow)| held(flow)).sum()
     }
 
     /// Bytes of queries and answers that wait outside the rings.
@@ -318,7 +329,7 @@ impl Tcp {
             Ok(opened) => opened,
             Err(errno) => return self.fail_syn(sh, now, packet, errno),
         };
-        let syn = packet.plain().into_owned();
+        let syn = held_syn(packet);
         let far = HostSide::new(fd, connected);
         self.half_open += 1;
         let id = self.insert(sh, now, key, Phase::Connecting { syn }, Far::Host(far));
@@ -354,7 +365,7 @@ impl Tcp {
             sh.stats.refused_by_limit.one();
             return self.refuse(sh, now, packet);
         }
-        let syn = packet.plain().into_owned();
+        let syn = held_syn(packet);
         self.half_open += 1;
         self.dns_flows += 1;
         let id = self.insert(sh, now, key, Phase::Connecting { syn }, Far::Dns(DnsSide::default()));
@@ -685,6 +696,14 @@ impl Tcp {
         }
         sh.descriptor_freed = true;
     }
+}
+
+/// A SYN as it is kept: no options of IP, no data.
+fn held_syn(packet: &Packet<'_>) -> Vec<u8> {
+    let segment = packet.payload();
+    let header_len = segment.get(12).map_or(0, |offset| usize::from(offset >> 4) * 4);
+    let header = segment.get(..header_len).unwrap_or(segment);
+    ingress::rebuild(packet.src, packet.dst, ingress::TCP, packet.hop_limit, header)
 }
 
 fn is_connecting(flows: &Slab<Flow>, id: FlowId) -> bool {
