@@ -21,7 +21,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::{Icmpv6Message, Icmpv6Packet, NdiscRepr, UdpPacket};
 
-use crate::config::{Error, StackSpec};
+use crate::config::{Error, REASSEMBLY, StackSpec};
 use crate::device::{self, ReadResult, Tap};
 use crate::dns::{Dns, Origin};
 use crate::emit;
@@ -224,6 +224,11 @@ impl Engine {
     }
 
     #[cfg(test)]
+    pub(crate) fn timers(&self) -> usize {
+        self.sh.timers.len()
+    }
+
+    #[cfg(test)]
     pub(crate) fn held_bytes(&self) -> usize {
         self.tcp.held_bytes()
     }
@@ -416,16 +421,12 @@ impl Engine {
             self.sh.tap.learn_guest_mac(mac);
         }
         let Some(piece) = packet.fragment else { return self.datagram(now, packet) };
-        let was_empty = self.reassembly.is_empty();
         match self.reassembly.add(now, packet, piece) {
             Ok(Some(whole)) => match ingress::parse_ip(&whole, false) {
                 Ok(whole) if whole.fragment.is_none() => self.datagram(now, &whole),
                 _ => self.sh.stats.dropped_malformed.one(),
             },
-            Ok(None) if was_empty => {
-                self.sh.timers.set(now + crate::config::REASSEMBLY, TimerKey::Reassembly);
-            }
-            Ok(None) => {}
+            Ok(None) => self.sh.timers.set(now + REASSEMBLY, TimerKey::Reassembly),
             Err(()) => self.sh.stats.dropped_malformed.one(),
         }
     }
@@ -501,7 +502,7 @@ impl Engine {
     fn fire_timers(&mut self, now: Instant) {
         while let Some(key) = self.sh.timers.pop_due(now) {
             match key {
-                TimerKey::Tcp(id) => self.tcp.timer(now, id),
+                TimerKey::Tcp(id) => self.tcp.timer(id),
                 TimerKey::Udp => self.udp.timer(&mut self.sh, now),
                 TimerKey::Ping => self.icmp.timer(&mut self.sh, now),
                 TimerKey::Dns(id) => self.dns.timer(&mut self.sh, now, id),

@@ -1,7 +1,6 @@
 //! What all kinds of flows share: their names, a table that notices stale names, and the queue of timers.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use smoltcp::time::Instant;
@@ -149,27 +148,70 @@ pub(crate) enum TimerKey {
     Accept,
 }
 
-/// Timers, earliest first. One cannot be cancelled: its owner finds when it fires that it is not due, and sets another.
-/// So the owner keeps the time of its earliest timer and sets one only if it needs an earlier one; then a busy flow
-/// costs one entry per second or so, not one per packet, and an idle one costs nothing. Tables whose entries come and go
-/// faster than they expire have one timer for the whole table.
+impl TimerKey {
+    /// A timer that one table has for all its entries, which come and go faster than they expire.
+    fn of_a_table(self) -> Option<usize> {
+        match self {
+            Self::Udp => Some(0),
+            Self::Ping => Some(1),
+            Self::Reassembly => Some(2),
+            Self::Accept => Some(3),
+            Self::Tcp(_) | Self::Dns(_) => None,
+        }
+    }
+}
+
+/// Timers, earliest first: one for each flow or query at most, and one for each table, so that their number is bounded
+/// like that of what they belong to.
+///
+/// The owner of a flow's timer keeps its time, and cancels it when it sets an earlier one or ends. It does not set a later
+/// one: when the timer fires, the owner finds that it is not due, and sets another. So a busy flow costs one entry per
+/// second or so, not one per packet, and an idle one costs nothing.
 #[derive(Debug, Default)]
-pub(crate) struct Timers(BinaryHeap<Reverse<(Instant, TimerKey)>>);
+pub(crate) struct Timers {
+    queue: BTreeSet<(Instant, TimerKey)>,
+    tables: [Option<Instant>; 4],
+}
 
 impl Timers {
+    /// Sets a timer. That of a table is left as it is if it comes early enough.
     pub(crate) fn set(&mut self, at: Instant, key: TimerKey) {
-        self.0.push(Reverse((at, key)));
+        if let Some(timer) = key.of_a_table().and_then(|table| self.tables.get_mut(table)) {
+            match timer.replace(at) {
+                Some(earlier) if earlier <= at => {
+                    *timer = Some(earlier);
+                    return;
+                }
+                Some(later) => self.queue.remove(&(later, key)),
+                None => false,
+            };
+        }
+        self.queue.insert((at, key));
+    }
+
+    /// Takes a flow's timer back.
+    pub(crate) fn cancel(&mut self, at: Instant, key: TimerKey) {
+        self.queue.remove(&(at, key));
     }
 
     pub(crate) fn next_at(&self) -> Option<Instant> {
-        self.0.peek().map(|Reverse((at, _))| *at)
+        self.queue.first().map(|(at, _)| *at)
     }
 
     pub(crate) fn pop_due(&mut self, now: Instant) -> Option<TimerKey> {
         if self.next_at()? > now {
             return None;
         }
-        self.0.pop().map(|Reverse((_, key))| key)
+        let (_, key) = self.queue.pop_first()?;
+        if let Some(timer) = key.of_a_table().and_then(|table| self.tables.get_mut(table)) {
+            *timer = None;
+        }
+        Some(key)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.queue.len()
     }
 }
 
@@ -224,5 +266,23 @@ mod tests {
         assert_eq!(timers.pop_due(at(5)), Some(TimerKey::Udp));
         assert_eq!(timers.pop_due(at(1)), None);
         assert_eq!(timers.next_at(), Some(at(2)));
+    }
+
+    #[test]
+    fn a_table_has_one_timer_and_a_cancelled_one_does_not_fire() {
+        let mut timers = Timers::default();
+        let at = |s| Instant::ZERO + Duration::from_secs(s);
+        for s in [5, 3, 4, 3] {
+            timers.set(at(s), TimerKey::Reassembly);
+        }
+        assert_eq!((timers.len(), timers.next_at()), (1, Some(at(3))));
+        assert_eq!(timers.pop_due(at(3)), Some(TimerKey::Reassembly));
+        assert_eq!(timers.pop_due(at(9)), None);
+        timers.set(at(10), TimerKey::Reassembly);
+        assert_eq!(timers.pop_due(at(10)), Some(TimerKey::Reassembly));
+        let flow = TimerKey::Tcp(FlowId::unpack(7));
+        timers.set(at(11), flow);
+        timers.cancel(at(11), flow);
+        assert_eq!((timers.len(), timers.pop_due(at(12))), (0, None));
     }
 }

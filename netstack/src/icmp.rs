@@ -49,8 +49,6 @@ pub(crate) struct Icmp {
     pings: Slab<Ping>,
     by_guest: HashMap<Endpoint, FlowId>,
     forbidden_logged: bool,
-    /// A timer is set.
-    timer: bool,
 }
 
 impl Icmp {
@@ -154,10 +152,7 @@ impl Icmp {
             let watched = sh.watch(ping.fd.as_fd(), Token::Ping(id), EpollFlags::EPOLLIN);
             watched.inspect_err(|_| self.remove(sh, id))?;
         }
-        if !self.timer {
-            self.timer = true;
-            sh.timers.set(now + PING_IDLE, TimerKey::Ping);
-        }
+        sh.timers.set(now + PING_IDLE, TimerKey::Ping);
         Ok(id)
     }
 
@@ -177,7 +172,6 @@ impl Icmp {
             self.remove(sh, id);
         }
         let next = self.pings.iter().map(|(_, ping)| ping.used + PING_IDLE).min();
-        self.timer = next.is_some();
         if let Some(at) = next {
             sh.timers.set(at.max(now + Duration::from_secs(1)), TimerKey::Ping);
         }

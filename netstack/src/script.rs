@@ -183,6 +183,21 @@ fn udp(from: (&str, u16), to: (&str, u16), payload: &[u8]) -> Vec<u8> {
     ingress::rebuild(src, dst, ingress::UDP, 64, &datagram)
 }
 
+/// The bytes from `at` to `end` of an IPv4 packet's payload, as a fragment.
+fn v4_fragment(whole: &[u8], id: u16, at: usize, end: usize) -> Vec<u8> {
+    let mut packet = whole[..20].to_vec();
+    packet.extend(&whole[20 + at..20 + end]);
+    let len = u16::try_from(packet.len()).expect("length");
+    let mut header = smoltcp::wire::Ipv4Packet::new_unchecked(&mut packet[..]);
+    header.set_total_len(len);
+    header.set_dont_frag(false);
+    header.set_ident(id);
+    header.set_more_frags(end < whole.len() - 20);
+    header.set_frag_offset(u16::try_from(at).expect("offset"));
+    header.fill_checksum();
+    packet
+}
+
 /// One end of a connection, played by the script.
 struct Peer {
     guest: (IpAddr, u16),
@@ -584,17 +599,7 @@ fn fragments_arrive_as_one_datagram_or_not_at_all() {
     let port = server.local_addr().expect("address").port();
     let mut script = Script::new(&spec(), true);
     let whole = udp((GUEST_V4, 5_000), (GATEWAY_V4, port), &[9; 3_000]);
-    let piece = |at: usize, end: usize| {
-        let mut packet =
-            ingress::rebuild(ip(GUEST_V4), ip(GATEWAY_V4), ingress::UDP, 64, &whole[20 + at..20 + end]);
-        let mut header = smoltcp::wire::Ipv4Packet::new_unchecked(&mut packet[..]);
-        header.set_dont_frag(false);
-        header.set_ident(7);
-        header.set_more_frags(end < 3_008);
-        header.set_frag_offset(u16::try_from(at).expect("offset"));
-        header.fill_checksum();
-        packet
-    };
+    let piece = |at: usize, end: usize| v4_fragment(&whole, 7, at, end);
     for (at, end) in [(1_480, 2_960), (2_960, 3_008), (0, 1_480)] {
         script.send_ip(&piece(at, end));
     }
@@ -608,6 +613,42 @@ fn fragments_arrive_as_one_datagram_or_not_at_all() {
     script.send_ip(&piece(2_960, 3_008));
     script.settle();
     server.recv(&mut [0; 4_000]).expect_err("not at all");
+}
+
+#[test]
+fn what_has_come_and_gone_leaves_no_timer() {
+    let server = UdpSocket::bind("127.0.0.1:0").expect("socket");
+    let (listener, port) = listener(false);
+    let mut spec = spec();
+    spec.dns.upstreams = vec![server.local_addr().expect("address")];
+    let mut script = Script::new(&spec, true);
+    let sink = UdpSocket::bind("127.0.0.1:0").expect("socket");
+    let sink_port = sink.local_addr().expect("address").port();
+    let whole = udp((GUEST_V4, 5_000), (GATEWAY_V4, sink_port), &[9; 64]);
+    for id in 0..200u16 {
+        for (at, end) in [(0, 40), (40, 72)] {
+            script.send_ip(&v4_fragment(&whole, id, at, end));
+        }
+        // No fragment of this one ever comes.
+        script.send_ip(&v4_fragment(&whole, id | 0x8000, 0, 40));
+        script.settle();
+        while script.try_recv().is_some() {}
+        let query = crate::dns::message::tests::query(id, "some.name", 1, true);
+        script.send_ip(&udp((GUEST_V4, 5_000), (GATEWAY_V4, 53), &query));
+        script.settle();
+        let mut buffer = [0; 512];
+        let (len, from) = server.recv_from(&mut buffer).expect("query");
+        buffer[2] |= 0x80;
+        server.send_to(&buffer[..len], from).expect("answer");
+        script.expect("the answer", |_| true);
+        let mut peer = Peer::new(false, port);
+        peer.guest.1 = 1_000 + id;
+        peer.open(&mut script);
+        drop(accept(&listener));
+        peer.send(&mut script, TcpControl::Rst, b"");
+    }
+    assert_eq!((script.stats().tcp_flows, script.engine.open_queries()), (0, 0));
+    assert!(script.engine.timers() <= 4, "{}", script.engine.timers());
 }
 
 #[test]

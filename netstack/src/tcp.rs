@@ -542,10 +542,8 @@ impl Tcp {
         self.mark(id);
     }
 
-    pub(crate) fn timer(&mut self, now: Instant, id: FlowId) {
-        if let Some(flow) = self.flows.get_mut(id)
-            && flow.timer.is_some_and(|at| at <= now)
-        {
+    pub(crate) fn timer(&mut self, id: FlowId) {
+        if let Some(flow) = self.flows.get_mut(id) {
             flow.timer = None;
             flow.rested = true;
             self.mark(id);
@@ -667,7 +665,9 @@ impl Tcp {
         let wanted = [own, silence, idle, flow.inbound_until].into_iter().flatten().min();
         let Some(at) = wanted.map(|at| at.max(now + Duration::from_millis(1))) else { return };
         if flow.timer.is_none_or(|timer| at < timer) {
-            flow.timer = Some(at);
+            if let Some(later) = flow.timer.replace(at) {
+                sh.timers.cancel(later, TimerKey::Tcp(id));
+            }
             sh.timers.set(at, TimerKey::Tcp(id));
         }
     }
@@ -676,6 +676,9 @@ impl Tcp {
     fn remove(&mut self, sh: &mut Shared, id: FlowId, reset: bool) {
         let Some(flow) = self.flows.remove(id) else { return };
         self.by_key.remove(&flow.key);
+        if let Some(at) = flow.timer {
+            sh.timers.cancel(at, TimerKey::Tcp(id));
+        }
         sh.stats.tcp_flows.set(self.flows.len());
         match flow.phase {
             Phase::Connecting { .. } => self.half_open -= 1,

@@ -107,8 +107,6 @@ pub(crate) struct Udp {
     flows: Slab<Flow>,
     by_guest: HashMap<Endpoint, FlowId>,
     inbound: HashMap<FlowKey, Inbound>,
-    /// The table's earliest timer.
-    timer: Option<Instant>,
 }
 
 impl Udp {
@@ -239,7 +237,7 @@ impl Udp {
             self.remove(sh, id);
             return None;
         }
-        self.arm(sh, now + UDP_DNS_IDLE);
+        sh.timers.set(now + UDP_DNS_IDLE, TimerKey::Udp);
         Some(id)
     }
 
@@ -261,13 +259,6 @@ impl Udp {
         }
     }
 
-    fn arm(&mut self, sh: &mut Shared, at: Instant) {
-        if self.timer.is_none_or(|timer| at < timer) {
-            self.timer = Some(at);
-            sh.timers.set(at, TimerKey::Udp);
-        }
-    }
-
     /// Closes what has been idle for too long.
     pub(crate) fn timer(&mut self, sh: &mut Shared, now: Instant) {
         let expired: Vec<FlowId> =
@@ -276,11 +267,10 @@ impl Udp {
             self.remove(sh, id);
         }
         self.inbound.retain(|_, flow| flow.used + UDP_IDLE > now);
-        self.timer = None;
         let next = self.flows.iter().map(|(_, flow)| flow.until());
         if let Some(at) = next.chain(self.inbound.values().map(|flow| flow.used + UDP_IDLE)).min() {
             // Once a second is enough, however many flows there are.
-            self.arm(sh, at.max(now + Duration::from_secs(1)));
+            sh.timers.set(at.max(now + Duration::from_secs(1)), TimerKey::Udp);
         }
     }
 
@@ -353,7 +343,7 @@ impl Udp {
             sh.stats.evicted.add(MAX_UDP_INBOUND.saturating_sub(self.inbound.len()));
         }
         self.inbound.insert(key, Inbound { port, real, local, used: now });
-        self.arm(sh, now + UDP_IDLE);
+        sh.timers.set(now + UDP_IDLE, TimerKey::Udp);
         emit::udp(&mut sh.tap, key.remote, key.guest, payload);
     }
 }

@@ -68,6 +68,7 @@ struct Pending {
     server: usize,
     tries: usize,
     deadline: Instant,
+    timer: Option<Instant>,
     /// A failure that a resolver answered with: better than one of our own.
     failure: Option<Vec<u8>>,
 }
@@ -152,6 +153,7 @@ impl Dns {
             server,
             tries: 0,
             deadline: now,
+            timer: None,
             failure: None,
         });
         if matches!(origin, Origin::Udp { .. }) {
@@ -165,6 +167,9 @@ impl Dns {
         loop {
             let Some(pending) = self.queries.get_mut(id) else { return };
             pending.upstream = None;
+            if let Some(at) = pending.timer.take() {
+                sh.timers.cancel(at, TimerKey::Dns(id));
+            }
             let servers = self.resolvers.get(now);
             // A single resolver is asked twice: datagrams get lost.
             if pending.tries >= MAX_TRIES.min(servers.len().max(2)) || servers.is_empty() {
@@ -176,6 +181,7 @@ impl Dns {
             match pending.send(sh, id, server) {
                 Ok(upstream) => {
                     pending.upstream = Some(upstream);
+                    pending.timer = Some(pending.deadline);
                     sh.timers.set(pending.deadline, TimerKey::Dns(id));
                     return;
                 }
@@ -194,6 +200,9 @@ impl Dns {
     fn finish(&mut self, sh: &mut Shared, id: FlowId, mut message: Vec<u8>) {
         let Some(pending) = self.queries.remove(id) else { return };
         self.by_origin.remove(&(pending.origin, pending.guest_id));
+        if let Some(at) = pending.timer {
+            sh.timers.cancel(at, TimerKey::Dns(id));
+        }
         if let Some(id) = message.get_mut(..2) {
             id.copy_from_slice(&pending.guest_id);
         }
@@ -202,10 +211,7 @@ impl Dns {
     }
 
     pub(crate) fn timer(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
-        // The timer of an earlier try is not this one's.
-        if self.queries.get(id).is_some_and(|pending| pending.deadline <= now) {
-            self.try_next(sh, now, id);
-        }
+        self.try_next(sh, now, id);
     }
 
     /// A resolver's socket has something to say.
