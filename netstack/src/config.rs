@@ -127,9 +127,14 @@ pub enum Error {
     },
 }
 
-/// Bytes of each of the two rings of a TCP flow. The window scale follows from it. Only what is used becomes memory.
-pub(crate) const RING: usize = 512 * 1024;
-/// Rings kept for the next flow instead of being unmapped.
+/// Bytes of each of the two rings of a TCP flow that begins while there are so many others, or fewer. The window scale
+/// follows from it, so it stays as it is. Only what is used becomes memory, but a guest may use all of it, and whoever
+/// has thousands of connections fills none of them as fast as a single one: so all of them together never have more
+/// than 672 MiB.
+pub(crate) const RINGS: [(usize, usize); 3] =
+    [(63, LARGEST_RING), (511, 128 * 1024), (MAX_TCP_FLOWS, 16 * 1024)];
+pub(crate) const LARGEST_RING: usize = 512 * 1024;
+/// Largest rings kept for the next flow instead of being unmapped.
 pub(crate) const RING_POOL: usize = 32;
 /// TCP flows at once, whatever the descriptor limit.
 pub(crate) const MAX_TCP_FLOWS: usize = 16_384;
@@ -199,6 +204,18 @@ pub(crate) mod tests {
             dns: DnsSpec::default(),
             allow_host_loopback: false,
         }
+    }
+
+    #[test]
+    fn the_rings_of_all_flows_together_are_bounded() {
+        let mut most = 0;
+        let mut flows = 0;
+        for (others, ring) in RINGS {
+            let until = (others + 1).min(MAX_TCP_FLOWS);
+            most += (until - flows) * 2 * ring;
+            flows = until;
+        }
+        assert_eq!((flows, most), (MAX_TCP_FLOWS, 672 << 20));
     }
 
     #[test]

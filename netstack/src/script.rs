@@ -889,6 +889,29 @@ fn a_flood_of_impossible_segments_harms_nobody() {
 }
 
 #[test]
+fn the_more_connections_the_smaller_their_windows() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("limit");
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).expect("limit");
+    let (listener, port) = listener(true);
+    let mut script = Script::new(&spec(), true);
+    let mut streams = Vec::new();
+    let mut scales = Vec::new();
+    for i in 0..520u16 {
+        let mut peer = Peer::new(true, port);
+        peer.guest.1 = 1_000 + i;
+        let answer = peer.open(&mut script);
+        streams.push(accept(&listener));
+        let packet = answer.packet();
+        let unchecked = smoltcp::phy::ChecksumCapabilities::ignored();
+        let repr = TcpRepr::parse(&answer.tcp(), &packet.src.into(), &packet.dst.into(), &unchecked);
+        scales.push(repr.expect("segment").window_scale);
+    }
+    let with = |scale| scales.iter().filter(|other| **other == Some(scale)).count();
+    assert_eq!((with(3), with(1), with(0)), (64, 448, 8));
+}
+
+#[test]
 fn a_segment_behind_the_end_of_the_window_is_not_taken() {
     for window_scale in [Some(7), None] {
         let (listener, port) = listener(false);

@@ -126,6 +126,11 @@ impl Rings {
         Ok(Self { base, capacity })
     }
 
+    /// Bytes of each of the two.
+    pub(crate) fn capacity(&self) -> usize {
+        self.capacity
+    }
+
     /// Gives the pages back; the rings read as zeroes afterwards.
     pub(crate) fn release_pages(&mut self) {
         // SAFETY: the range is our own mapping, and `&mut self` proves that no socket uses it (see `RingSocket`).

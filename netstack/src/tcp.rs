@@ -36,8 +36,8 @@ use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::TcpPacket;
 
 use crate::config::{
-    DNS_TCP_IDLE, GUEST_SILENCE, INBOUND_CONNECT, MAX_DNS_CONNECTIONS, MAX_DNS_PIPELINE, MAX_HALF_OPEN,
-    MAX_TCP_FLOWS, RING, RING_POOL,
+    DNS_TCP_IDLE, GUEST_SILENCE, INBOUND_CONNECT, LARGEST_RING, MAX_DNS_CONNECTIONS, MAX_DNS_PIPELINE,
+    MAX_HALF_OPEN, MAX_TCP_FLOWS, RING_POOL, RINGS,
 };
 use crate::device::FlowDevice;
 use crate::emit::{self, IcmpError, Unreachable};
@@ -437,10 +437,14 @@ impl Tcp {
         id
     }
 
+    /// A socket for a flow, which may be in the table already.
     fn new_socket(&mut self) -> Option<RingSocket> {
-        let rings = match self.pool.pop() {
+        let others = self.flows.len().saturating_sub(1);
+        let (_, ring) = RINGS.into_iter().find(|(most, _)| others <= *most)?;
+        let pooled = if ring == LARGEST_RING { self.pool.pop() } else { None };
+        let rings = match pooled {
             Some(rings) => rings,
-            None => Rings::map(RING)
+            None => Rings::map(ring)
                 .inspect_err(|error| tracing::warn!(%error, "no memory for a TCP connection"))
                 .ok()?,
         };
@@ -684,7 +688,7 @@ impl Tcp {
             Phase::Connecting { .. } => self.half_open -= 1,
             Phase::Open(socket) => {
                 let mut rings = socket.into_rings();
-                if self.pool.len() < RING_POOL {
+                if self.pool.len() < RING_POOL && rings.capacity() == LARGEST_RING {
                     if flow.moved > KEEP_WARM {
                         rings.release_pages();
                     }
