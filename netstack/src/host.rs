@@ -10,8 +10,8 @@ use nix::sys::socket::{
     AddressFamily, SockFlag, SockProtocol, SockType, SockaddrStorage, connect, setsockopt, socket, sockopt,
 };
 
-/// How many descriptors the stack may use, and does. The rest of the process keeps the others: at a limit of 1,024
-/// half of them, at larger limits a quarter.
+/// How many descriptors the stack may use, and does: half of the process's limit. The other half is for the rest of the
+/// process, which must not run out of them whatever the guest does.
 #[derive(Debug, Clone)]
 pub(crate) struct Budget {
     used: Arc<AtomicUsize>,
@@ -24,7 +24,7 @@ impl Budget {
         use nix::sys::resource::{Resource, getrlimit};
         let soft = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
         let soft = usize::try_from(soft).unwrap_or(usize::MAX).min(1 << 20);
-        Self::new(soft - (soft / 4).max((soft / 2).min(512)))
+        Self::new(soft / 2)
     }
 
     pub(crate) fn new(limit: usize) -> Self {
@@ -139,6 +139,15 @@ pub(crate) fn datagram_socket(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn half_of_the_descriptors_is_for_others() {
+        use nix::sys::resource::{Resource, getrlimit};
+        let limit = u64::try_from(Budget::from_rlimit().limit).expect("limit");
+        // Asked afterwards: another test may raise it meanwhile.
+        let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).expect("limit");
+        assert!(limit >= 16 && limit <= soft / 2, "{limit} of {soft}");
+    }
 
     #[test]
     fn descriptors_are_counted_while_they_live() {
