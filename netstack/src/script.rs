@@ -439,6 +439,31 @@ fn a_guest_that_gives_up_connecting_is_forgotten() {
 }
 
 #[test]
+fn a_port_may_be_used_again_at_once() {
+    let (listener, port) = listener(false);
+    for established in [true, false] {
+        let mut script = Script::new(&spec(), true);
+        let mut peer = Peer::new(false, port);
+        if established {
+            peer.open(&mut script);
+        } else {
+            peer.send(&mut script, TcpControl::Syn, b"");
+            script.expect_tcp("SYN-ACK", |segment| segment.syn());
+        }
+        let mut first = accept(&listener);
+        // Both in one turn.
+        script.send_ip(&peer.segment(TcpControl::Rst, b""));
+        let mut again = Peer { seq: peer.seq.wrapping_add(1 << 30), ack: 0, ..peer };
+        again.open(&mut script);
+        again.send(&mut script, TcpControl::Psh, b"hello");
+        let mut hello = [0; 5];
+        accept(&listener).read_exact(&mut hello).expect("read");
+        first.read(&mut hello).expect_err("reset");
+        assert_eq!(script.stats().tcp_flows, 1);
+    }
+}
+
+#[test]
 fn segments_of_no_connection_are_reset_and_resets_are_not() {
     let mut script = Script::new(&spec(), true);
     let mut peer = Peer::new(true, 9);

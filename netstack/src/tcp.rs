@@ -245,10 +245,24 @@ impl Tcp {
         }
         let key = FlowKey { guest, remote };
         match self.by_key.get(&key) {
+            Some(&id) if only_syn && self.has_ended(id) => {
+                // The guest uses the port again before anybody has looked after its last connection.
+                self.service(sh, now, id);
+                // If there still is something to deliver, the guest has to repeat its SYN.
+                if !self.by_key.contains_key(&key) {
+                    self.outbound(sh, now, key, packet);
+                }
+            }
             Some(&id) => self.flow_ingress(sh, now, id, packet),
             None if only_syn => self.outbound(sh, now, key, packet),
             None => self.refuse(sh, now, packet),
         }
+    }
+
+    /// Whether the guest's side of a flow is over, and only the flow's end is missing.
+    fn has_ended(&self, id: FlowId) -> bool {
+        let Some(Flow { phase: Phase::Open(socket), .. }) = self.flows.get(id) else { return false };
+        matches!(socket.state(), State::Closed | State::Listen | State::TimeWait)
     }
 
     fn flow_ingress(&mut self, sh: &mut Shared, now: Instant, id: FlowId, packet: &Packet<'_>) {
