@@ -23,6 +23,8 @@ use crate::ingress::tests::Seeded;
 use crate::ingress::{self, Inbound, Packet};
 use crate::sys::VNET_HEADER_LEN;
 
+mod tcp;
+
 const HEAD: usize = VNET_HEADER_LEN + ETHERNET_HEADER_LEN;
 const GUEST_V4: &str = "10.0.2.100";
 const GATEWAY_V4: &str = "10.0.2.2";

@@ -33,7 +33,7 @@ use nix::sys::socket::{MsgFlags, Shutdown, recv, send, shutdown};
 use smoltcp::iface::{Interface, SocketSet};
 use smoltcp::socket::tcp::State;
 use smoltcp::time::{Duration, Instant};
-use smoltcp::wire::TcpPacket;
+use smoltcp::wire::{TcpPacket, TcpSeqNumber};
 
 use crate::config::{
     DNS_TCP_IDLE, GUEST_SILENCE, INBOUND_CONNECT, LARGEST_RING, MAX_DNS_CONNECTIONS, MAX_DNS_PIPELINE,
@@ -127,8 +127,8 @@ struct Flow {
     mss: u16,
     /// In the list of dirty flows.
     dirty: bool,
-    /// The guest has sent a FIN that smoltcp accepted.
-    guest_fin: bool,
+    /// Where the guest's FIN is, once smoltcp has accepted it.
+    guest_fin: Option<TcpSeqNumber>,
     /// The smoltcp socket has begun to close its sending half.
     closed: bool,
     /// The last acknowledgement of a connection in TIME-WAIT has been sent.
@@ -288,12 +288,20 @@ impl Tcp {
                     }
                     widened = Some(copy);
                 }
+                let segment = TcpPacket::new_unchecked(packet.payload());
+                let end = segment.seq_number() + segment.payload().len();
+                if flow.guest_fin.is_some_and(|fin| end > fin) && !segment.payload().is_empty() {
+                    // smoltcp would take it; the host must not see anything behind what it was told was the end.
+                    sh.stats.dropped_malformed.one();
+                    return;
+                }
                 let rx = widened.as_deref().unwrap_or(&plain);
                 let mut device = FlowDevice { tap: &mut sh.tap, rx: Some(rx), mss: flow.mss };
                 socket.poll_ingress(&mut self.iface, now, &mut device);
                 let state = socket.state();
-                flow.guest_fin |=
-                    matches!(state, State::CloseWait | State::LastAck | State::Closing | State::TimeWait);
+                if matches!(state, State::CloseWait | State::LastAck | State::Closing | State::TimeWait) {
+                    flow.guest_fin.get_or_insert(end);
+                }
                 if state != State::SynSent {
                     flow.inbound_until = None;
                 }
@@ -435,7 +443,7 @@ impl Tcp {
             far,
             mss: 536,
             dirty: false,
-            guest_fin: false,
+            guest_fin: None,
             closed: false,
             finished: false,
             inbound_until: None,
@@ -597,7 +605,7 @@ impl Tcp {
                     flow.closed = true;
                     socket.close();
                 }
-                if flow.guest_fin && !host.shut && !socket.can_recv() {
+                if flow.guest_fin.is_some() && !host.shut && !socket.can_recv() {
                     host.shut = true;
                     let _ = shutdown(host.fd.as_raw_fd(), Shutdown::Write);
                 }
@@ -606,7 +614,7 @@ impl Tcp {
             Far::Dns(dns) => {
                 move_dns(id, socket, dns, &mut self.dns_queries);
                 let idle = now >= flow.heard + DNS_TCP_IDLE && dns.under_way == 0;
-                let done = flow.guest_fin && dns.under_way == 0 && !socket.can_recv();
+                let done = flow.guest_fin.is_some() && dns.under_way == 0 && !socket.can_recv();
                 // Once more as long for the guest to close its half, too.
                 let abandoned = now >= flow.heard + DNS_TCP_IDLE * 2 && dns.under_way == 0;
                 let open = matches!(socket.state(), State::Established | State::CloseWait);
@@ -641,7 +649,7 @@ impl Tcp {
             _ if fate == Fate::Broken => return self.remove(sh, id, true),
             // A SYN that was answered by a RST puts a listening socket back.
             State::Listen => return self.remove(sh, id, true),
-            State::Closed if !(flow.guest_fin && flow.closed) => return self.remove(sh, id, true),
+            State::Closed if !(flow.guest_fin.is_some() && flow.closed) => return self.remove(sh, id, true),
             State::Closed | State::TimeWait => {
                 // Both sides have said their last word; what they said may still be on its way to the host.
                 let delivered = match &flow.far {
