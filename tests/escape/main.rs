@@ -10,6 +10,8 @@ mod descriptors;
 mod hostile_rootfs;
 mod init_process;
 mod names;
+mod network_storm;
+mod overlay_storm;
 mod own_program;
 mod privileges;
 mod proc_and_sys;
