@@ -167,6 +167,12 @@ impl Tap {
         self.pending.len() >= MAX_PENDING_FRAMES
     }
 
+    #[cfg(test)]
+    pub(crate) fn check_bounds(&self) {
+        // What was begun below the limit may end above it: a datagram in fragments.
+        assert!(self.pending.len() <= MAX_PENDING_FRAMES + 64, "{}", self.pending.len());
+    }
+
     /// Sends what is pending, as far as the TAP takes it.
     pub(crate) fn flush(&mut self) {
         while let Some(frame) = self.pending.front() {

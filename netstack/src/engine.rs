@@ -213,31 +213,6 @@ impl Engine {
         })
     }
 
-    #[cfg(test)]
-    pub(crate) fn stats(&self) -> Stats {
-        self.sh.stats.snapshot()
-    }
-
-    #[cfg(test)]
-    pub(crate) fn open_queries(&self) -> usize {
-        self.dns.under_way()
-    }
-
-    #[cfg(test)]
-    pub(crate) fn timers(&self) -> usize {
-        self.sh.timers.len()
-    }
-
-    #[cfg(test)]
-    pub(crate) fn held_bytes(&self) -> usize {
-        self.tcp.held_bytes()
-    }
-
-    #[cfg(test)]
-    pub(crate) fn dns_bytes(&self) -> usize {
-        self.tcp.dns_bytes()
-    }
-
     /// Time until the next timer; `None`: until something happens.
     fn patience(&self, now: Instant) -> Option<Duration> {
         if self.forward.is_eager() || (self.more_frames || self.more_work) && !self.sh.tap.is_blocked() {
@@ -515,6 +490,42 @@ impl Engine {
             }
         }
         self.deliver_answers();
+    }
+}
+
+/// What only tests look at.
+#[cfg(test)]
+impl Engine {
+    pub(crate) fn stats(&self) -> Stats {
+        self.sh.stats.snapshot()
+    }
+
+    pub(crate) fn open_queries(&self) -> usize {
+        self.dns.under_way()
+    }
+
+    pub(crate) fn timers(&self) -> usize {
+        self.sh.timers.len()
+    }
+
+    pub(crate) fn held_bytes(&self) -> usize {
+        self.tcp.held_bytes()
+    }
+
+    pub(crate) fn dns_bytes(&self) -> usize {
+        self.tcp.dns_bytes()
+    }
+
+    /// Every table within its bound, and agreeing with the others.
+    pub(crate) fn check_bounds(&self) {
+        self.tcp.check_bounds();
+        self.udp.check_bounds();
+        self.icmp.check_bounds();
+        self.dns.check_bounds();
+        self.reassembly.check_bounds();
+        self.sh.tap.check_bounds();
+        let flows = self.sh.stats.snapshot().tcp_flows + u64::try_from(self.dns.under_way()).unwrap_or(0);
+        assert!(u64::try_from(self.sh.timers.len()).is_ok_and(|timers| timers <= flows + 4));
     }
 }
 

@@ -80,6 +80,12 @@ impl Reassembly {
         }
     }
 
+    #[cfg(test)]
+    pub(crate) fn check_bounds(&self) {
+        assert!(self.partials.len() <= MAX_REASSEMBLIES);
+        assert!(self.partials.values().all(|partial| partial.buffer.len() <= MAX_DATAGRAM));
+    }
+
     /// Forgets what has waited too long; when to ask again.
     pub(crate) fn expire(&mut self, now: Instant) -> Option<Instant> {
         self.partials.retain(|_, partial| partial.deadline > now);

@@ -52,6 +52,12 @@ pub(crate) struct Icmp {
 }
 
 impl Icmp {
+    #[cfg(test)]
+    pub(crate) fn check_bounds(&self) {
+        assert!(self.pings.len() <= MAX_PINGS && self.by_guest.len() == self.pings.len());
+        assert!(self.pings.iter().all(|(_, ping)| ping.destinations.len() <= MAX_DESTINATIONS));
+    }
+
     /// An ICMP message from the guest; its checksum has been verified.
     pub(crate) fn ingress(&mut self, sh: &mut Shared, now: Instant, packet: &Packet<'_>) {
         let message = packet.payload();

@@ -210,6 +210,19 @@ impl Tcp {
         }
     }
 
+    #[cfg(test)]
+    pub(crate) fn check_bounds(&self) {
+        let count =
+            |wanted: &dyn Fn(&Flow) -> bool| self.flows.iter().filter(|(_, flow)| wanted(flow)).count();
+        assert!(self.flows.len() <= MAX_TCP_FLOWS && self.by_key.len() == self.flows.len());
+        assert_eq!(self.half_open, count(&|flow| matches!(flow.phase, Phase::Connecting { .. })));
+        assert_eq!(self.dns_flows, count(&|flow| matches!(flow.far, Far::Dns(_))));
+        assert!(self.half_open <= MAX_HALF_OPEN && self.dns_flows <= MAX_DNS_CONNECTIONS);
+        assert!(self.pool.len() <= RING_POOL && self.connecting.len() <= 2 * MAX_HALF_OPEN);
+        assert!(self.dns_bytes() <= self.dns_flows * (2 + MAX_DNS_PIPELINE) * 65_537);
+        assert!(self.held_bytes() <= self.half_open * 256);
+    }
+
     /// Bytes of SYNs that are held.
     #[cfg(test)]
     pub(crate) fn held_bytes(&self) -> usize {

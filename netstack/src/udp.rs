@@ -110,6 +110,13 @@ pub(crate) struct Udp {
 }
 
 impl Udp {
+    #[cfg(test)]
+    pub(crate) fn check_bounds(&self) {
+        assert!(self.flows.len() <= MAX_UDP_SOCKETS && self.by_guest.len() == self.flows.len());
+        assert!(self.flows.iter().all(|(_, flow)| flow.peers.len() <= MAX_UDP_PEERS));
+        assert!(self.inbound.len() <= MAX_UDP_INBOUND);
+    }
+
     /// A whole datagram from the guest. The engine has given those for the forwarder to it before.
     pub(crate) fn ingress(&mut self, sh: &mut Shared, now: Instant, packet: &Packet<'_>, ports: &[HostFd]) {
         let Ok(datagram) = UdpPacket::new_checked(packet.payload()) else {

@@ -105,6 +105,12 @@ impl Dns {
         self.queries.len()
     }
 
+    #[cfg(test)]
+    pub(crate) fn check_bounds(&self) {
+        assert!(self.queries.len() <= MAX_DNS_QUERIES && self.by_origin.len() <= self.queries.len());
+        assert!(self.answers.is_empty());
+    }
+
     /// A query from the guest.
     pub(crate) fn query(&mut self, sh: &mut Shared, now: Instant, origin: Origin, query: &[u8]) {
         sh.stats.dns_queries.one();
