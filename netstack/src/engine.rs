@@ -415,9 +415,13 @@ impl Engine {
         match (packet.protocol, packet.is_v6()) {
             (TCP, _) => self.tcp.ingress(&mut self.sh, now, packet),
             (UDP, _) => self.udp_datagram(now, packet),
-            (ICMP, false) => self.icmp.ingress(&mut self.sh, now, packet),
-            (ICMPV6, true) => {
-                self.neighbour(packet, None);
+            (ICMP, false) | (ICMPV6, true) => {
+                if let Some(key) = ingress::refused_datagram(packet) {
+                    return self.udp.refused(&mut self.sh, now, key);
+                }
+                if packet.is_v6() {
+                    self.neighbour(packet, None);
+                }
                 self.icmp.ingress(&mut self.sh, now, packet);
             }
             // Protocols that a host socket cannot carry.

@@ -5,7 +5,8 @@
 //! IPv6, with the same number.
 //!
 //! The guest sees the peer's own address, unless that means something else inside: loopback, link-local, and what looks
-//! like the guest's own subnet appear as the gateway.
+//! like the guest's own subnet appear as the gateway. If the server inside does not listen on the peer's own family the
+//! other one is tried, and the peer appears as the gateway, too (see [`ways`]).
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -20,7 +21,7 @@ use smoltcp::time::{Duration, Instant};
 
 use crate::config::{Error, Link, Protocol, Publish};
 use crate::engine::{Shared, Token};
-use crate::flow::{Endpoint, TimerKey};
+use crate::flow::{Endpoint, FlowKey, TimerKey};
 use crate::host::{self, Budget, HostFd};
 use crate::tcp::Tcp;
 use crate::udp::{self, Arrival, Udp};
@@ -177,10 +178,9 @@ impl Forward {
                 getpeername::<SockaddrStorage>(fd.as_raw_fd()).ok().as_ref().and_then(udp::socket_addr);
             // Without a name the peer is gone already.
             let Some(peer) = peer else { continue };
-            let from = seen_as(&sh.spec.guest, &sh.spec.gateway, peer);
-            let to = Endpoint::new(sh.spec.guest.ip_like(from.ip), *inside_port);
+            let ways = ways(&sh.spec.guest, &sh.spec.gateway, peer, *inside_port);
             let fd = sh.budget.hold(fd);
-            tcp.inbound(sh, now, fd, from, to);
+            tcp.inbound(sh, now, fd, ways);
         }
         self.eager.push(index);
     }
@@ -225,20 +225,21 @@ impl Forward {
                 // An error of an earlier answer, reported once.
                 Err(_) => continue,
             };
-            let seen = seen_as(&sh.spec.guest, &sh.spec.gateway, peer);
-            let to = Endpoint::new(sh.spec.guest.ip_like(seen.ip), inside_port);
+            let ways = ways(&sh.spec.guest, &sh.spec.gateway, peer, inside_port);
             let payload = buffer.get(..len).unwrap_or_default();
-            udp.inbound(sh, now, Arrival { port: index, real: peer, local, seen, to }, payload);
+            udp.inbound(sh, now, Arrival { port: index, real: peer, local, ways }, payload);
         }
         sh.datagram = buffer;
     }
 }
 
-/// What the guest shall see as the peer of a connection to a published port.
+/// The two ways to a server inside: with the peer's own address, and, where nothing listens there, by the other family
+/// with the gateway's.
 ///
-/// Where that cannot be the peer's own address it is the gateway's, and then the IPv4 one whatever the peer came by:
-/// `localhost` means ::1 to many clients, and a server that listens on IPv4 only is more common than one on IPv6 only.
-fn seen_as(guest: &Link, gateway: &Link, peer: SocketAddr) -> Endpoint {
+/// Where the guest cannot be shown the peer's own address it is the gateway's both times, and IPv4 comes first whatever
+/// the peer came by: `localhost` means ::1 to many clients, and a server that listens on IPv4 only is more common than one
+/// on IPv6 only.
+fn ways(guest: &Link, gateway: &Link, peer: SocketAddr, inside_port: u16) -> [FlowKey; 2] {
     let ip = peer.ip();
     let strange = match ip {
         IpAddr::V4(ip) => ip.is_loopback() || ip.is_link_local() || ip.is_unspecified() || ip.is_multicast(),
@@ -246,8 +247,16 @@ fn seen_as(guest: &Link, gateway: &Link, peer: SocketAddr) -> Endpoint {
             ip.is_loopback() || ip.is_unicast_link_local() || ip.is_unspecified() || ip.is_multicast()
         }
     };
-    let ip = if strange || guest.contains(ip) { gateway.v4.0.into() } else { ip };
-    Endpoint::new(ip, peer.port())
+    let gateways: [IpAddr; 2] = [gateway.v4.0.into(), gateway.v6.0.into()];
+    let seen = match ip {
+        _ if strange || guest.contains(ip) => gateways,
+        IpAddr::V4(_) => [ip, gateways[1]],
+        IpAddr::V6(_) => [ip, gateways[0]],
+    };
+    seen.map(|from| FlowKey {
+        guest: Endpoint::new(guest.ip_like(from), inside_port),
+        remote: Endpoint::new(from, peer.port()),
+    })
 }
 
 /// Sockets of published ports count, so that those of flows do not take the last descriptor.
@@ -301,18 +310,22 @@ mod tests {
     #[test]
     fn peers_that_mean_something_else_inside_appear_as_the_gateway() {
         let spec = crate::config::tests::spec();
-        let seen = |peer: &str| seen_as(&spec.guest, &spec.gateway, peer.parse().expect(peer));
-        for (peer, ip) in [
-            ("127.0.0.1:5", "10.0.2.2"),
-            ("[::1]:5", "10.0.2.2"),
-            ("[fe80::1]:5", "10.0.2.2"),
-            ("10.0.2.100:5", "10.0.2.2"),
-            ("10.0.2.77:5", "10.0.2.2"),
-            ("[fd00::77]:5", "10.0.2.2"),
-            ("192.0.2.7:5", "192.0.2.7"),
-            ("[2001:db8::7]:5", "2001:db8::7"),
+        for (peer, first, second) in [
+            ("127.0.0.1:5", "10.0.2.2", "fd00::2"),
+            ("[::1]:5", "10.0.2.2", "fd00::2"),
+            ("[fe80::1]:5", "10.0.2.2", "fd00::2"),
+            ("10.0.2.100:5", "10.0.2.2", "fd00::2"),
+            ("10.0.2.77:5", "10.0.2.2", "fd00::2"),
+            ("[fd00::77]:5", "10.0.2.2", "fd00::2"),
+            ("192.0.2.7:5", "192.0.2.7", "fd00::2"),
+            ("[2001:db8::7]:5", "2001:db8::7", "10.0.2.2"),
         ] {
-            assert_eq!(seen(peer), Endpoint::new(ip.parse().expect(ip), 5), "{peer}");
+            let ways = ways(&spec.guest, &spec.gateway, peer.parse().expect(peer), 80);
+            for (way, seen) in ways.into_iter().zip([first, second]) {
+                let seen: IpAddr = seen.parse().expect(seen);
+                assert_eq!(way.remote, Endpoint::new(seen, 5), "{peer}");
+                assert_eq!(way.guest, Endpoint::new(spec.guest.ip_like(seen), 80), "{peer}");
+            }
         }
     }
 }

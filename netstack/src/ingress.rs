@@ -13,6 +13,7 @@ use smoltcp::wire::{
 };
 
 use crate::device::{ETHERNET_HEADER_LEN, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6};
+use crate::flow::{Endpoint, FlowKey};
 
 pub(crate) const ICMP: u8 = 1;
 pub(crate) const TCP: u8 = 6;
@@ -289,6 +290,31 @@ fn parse_v6(bytes: &[u8], checksum_pending: bool) -> Result<Packet<'_>, Drop> {
     Err(Drop::Malformed)
 }
 
+/// The flow of a datagram of ours that nobody in the guest wanted, if `packet`, a whole ICMP message, says so. Nothing
+/// says that there ever was such a datagram.
+pub(crate) fn refused_datagram(packet: &Packet<'_>) -> Option<FlowKey> {
+    let message = packet.payload();
+    let original = message.get(8..)?;
+    let v6 = |at: usize| original.get(at..)?.first_chunk::<16>().copied();
+    let (protocol, src, dst, udp): (u8, IpAddr, IpAddr, usize) = match (packet.protocol, message) {
+        (ICMP, [3, 3, ..]) if original.first()? >> 4 == 4 => {
+            let ends: [u8; 8] = original.get(12..20)?.try_into().ok()?;
+            let [a, b, c, d, e, f, g, h] = ends;
+            let header_len = usize::from(original.first()? & 15) * 4;
+            (*original.get(9)?, [a, b, c, d].into(), [e, f, g, h].into(), header_len)
+        }
+        (ICMPV6, [1, 4, ..]) if original.first()? >> 4 == 6 => {
+            (*original.get(6)?, v6(8)?.into(), v6(24)?.into(), 40)
+        }
+        _ => return None,
+    };
+    let [a, b, c, d] = *original.get(udp..)?.first_chunk()?;
+    (protocol == UDP).then_some(FlowKey {
+        guest: Endpoint::new(dst, u16::from_be_bytes([c, d])),
+        remote: Endpoint::new(src, u16::from_be_bytes([a, b])),
+    })
+}
+
 /// Whether the checksum of a whole datagram is right. True for protocols that we do not know.
 pub(crate) fn verify_checksum(packet: &Packet<'_>) -> bool {
     if packet.checksum_pending {
@@ -371,6 +397,31 @@ pub(crate) mod tests {
         let whole =
             rebuild(ip("fd00::100"), ip("2001:db8::1"), ROUTING, 64, &[&routing[..], &[0; 16]].concat());
         assert_eq!(parse_ip(&whole, false).expect_err("dropped"), Drop::NotForUs);
+    }
+
+    #[test]
+    fn an_unwanted_datagram_is_recognised_in_an_error() {
+        for (us, guest, head, protocol) in
+            [("10.0.2.2", "10.0.2.100", [3, 3], ICMP), ("fd00::2", "fd00::100", [1, 4], ICMPV6)]
+        {
+            let datagram = rebuild(ip(us), ip(guest), UDP, 64, &[0, 7, 0, 80, 0, 9, 0, 0, 1]);
+            let message = [&head[..], &[0; 6], &datagram].concat();
+            let error = rebuild(ip(guest), ip(us), protocol, 64, &message);
+            let packet = parse_ip(&error, true).expect("packet");
+            let key = FlowKey { guest: Endpoint::new(ip(guest), 80), remote: Endpoint::new(ip(us), 7) };
+            assert_eq!(refused_datagram(&packet), Some(key));
+            // As much as an error has to quote, and anything less.
+            let header_len = error.len() - message.len();
+            for len in 0..message.len() - 5 {
+                let short = rebuild(ip(guest), ip(us), protocol, 64, &message[..len]);
+                assert_eq!(refused_datagram(&parse_ip(&short, true).expect("packet")), None, "{len}");
+            }
+            for (at, byte) in [(0, 8), (1, 1), (8, 0x25), (8 + if header_len == 20 { 9 } else { 6 }, TCP)] {
+                let mut other = error.clone();
+                other[header_len + at] = byte;
+                assert_eq!(refused_datagram(&parse_ip(&other, true).expect("packet")), None, "{at}");
+            }
+        }
     }
 
     #[test]

@@ -135,6 +135,8 @@ struct Flow {
     finished: bool,
     /// A connection to a published port that the guest has not accepted yet.
     inbound_until: Option<Instant>,
+    /// Where else the server inside may listen.
+    other_way: Option<FlowKey>,
     /// When the guest was last heard of, or it began to owe us an acknowledgement, whichever was later.
     heard: Instant,
     /// The guest owes us an acknowledgement.
@@ -315,8 +317,9 @@ impl Tcp {
                 if matches!(state, State::CloseWait | State::LastAck | State::Closing | State::TimeWait) {
                     flow.guest_fin.get_or_insert(end);
                 }
-                if state != State::SynSent {
+                if !matches!(state, State::SynSent | State::Closed) {
                     flow.inbound_until = None;
+                    flow.other_way = None;
                 }
                 self.mark(id);
             }
@@ -407,17 +410,34 @@ impl Tcp {
         self.establish(sh, now, id);
     }
 
-    /// A connection to a published port has been accepted. `from` is what the guest shall see as its peer.
-    pub(crate) fn inbound(
-        &mut self,
-        sh: &mut Shared,
-        now: Instant,
-        fd: HostFd,
-        from: Endpoint,
-        to: Endpoint,
-    ) {
-        let mut key = FlowKey { guest: to, remote: from };
-        // The port is the peer's own where it is free, else any.
+    /// A connection to a published port has been accepted. The server inside may be reached in two ways, which are tried
+    /// one after the other.
+    pub(crate) fn inbound(&mut self, sh: &mut Shared, now: Instant, fd: HostFd, ways: [FlowKey; 2]) {
+        let refuse = |sh: &mut Shared, fd: HostFd| {
+            sh.stats.refused_by_limit.one();
+            host::reset_on_close(fd.as_fd());
+        };
+        let [way, other] = ways;
+        if self.flows.len() >= MAX_TCP_FLOWS {
+            return refuse(sh, fd);
+        }
+        let Some((key, socket)) = self.connect_inside(sh, way) else { return refuse(sh, fd) };
+        host::tune_tcp(fd.as_fd());
+        let far = HostSide { readable: true, ..HostSide::new(fd, true) };
+        let id = self.insert(sh, now, key, Phase::Open(Box::new(socket)), Far::Host(far));
+        sh.stats.tcp_in.one();
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        flow.inbound_until = Some(now + INBOUND_CONNECT);
+        flow.other_way = Some(other);
+        let Far::Host(host) = &flow.far else { return };
+        if sh.watch(host.fd.as_fd(), Token::Tcp(id), WATCHED).is_err() {
+            return self.remove(sh, id, true);
+        }
+        self.mark(id);
+    }
+
+    /// A socket that connects to a server inside. The peer's port is its own where that is free, else any.
+    fn connect_inside(&mut self, sh: &mut Shared, mut key: FlowKey) -> Option<(FlowKey, RingSocket)> {
         for _ in 0..64 {
             if !self.by_key.contains_key(&key) {
                 break;
@@ -425,26 +445,26 @@ impl Tcp {
             let [a, b, ..] = sh.random.next().to_ne_bytes();
             key.remote.port = u16::from_ne_bytes([a, b]) | 0x8000;
         }
-        let refuse = |sh: &mut Shared, fd: HostFd| {
-            sh.stats.refused_by_limit.one();
-            host::reset_on_close(fd.as_fd());
-        };
-        if self.by_key.contains_key(&key) || self.flows.len() >= MAX_TCP_FLOWS {
-            return refuse(sh, fd);
+        if self.by_key.contains_key(&key) {
+            return None;
         }
-        let Some(mut socket) = self.new_socket() else { return refuse(sh, fd) };
-        if socket.connect(&mut self.iface, key.guest.into(), key.remote.into()).is_err() {
-            return refuse(sh, fd);
-        }
-        host::tune_tcp(fd.as_fd());
-        let far = HostSide { readable: true, ..HostSide::new(fd, true) };
-        let id = self.insert(sh, now, key, Phase::Open(Box::new(socket)), Far::Host(far));
-        sh.stats.tcp_in.one();
+        let mut socket = self.new_socket()?;
+        socket.connect(&mut self.iface, key.guest.into(), key.remote.into()).ok()?;
+        Some((key, socket))
+    }
+
+    /// The server inside does not listen where it was looked for first.
+    fn try_other_way(&mut self, sh: &mut Shared, now: Instant, id: FlowId, way: FlowKey) {
+        let Some((key, socket)) = self.connect_inside(sh, way) else { return self.remove(sh, id, true) };
         let Some(flow) = self.flows.get_mut(id) else { return };
+        let before = std::mem::replace(&mut flow.phase, Phase::Open(Box::new(socket)));
+        self.by_key.remove(&std::mem::replace(&mut flow.key, key));
+        self.by_key.insert(key, id);
         flow.inbound_until = Some(now + INBOUND_CONNECT);
-        let Far::Host(host) = &flow.far else { return };
-        if sh.watch(host.fd.as_fd(), Token::Tcp(id), WATCHED).is_err() {
-            return self.remove(sh, id, true);
+        flow.heard = now;
+        flow.owes = false;
+        if let Phase::Open(socket) = before {
+            self.recycle(socket.into_rings(), 0);
         }
         self.mark(id);
     }
@@ -460,6 +480,7 @@ impl Tcp {
             closed: false,
             finished: false,
             inbound_until: None,
+            other_way: None,
             heard: now,
             owes: false,
             timer: None,
@@ -486,6 +507,16 @@ impl Tcp {
         let mut socket = RingSocket::new(rings);
         socket.configure(timestamp_clock);
         Some(socket)
+    }
+
+    /// Keeps the rings of a flow that moved so many bytes for the next one, if they are good enough.
+    fn recycle(&mut self, mut rings: Rings, moved: usize) {
+        if self.pool.len() < RING_POOL && rings.capacity() == LARGEST_RING {
+            if moved > KEEP_WARM {
+                rings.release_pages();
+            }
+            self.pool.push(rings);
+        }
     }
 
     /// The other side is there: lets smoltcp answer the held SYN.
@@ -609,6 +640,14 @@ impl Tcp {
     fn service(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
         let Some(flow) = self.flows.get_mut(id) else { return };
         let Phase::Open(socket) = &mut flow.phase else { return };
+        // Refused, or never answered: by a guest without an address of this family, for example.
+        let in_vain = flow.inbound_until.is_some_and(|until| now >= until || socket.state() == State::Closed);
+        if in_vain
+            && !matches!(&flow.far, Far::Host(host) if host.failed)
+            && let Some(way) = flow.other_way.take()
+        {
+            return self.try_other_way(sh, now, id, way);
+        }
         let before = flow.moved;
         let mut fate = match &mut flow.far {
             Far::Host(host) => {
@@ -722,13 +761,7 @@ impl Tcp {
         match flow.phase {
             Phase::Connecting { .. } => self.half_open -= 1,
             Phase::Open(socket) => {
-                let mut rings = socket.into_rings();
-                if self.pool.len() < RING_POOL && rings.capacity() == LARGEST_RING {
-                    if flow.moved > KEEP_WARM {
-                        rings.release_pages();
-                    }
-                    self.pool.push(rings);
-                }
+                self.recycle(socket.into_rings(), flow.moved);
             }
         }
         match &flow.far {

@@ -12,7 +12,9 @@
 //! ICMP errors come out of the host socket's error queue (ip(7), IP_RECVERR) and are sent on with the guest's own
 //! datagram as the cause. Datagrams from the guest have been put together from their fragments before they come here.
 //!
-//! Published ports have flows of their own (`Inbound`), since their answers must leave from the published socket.
+//! Published ports have flows of their own (`Inbound`), since their answers must leave from the published socket. The
+//! server inside may listen on one family only. Where it answers is remembered for each socket; until it has answered, the
+//! last datagram is kept, and if the guest's kernel says that nobody wants it, it goes the other way.
 
 use std::collections::HashMap;
 use std::io::{IoSlice, IoSliceMut};
@@ -78,11 +80,7 @@ impl Flow {
 /// A flow that began outside, at a published port.
 #[derive(Debug)]
 struct Inbound {
-    /// Which published socket.
-    port: usize,
-    real: SocketAddr,
-    /// Which of the host's addresses the peer talks to: answers must come from it.
-    local: Option<IpAddr>,
+    arrival: Arrival,
     used: Instant,
 }
 
@@ -93,12 +91,28 @@ pub(crate) struct Arrival {
     pub(crate) port: usize,
     /// The peer.
     pub(crate) real: SocketAddr,
-    /// The host's address that it was sent to.
+    /// The host's address that it was sent to: answers must come from it.
     pub(crate) local: Option<IpAddr>,
-    /// What the guest shall see as its peer.
-    pub(crate) seen: Endpoint,
-    /// Where in the guest it goes.
-    pub(crate) to: Endpoint,
+    /// Where in the guest it may go, and from whom it then seems to be.
+    pub(crate) ways: [FlowKey; 2],
+}
+
+impl Arrival {
+    /// What the way to the server is remembered for: the socket, and which way it would be tried first.
+    fn lane(&self) -> (usize, bool) {
+        (self.port, self.ways[0].guest.ip.is_ipv6())
+    }
+}
+
+/// What is known of the server behind a published socket.
+#[derive(Debug, Default)]
+struct Server {
+    /// It listens where it is looked for second.
+    other: bool,
+    /// It has answered there.
+    answered: bool,
+    /// The last datagram, as long as it has not.
+    last: Option<(FlowKey, Vec<u8>)>,
 }
 
 /// All UDP flows.
@@ -107,6 +121,8 @@ pub(crate) struct Udp {
     flows: Slab<Flow>,
     by_guest: HashMap<Endpoint, FlowId>,
     inbound: HashMap<FlowKey, Inbound>,
+    /// By [`Arrival::lane`]: two for each published socket at most.
+    servers: HashMap<(usize, bool), Server>,
 }
 
 impl Udp {
@@ -114,7 +130,7 @@ impl Udp {
     pub(crate) fn check_bounds(&self) {
         assert!(self.flows.len() <= MAX_UDP_SOCKETS && self.by_guest.len() == self.flows.len());
         assert!(self.flows.iter().all(|(_, flow)| flow.peers.len() <= MAX_UDP_PEERS));
-        assert!(self.inbound.len() <= MAX_UDP_INBOUND);
+        assert!(self.inbound.len() <= MAX_UDP_INBOUND && self.servers.len() <= 4);
     }
 
     /// A whole datagram from the guest. The engine has given those for the forwarder to it before.
@@ -134,8 +150,11 @@ impl Udp {
         let payload = datagram.payload();
         if let Some(inbound) = self.inbound.get_mut(&key) {
             inbound.used = now;
-            if let Some(fd) = ports.get(inbound.port) {
-                let sent = send_from(fd, payload, inbound.real, inbound.local);
+            let Arrival { port, real, local, ways } = inbound.arrival;
+            let server = self.servers.entry(inbound.arrival.lane()).or_default();
+            *server = Server { other: key.guest == ways[1].guest, answered: true, last: None };
+            if let Some(fd) = ports.get(port) {
+                let sent = send_from(fd, payload, real, local);
                 count_send(sh, sent);
             }
             return;
@@ -331,12 +350,11 @@ impl Udp {
 
     /// A datagram has come to a published socket.
     pub(crate) fn inbound(&mut self, sh: &mut Shared, now: Instant, arrival: Arrival, payload: &[u8]) {
-        let Arrival { port, real, local, seen, to } = arrival;
-        let mut key = FlowKey { guest: to, remote: seen };
+        let mut key = arrival.ways[usize::from(self.servers.entry(arrival.lane()).or_default().other)];
         // Two peers may look alike to the guest, if both appear as the gateway.
         for _ in 0..16 {
-            match self.inbound.get(&key) {
-                Some(other) if other.real != real || other.port != port => {
+            match self.inbound.get(&key).map(|flow| flow.arrival) {
+                Some(other) if other.real != arrival.real || other.port != arrival.port => {
                     let [a, b, ..] = sh.random.next().to_ne_bytes();
                     key.remote.port = u16::from_ne_bytes([a, b]) | 0x8000;
                 }
@@ -349,9 +367,32 @@ impl Udp {
             self.inbound.retain(|_, flow| flow.used > limit);
             sh.stats.evicted.add(MAX_UDP_INBOUND.saturating_sub(self.inbound.len()));
         }
-        self.inbound.insert(key, Inbound { port, real, local, used: now });
+        self.inbound.insert(key, Inbound { arrival, used: now });
         sh.timers.set(now + UDP_IDLE, TimerKey::Udp);
+        let server = self.servers.entry(arrival.lane()).or_default();
+        // Long ones are not worth the memory: thousands of ports may be published.
+        server.last = (!server.answered && payload.len() <= sh.tap.mtu).then(|| (key, payload.to_vec()));
         emit::udp(&mut sh.tap, key.remote, key.guest, payload);
+    }
+
+    /// The guest's kernel says that nobody wanted a datagram.
+    pub(crate) fn refused(&mut self, sh: &mut Shared, now: Instant, key: FlowKey) {
+        let Some(Inbound { arrival, .. }) = self.inbound.remove(&key) else { return };
+        let server = self.servers.entry(arrival.lane()).or_default();
+        let tried = key.guest == arrival.ways[1].guest;
+        // A flow of the way that is not taken any more says nothing about the other.
+        if server.other != tried {
+            return;
+        }
+        server.other = !tried;
+        server.answered = false;
+        if let Some((last, payload)) = server.last.take()
+            && last == key
+        {
+            self.inbound(sh, now, arrival, &payload);
+            // Once: it is lost if nobody wants it there either.
+            self.servers.entry(arrival.lane()).or_default().last = None;
+        }
     }
 }
 

@@ -83,6 +83,7 @@ tests! {
     published_tcp_ports_lead_inside,
     published_tcp_port_without_a_server_is_refused,
     published_udp_ports_lead_inside,
+    published_ports_find_a_server_of_either_family,
     programs_of_every_day_work,
     idle_means_no_wake_up,
     stopping_ends_every_flow,
@@ -985,6 +986,99 @@ fn published_udp_ports_lead_inside(world: &World) {
             assert_eq!((got, from), (len, at(to, port)));
             assert!(buffer[..got] == data);
         }
+    }
+}
+
+/// A socket on every address of the family of `ip`, and of no other.
+fn bound_alone(
+    net: &Net,
+    ip: &'static str,
+    port: u16,
+    kind: nix::sys::socket::SockType,
+) -> std::os::fd::OwnedFd {
+    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, sockopt};
+    use std::os::fd::AsRawFd;
+    net.run(move || {
+        let family = if ip.contains(':') { AddressFamily::Inet6 } else { AddressFamily::Inet };
+        let fd = nix::sys::socket::socket(family, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        if ip.contains(':') {
+            nix::sys::socket::setsockopt(&fd, sockopt::Ipv6V6Only, &true).unwrap();
+        }
+        nix::sys::socket::setsockopt(&fd, sockopt::ReuseAddr, &true).unwrap();
+        nix::sys::socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(at(any(ip), port))).unwrap();
+        if kind == SockType::Stream {
+            nix::sys::socket::listen(&fd, Backlog::MAXCONN).unwrap();
+        }
+        fd
+    })
+}
+
+fn published_ports_find_a_server_of_either_family(world: &World) {
+    use nix::sys::socket::SockType;
+    let ports = [publish(None, 8080, Protocol::Tcp), publish(None, 9090, Protocol::Udp)];
+    for server_ip in [GATEWAY_V4, GATEWAY_V6] {
+        let guest = Guest::with(&spec(), &ports);
+        let (tcp_port, udp_port) = (guest.published[0].port(), guest.published[2].port());
+        let tcp = TcpListener::from(bound_alone(&guest.net, server_ip, 8080, SockType::Stream));
+        let udp = UdpSocket::from(bound_alone(&guest.net, server_ip, 9090, SockType::Datagram));
+        udp.set_read_timeout(Some(PATIENCE)).unwrap();
+        for (from, to, own) in [
+            (&world.host, "127.0.0.1", None),
+            (&world.host, "::1", None),
+            (&world.internet, "198.51.100.1", Some(INTERNET_V4)),
+            (&world.internet, "2001:db8:1::1", Some(INTERNET_V6)),
+        ] {
+            // Its own address if the server speaks its family, else the gateway.
+            let seen = own.filter(|own| own.contains(':') == server_ip.contains(':')).unwrap_or(server_ip);
+            let seen: IpAddr = seen.parse().unwrap();
+            let client = from.run(move || connect(at(to, tcp_port)).unwrap());
+            let (server, peer) = tcp.accept().unwrap();
+            assert_eq!(peer.ip(), seen, "{to}");
+            let (mut client, mut server) = (client, patient(server));
+            client.write_all(b"question").unwrap();
+            server.read_exact(&mut [0; 8]).unwrap();
+            server.write_all(b"answer").unwrap();
+            client.read_exact(&mut [0; 6]).unwrap();
+
+            let client = from.run(move || UdpSocket::bind((any(to), 0)).unwrap());
+            client.set_read_timeout(Some(PATIENCE)).unwrap();
+            let mut buffer = [0; 10];
+            // Not even the first one is lost.
+            for question in ["first", "second"] {
+                client.send_to(question.as_bytes(), at(to, udp_port)).unwrap();
+                let (len, peer) = udp.recv_from(&mut buffer).unwrap();
+                assert_eq!((&buffer[..len], peer.ip()), (question.as_bytes(), seen), "{to}");
+                udp.send_to(b"answer", peer).unwrap();
+                assert_eq!(client.recv_from(&mut buffer).unwrap(), (6, at(to, udp_port)));
+            }
+        }
+        // The server gives way to one of the other family.
+        drop((tcp, udp));
+        let other = if server_ip == GATEWAY_V4 { GATEWAY_V6 } else { GATEWAY_V4 };
+        let tcp = TcpListener::from(bound_alone(&guest.net, other, 8080, SockType::Stream));
+        let udp = UdpSocket::from(bound_alone(&guest.net, other, 9090, SockType::Datagram));
+        udp.set_read_timeout(Some(PATIENCE)).unwrap();
+        for to in ["127.0.0.1", "::1"] {
+            let client = connect(at(to, tcp_port)).unwrap();
+            tcp.accept().unwrap();
+            drop(client);
+            // A server that is gone was expected to be there: this one is lost, the next one is not.
+            let client = UdpSocket::bind((any(to), 0)).unwrap();
+            client.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+            let mut buffer = [0; 10];
+            wait_until("an answer", || {
+                client.send_to(b"there?", at(to, udp_port)).unwrap();
+                udp.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+                udp.recv_from(&mut buffer).is_ok_and(|(_, peer)| {
+                    udp.send_to(b"yes", peer).unwrap();
+                    client.recv_from(&mut buffer).is_ok()
+                })
+            });
+        }
+        // Nobody at all.
+        drop((tcp, udp));
+        let answer = connect(at("::1", tcp_port)).and_then(|mut stream| stream.read(&mut [0; 10]));
+        assert_eq!(answer.unwrap_err().kind(), ErrorKind::ConnectionReset);
     }
 }
 

@@ -226,3 +226,44 @@ fn a_closed_window_is_probed_for_as_long_as_the_guest_answers() {
     }
     open.script.expect_tcp("an open window", |segment| segment.window_len() > 30_000);
 }
+
+#[test]
+fn a_published_port_is_tried_both_ways() {
+    let port = Publish {
+        host_ip: Some(ip("127.0.0.1")),
+        host_port: 0,
+        inside_port: 80,
+        protocol: crate::Protocol::Tcp,
+    };
+    // A guest that refuses, one that never answers, and one that accepts the second time.
+    for (refuses, accepts) in [(true, false), (false, false), (true, true)] {
+        let mut script = Script::with(&spec(), true, std::slice::from_ref(&port));
+        let mut client = TcpStream::connect(script.published[0]).expect("connect");
+        client.set_read_timeout(Some(std::time::Duration::from_secs(10))).expect("time-out");
+        for is_v6 in [false, true] {
+            // Repetitions of the first one do not count.
+            let syn = script.expect("SYN", |frame| frame.packet().is_v6() == is_v6);
+            let (packet, segment) = (syn.packet(), syn.tcp());
+            assert!(segment.syn() && segment.dst_port() == 80);
+            assert_eq!(packet.src, ip(if is_v6 { GATEWAY_V6 } else { GATEWAY_V4 }));
+            let mut peer = Peer::new(is_v6, segment.src_port());
+            peer.guest.1 = 80;
+            peer.ack = segment.seq_number().0.wrapping_add(1);
+            if is_v6 && accepts {
+                peer.send(&mut script, TcpControl::Syn, b"");
+                peer.send(&mut script, TcpControl::Psh, b"hello");
+                client.read_exact(&mut [0; 5]).expect("read");
+                script.advance(Duration::from_secs(60));
+                assert_eq!(script.stats().tcp_flows, 1);
+            } else if refuses {
+                peer.send(&mut script, TcpControl::Rst, b"");
+            } else {
+                script.advance(Duration::from_secs(11));
+            }
+        }
+        if !accepts {
+            assert_eq!(script.stats().tcp_flows, 0);
+            client.read(&mut [0; 5]).expect_err("reset");
+        }
+    }
+}
