@@ -54,18 +54,21 @@ impl Engine {
     /// Writes all of `bytes`. `kill` asks to drop set*id bits.
     pub(crate) fn write(&self, node: &Arc<Node>, offset: u64, bytes: &[u8], kill: bool) -> Res<usize> {
         let fd = self.writable(node)?;
-        if kill {
-            self.drop_privileges(node)?;
-        } else {
-            self.drop_capability(node)?;
-        }
+        self.drop_privileges(node, kill)?;
         write_all(fd.as_fd(), bytes, offset)?;
         Ok(bytes.len())
     }
 
-    pub(crate) fn fallocate(&self, node: &Arc<Node>, mode: u32, offset: u64, length: u64) -> Res<()> {
+    pub(crate) fn fallocate(
+        &self,
+        node: &Arc<Node>,
+        mode: u32,
+        offset: u64,
+        length: u64,
+        kill: bool,
+    ) -> Res<()> {
         let fd = self.writable(node)?;
-        self.drop_privileges(node)?;
+        self.drop_privileges(node, kill)?;
         rustix::fs::fallocate(&fd, FallocateFlags::from_bits_retain(mode), offset, length)
     }
 
@@ -96,9 +99,10 @@ impl Engine {
         from: (&Arc<Node>, u64),
         to: (&Arc<Node>, u64),
         length: u64,
+        kill: bool,
     ) -> Res<usize> {
         let target = self.writable(to.0)?;
-        self.drop_privileges(to.0)?;
+        self.drop_privileges(to.0, kill)?;
         // The answer to the kernel is a 32-bit number.
         let wanted = usize::try_from(length.min(1 << 30)).unwrap_or(1 << 30);
         match self.open_file(from.0, false)? {

@@ -15,7 +15,7 @@
 //!
 //! The kernel checks permissions (`default_permissions`) and ACLs, keeps locks by itself
 //! (there is one mount), and leaves to us the umask (because of default ACLs) and taking
-//! away set*id bits.
+//! away set*id bits (see [`takes_set_ids`]).
 //!
 //! A handler that panics is caught, logged, and answers `EIO` to its one request: the
 //! reply object does that when it is dropped.
@@ -200,6 +200,27 @@ impl FuseFs {
         Ok(self.known(&node, &attr))
     }
 
+    /// Runs a change of a file's content. Its reply holds no attributes: if the mode changed with it,
+    /// the kernel must not go on with the one it knows.
+    fn change_content<T>(
+        &self,
+        ino: INodeNo,
+        kill: bool,
+        change: impl FnOnce(&Arc<Node>) -> Res<T>,
+    ) -> Res<T> {
+        let node = self.engine().node(ino.0)?;
+        let perm = || node.inner.lock().meta.perm;
+        let before = kill.then(perm);
+        let done = change(&node);
+        if before.is_some_and(|before| before != perm())
+            && let Some(notifier) = self.shared.notifier.get()
+        {
+            // A negative offset means the attributes alone, for which the kernel waits for nobody.
+            let _ = notifier.inval_inode(ino, -1, 0);
+        }
+        done
+    }
+
     fn reply_made(&self, made: Res<FileAttr>, reply: ReplyEntry) {
         match made {
             Ok(attr) => reply.entry(&TTL, &attr, GENERATION),
@@ -251,6 +272,14 @@ fn done(result: Res<()>, reply: ReplyEmpty) {
         Ok(()) => reply.ok(),
         Err(err) => reply.error(errno(err)),
     }
+}
+
+/// Whether a change of a file's content by this requester takes its set*id bits away, as it does for
+/// all but CAP_FSETID. The kernel's own flags for that (`FUSE_WRITE_KILL_SUIDGID` and its relatives)
+/// ask for the capability in the initial namespace, where root of a sandbox has none; so they are
+/// always set, and the number says who it is: ids are those of the mount's user namespace.
+fn takes_set_ids(req: &Request) -> bool {
+    req.uid() != 0
 }
 
 fn set_time(time: TimeOrNow) -> SetTime {
@@ -322,7 +351,7 @@ impl Filesystem for FuseFs {
 
     fn setattr(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         mode: Option<u32>,
         uid: Option<u32>,
@@ -338,8 +367,15 @@ impl Filesystem for FuseFs {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let set =
-            SetAttr { perm: mode, uid, gid, size, atime: atime.map(set_time), mtime: mtime.map(set_time) };
+        let set = SetAttr {
+            perm: mode,
+            uid,
+            gid,
+            size,
+            kill: takes_set_ids(req),
+            atime: atime.map(set_time),
+            mtime: mtime.map(set_time),
+        };
         self.run("setattr", ino, || {
             match self.engine().node(ino.0).and_then(|n| self.engine().set_attr(&n, set)) {
                 Ok(attr) => reply.attr(&TTL, &file_attr(&attr)),
@@ -515,7 +551,7 @@ impl Filesystem for FuseFs {
 
     fn write(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -526,8 +562,9 @@ impl Filesystem for FuseFs {
         reply: ReplyWrite,
     ) {
         self.run("write", ino, || {
-            let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-            let written = self.engine().node(ino.0).and_then(|n| self.engine().write(&n, offset, data, kill));
+            // Pages that are written back come without the flag and in nobody's name.
+            let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) && takes_set_ids(req);
+            let written = self.change_content(ino, kill, |n| self.engine().write(n, offset, data, kill));
             reply_written(written, reply);
         });
     }
@@ -664,7 +701,7 @@ impl Filesystem for FuseFs {
 
     fn fallocate(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -673,11 +710,9 @@ impl Filesystem for FuseFs {
         reply: ReplyEmpty,
     ) {
         self.run("fallocate", ino, || {
-            let mode = mode.cast_unsigned();
-            done(
-                self.engine().node(ino.0).and_then(|n| self.engine().fallocate(&n, mode, offset, length)),
-                reply,
-            );
+            let (mode, kill) = (mode.cast_unsigned(), takes_set_ids(req));
+            let change = |n: &_| self.engine().fallocate(n, mode, offset, length, kill);
+            done(self.change_content(ino, kill, change), reply);
         });
     }
 
@@ -706,7 +741,7 @@ impl Filesystem for FuseFs {
 
     fn copy_file_range(
         &self,
-        _req: &Request,
+        req: &Request,
         ino_in: INodeNo,
         _fh_in: FileHandle,
         offset_in: u64,
@@ -718,9 +753,11 @@ impl Filesystem for FuseFs {
         reply: ReplyWrite,
     ) {
         self.run("copy_file_range", ino_out, || {
+            let kill = takes_set_ids(req);
             let copied = self.engine().node(ino_in.0).and_then(|from| {
-                let to = self.engine().node(ino_out.0)?;
-                self.engine().copy_range((&from, offset_in), (&to, offset_out), len)
+                self.change_content(ino_out, kill, |to| {
+                    self.engine().copy_range((&from, offset_in), (to, offset_out), len, kill)
+                })
             });
             reply_written(copied, reply);
         });

@@ -30,6 +30,8 @@ pub(crate) struct SetAttr {
     pub(crate) uid: Option<u32>,
     pub(crate) gid: Option<u32>,
     pub(crate) size: Option<u64>,
+    /// A change of size takes set*id bits away.
+    pub(crate) kill: bool,
     pub(crate) atime: Option<SetTime>,
     pub(crate) mtime: Option<SetTime>,
 }
@@ -44,7 +46,7 @@ fn spec(time: Option<SetTime>) -> Timespec {
 
 impl Engine {
     pub(crate) fn set_attr(&self, node: &Arc<Node>, set: SetAttr) -> Res<Attr> {
-        let SetAttr { perm, uid, gid, size, atime, mtime } = set;
+        let SetAttr { perm, uid, gid, size, kill, atime, mtime } = set;
         self.upper()?;
         if size.is_some() && node.kind != Kind::File {
             return Err(if node.kind == Kind::Dir { Errno::ISDIR } else { Errno::INVAL });
@@ -60,7 +62,7 @@ impl Engine {
                 Content::File(fd) => rustix::fs::ftruncate(&fd, size)?,
                 Content::Memory(_) => return Err(Errno::IO),
             }
-            self.drop_privileges(node)?;
+            self.drop_privileges(node, kill)?;
         }
         if perm.is_some() || uid.is_some() || gid.is_some() {
             let mut meta = node.inner.lock().meta;
@@ -99,9 +101,12 @@ impl Engine {
         Ok(())
     }
 
-    /// Takes set*id bits and file capabilities away, as every write does.
-    pub(crate) fn drop_privileges(&self, node: &Arc<Node>) -> Res<()> {
+    /// What a change of content takes away: file capabilities always, set*id bits if `kill` says so.
+    pub(crate) fn drop_privileges(&self, node: &Arc<Node>, kill: bool) -> Res<()> {
         self.drop_capability(node)?;
+        if !kill {
+            return Ok(());
+        }
         let meta = node.inner.lock().meta;
         let without = meta.without_set_ids();
         if without != meta { self.store_meta(node, without) } else { Ok(()) }

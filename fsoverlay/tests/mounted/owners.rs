@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, symlink};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
@@ -15,6 +15,8 @@ use crate::harness::{Case, Check, Failure, World, errno, holds, need_range, same
 pub(crate) const CASES: &[Case] = &[
     Case { name: "recorded_with_a_single_id", outside: single, inside: record },
     Case { name: "recorded_with_a_range_of_ids", outside: ranged, inside: range },
+    Case { name: "set_ids_stay_when_root_writes", outside: set_ids_single, inside: set_ids },
+    Case { name: "set_ids_go_when_others_write", outside: set_ids_range, inside: set_ids },
     Case { name: "attributes_round_trip_and_marks_are_private", outside: attributes, inside: xattrs },
     Case { name: "acls_are_kept_enforced_and_inherited", outside: acl_range, inside: acls },
     Case { name: "records_in_layers_are_read", outside: recorded_layer, inside: read_records },
@@ -208,6 +210,73 @@ fn range(args: &[String]) -> Check {
     fs::hard_link("moved", "of33")?;
     same!(owner("of33")?, owner("moved")?);
     Ok(())
+}
+
+fn set_ids_single(world: &mut World) -> Check {
+    set_ids_layer(world)?;
+    world.mount().run()?;
+    crate::semantics::no_leftovers(world)
+}
+
+fn set_ids_range(world: &mut World) -> Check {
+    need_range()?;
+    set_ids_layer(world)?;
+    world.mount().flag("--range").arg("range").run()?;
+    crate::semantics::no_leftovers(world)
+}
+
+fn set_ids_layer(world: &World) -> Check {
+    fs::write(world.lower().join("lower"), "lower")?;
+    fs::set_permissions(world.lower().join("lower"), PermissionsExt::from_mode(0o6777))?;
+    Ok(())
+}
+
+type Change = fn(&File) -> std::io::Result<()>;
+
+/// Every way to change what a file holds.
+fn content_changes() -> [(&'static str, Change); 5] {
+    [
+        ("write", |file| file.write_all_at(b"x", 0)),
+        ("extend", |file| file.write_all_at(b"x", 1 << 16)),
+        ("truncate", |file| file.set_len(2)),
+        ("allocate", |file| {
+            Ok(rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, 1 << 14)?)
+        }),
+        ("copy", |file| {
+            let source = File::open("source")?;
+            rustix::fs::copy_file_range(source, None, file, None, 4)?;
+            Ok(())
+        }),
+    ]
+}
+
+fn set_ids(args: &[String]) -> Check {
+    let change = |kept: u32| -> Check {
+        for (way, change) in content_changes() {
+            let file = OpenOptions::new().write(true).open(way)?;
+            change(&file)?;
+            // What execve(2) looks at, which asks for less than stat(2) does.
+            let only_mode = rustix::fs::statx(CWD, way, AtFlags::empty(), rustix::fs::StatxFlags::MODE)?;
+            same!(u32::from(only_mode.stx_mode), kept, "{way}");
+            file.sync_all()?;
+            same!(mode(way)?, kept, "{way}");
+        }
+        fs::write("lower", "changed")?;
+        same!(mode("lower")?, kept);
+        Ok(())
+    };
+    if args.first().is_some_and(|step| step == "other") {
+        return change(0o100_777);
+    }
+    fs::write("source", "source")?;
+    for (way, _) in content_changes() {
+        fs::write(way, "content")?;
+        fs::set_permissions(way, PermissionsExt::from_mode(0o6777))?;
+    }
+    if args.is_empty() {
+        return change(0o106_777);
+    }
+    as_user(33, 44, "set_ids_go_when_others_write", "other")
 }
 
 fn attributes(world: &mut World) -> Check {
