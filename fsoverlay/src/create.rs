@@ -9,7 +9,7 @@ use crate::acl::Acl;
 use crate::attr::{Kind, Meta, Stat};
 use crate::copyup::make_placeholder;
 use crate::engine::{Content, Engine};
-use crate::errno::{Errno, Res};
+use crate::errno::{Errno, Res, missing_ok};
 use crate::handle::{Fd, Holder};
 use crate::inode::{DirState, Inner, Link, NewNode, Node, Parked, Place};
 use crate::layer::{RealDir, stat_at, stat_fd};
@@ -511,6 +511,12 @@ impl Engine {
         let kind =
             Kind::from_mode(mode).filter(|k| k.is_special() || *k == Kind::File).ok_or(Errno::INVAL)?;
         let new = NewObject { kind, perm: mode & 0o7777, umask: 0, rdev: (major, minor), target: b"", owner };
+        // The kernel has not looked the name up, as it does before mknod(2): what a layer has there
+        // would be hidden.
+        check_name(name)?;
+        if missing_ok(self.lookup(dir, name))?.is_some() {
+            return Err(Errno::EXIST);
+        }
         self.create(dir, name, &new).map(drop)
     }
 }

@@ -87,6 +87,11 @@ fn record(args: &[String]) -> Check {
         errno!(set(".", MKNOD_XATTR, "20666:1:3:0:0:a/b"), INVAL);
         errno!(set(".", MKNOD_XATTR, "40755:0:0:0:0:dir"), INVAL);
         errno!(set("plain", MKNOD_XATTR, "20666:1:3:0:0:x"), NOTDIR);
+        // A name that exists, in the upper or below, is nobody's to take.
+        for taken in ["plain", "lower", "lowerlink"] {
+            errno!(set(".", MKNOD_XATTR, &format!("20666:1:3:0:0:{taken}")), EXIST);
+        }
+        same!(fs::read("lower")?, b"x");
         errno!(set("plain", CHOWN_XATTR, "nobody"), INVAL);
         symlink("target", "link")?;
         set("link", CHOWN_XATTR, "12:13")?;
