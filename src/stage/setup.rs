@@ -258,6 +258,19 @@ fn clone_of_host(path: &Path, step: Step) -> Result<OwnedFd> {
     open_tree(CWD, path, flags).during(step, path)
 }
 
+/// The same for a volume's source, whose links the caller followed when it was planned: one that stands
+/// there since then, made by a payload that shares the directory, would lead past what the plan masks
+/// (CVE-2021-30465).
+fn clone_of_source(path: &Path) -> Result<OwnedFd> {
+    let source = openat2(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::NO_SYMLINKS)
+        .during(Step::VolumeSource, path)?;
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_RECURSIVE
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    open_tree(&source, "", flags).during(Step::VolumeSource, path)
+}
+
 fn prepare(step: &MountStep) -> Result<Prepared> {
     let no_exec = PRIVATE_MOUNT | MountAttrFlags::MOUNT_ATTR_NOEXEC;
     Ok(match step {
@@ -286,7 +299,7 @@ fn prepare(step: &MountStep) -> Result<Prepared> {
             Prepared::Mount(new_mount("tmpfs", options, PRIVATE_MOUNT).during(Step::Mount, root_path)?)
         }
         MountStep::Bind { host_path, read_only, .. } => {
-            let mount = clone_of_host(host_path, Step::VolumeSource)?;
+            let mount = clone_of_source(host_path)?;
             let mut attributes = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
             if *read_only {
                 attributes |= libc::MOUNT_ATTR_RDONLY;

@@ -17,3 +17,4 @@ mod privileges;
 mod proc_and_sys;
 mod system_calls;
 mod terminal_input;
+mod volumes;
