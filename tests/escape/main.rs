@@ -15,6 +15,7 @@ mod overlay_storm;
 mod own_program;
 mod privileges;
 mod proc_and_sys;
+mod stale_pids;
 mod system_calls;
 mod terminal_input;
 mod volumes;
