@@ -32,6 +32,9 @@ use crate::sys::{self, At};
 
 pub(crate) const OPAQUE: &str = "user.overlay.opaque";
 pub(crate) const WHITEOUT: &str = "user.overlay.whiteout";
+/// On an opaque directory, which the kernel's mark `opaque=x` cannot be put on: it may hold whiteouts
+/// in the form of an xattr all the same, until they are swept.
+pub(crate) const WHITEOUTS: &str = "user.fsoverlay.whiteouts";
 pub(crate) const IMPURE: &str = "user.overlay.impure";
 pub(crate) const RECORD: &str = "user.containers.override_stat";
 /// `DEV:INO` in hexadecimal of the object of a layer that was copied up.
@@ -82,8 +85,9 @@ impl Marks {
                 OPAQUE => {
                     let value = sys::get_xattr_vec(at, OPAQUE)?;
                     marks.opaque = value.as_deref() == Some(b"y");
-                    marks.xattr_whiteouts = value.as_deref() == Some(b"x");
+                    marks.xattr_whiteouts |= value.as_deref() == Some(b"x");
                 }
+                WHITEOUTS => marks.xattr_whiteouts = true,
                 RECORD => marks.record = sys::get_xattr_vec(at, RECORD)?,
                 ORIGIN => marks.origin = sys::get_xattr_vec(at, ORIGIN)?.as_deref().and_then(parse_origin),
                 IMPURE => marks.impure = true,
@@ -173,11 +177,20 @@ pub(crate) fn copied_up(name: &str) -> bool {
 
 /// All attributes that the payload sees, with their values, in order.
 pub(crate) fn shown(at: At<'_>, of_layer: bool) -> Res<Vec<(String, Vec<u8>)>> {
+    // What the caller may not read of a layer has no attributes that the payload could see.
+    let hidden = |err: &Errno| of_layer && matches!(*err, Errno::ACCESS | Errno::PERM);
+    let names = match sys::list_xattr_vec(at) {
+        Err(err) if hidden(&err) => Vec::new(),
+        other => other?,
+    };
     let mut shown = Vec::new();
-    for name in sys::list_xattr_vec(at)?.split(|&b| b == 0).filter_map(|n| std::str::from_utf8(n).ok()) {
-        if let Some(seen) = from_disk(name, of_layer)
-            && let Some(value) = sys::get_xattr_vec(at, name)?
-        {
+    for name in names.split(|&b| b == 0).filter_map(|n| std::str::from_utf8(n).ok()) {
+        let Some(seen) = from_disk(name, of_layer) else { continue };
+        let value = match sys::get_xattr_vec(at, name) {
+            Err(err) if hidden(&err) => None,
+            other => other?,
+        };
+        if let Some(value) = value {
             shown.push((seen, value));
         }
     }
@@ -493,7 +506,7 @@ mod tests {
         ] {
             let disk = to_disk(name).expect("short").expect("storable");
             assert_eq!(from_disk(&disk, false).as_deref(), Some(name), "{disk}");
-            for mark in [OPAQUE, WHITEOUT, IMPURE, RECORD, ORIGIN] {
+            for mark in [OPAQUE, WHITEOUT, WHITEOUTS, IMPURE, RECORD, ORIGIN] {
                 assert_ne!(disk, mark);
                 assert_eq!(from_disk(mark, false), None);
             }
@@ -504,8 +517,8 @@ mod tests {
 
     #[test]
     fn copy_up_leaves_marks_behind() {
-        for mark in [OPAQUE, WHITEOUT, IMPURE, RECORD, ORIGIN, "user.overlay.redirect", "user.overlay.origin"]
-        {
+        let of_the_kernel = ["user.overlay.redirect", "user.overlay.origin"];
+        for mark in [OPAQUE, WHITEOUT, WHITEOUTS, IMPURE, RECORD, ORIGIN].into_iter().chain(of_the_kernel) {
             assert!(!copied_up(mark), "{mark}");
         }
         for kept in ["user.x", "user.overlay.overlay.opaque", "user.fsoverlay.security.capability"] {

@@ -170,7 +170,11 @@ fn directories_the_caller_may_not_read_are_empty_and_writable() {
     }
     for path in closed {
         let script = format!("ls -A {path} && touch {path}/new && echo x > {path}/new && ls -A {path}");
-        home.sh(NONE, &script).run().ok().prints("new");
+        home.rootlet(["run", "--name", "closed", "--", "sh", "-euc", &script]).run().ok().prints("new");
+        // Nor may the attributes of such a directory be read, which `diff` compares.
+        let diff = home.rootlet(["diff", "closed"]).run().ok();
+        assert!(diff.text().lines().any(|line| line == format!("A {path}/new")), "{path}: {diff}");
+        home.rootlet(["rm", "closed"]).run().ok();
     }
 }
 
