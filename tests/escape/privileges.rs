@@ -1,6 +1,6 @@
 //! What the payload is: capabilities, no_new_privs, set-user-ID files, groups.
 
-use crate::common::{Home, has_id_range, is_root, skip};
+use crate::common::{Home, has_id_range, is_root, rootlet_binary, skip};
 
 const NONE: [&str; 0] = [];
 
@@ -90,19 +90,74 @@ fn root_inside_is_not_root_on_the_hosts_files() {
         .prints("");
 }
 
+/// Reads a file, then again after it has left its groups by every way there is.
+const LEAVE: &str = r#"
+import os, sys
+def attempt(when):
+    for path in sys.argv[1:]:
+        try:
+            print(when, path, open(path).read())
+        except OSError as error:
+            print(when, path, error.errno)
+attempt('before')
+for leave in (lambda: os.setgroups([]), lambda: os.setgroups([1]), lambda: os.setresgid(1, 1, 1), lambda: os.setresuid(1, 1, 1)):
+    try: leave()
+    except OSError: pass
+    attempt('after')
+"#;
+
 #[test]
 fn a_file_denied_to_a_group_stays_denied() {
-    if is_root() {
-        skip!("root may read it anyway");
-    }
-    // CVE-2014-8989: leaving a group must not open what is denied to it.
+    // CVE-2014-8989: leaving a group must not open what is denied to it, and to it alone. The file belongs
+    // to another user, and to a group of the caller's.
     let home = Home::new();
-    let file = home.file("work/denied", "canary");
-    home.command("chmod").args(["607"]).arg(&file).run().ok();
-    let script = "import os\ntry: os.setgroups([])\nexcept OSError as e: print('setgroups', e.errno)\nprint(open('denied').read())";
-    // The caller is the owner: it may read. What is checked is that groups are the caller's own.
-    let text = home.python(["-v", &format!("{}:/mnt", home.text("work"))], script).run().ok().text();
-    assert!(text.ends_with("canary"), "{text}");
-    let deny = home.run(NONE, ["cat", "/proc/self/setgroups"]).run().ok().text();
-    assert_eq!(deny, if has_id_range() { "allow" } else { "deny" });
+    let denied = home.file("work/denied", "canary");
+    let path = denied.to_str().unwrap();
+    let volume = format!("{}:/mnt", home.text("work"));
+    let attack = ["run", "--rm", "-v", &volume, "--", "python3", "-c", LEAVE];
+    let own_program = rootlet_binary();
+    if is_root() {
+        // A user of no account with a supplementary group, whose sandbox has one id.
+        let (user, group) = ("--reuid=54321", "54322");
+        let state = home.dir("work/state-of-user");
+        home.command("chown").args(["54321:54321"]).arg(&state).run().ok();
+        home.command("chown").args([&format!("1:{group}")]).arg(&denied).run().ok();
+        home.command("chmod").arg("604").arg(&denied).run().ok();
+        let become_user = |groups: &str| home.command("setpriv").args([user, "--regid=54321", groups, "--"]);
+        let inside = become_user(&format!("--groups={group}"))
+            .arg(&own_program)
+            .args(attack)
+            .args([path, "/mnt/denied"])
+            .env("XDG_STATE_HOME", &state)
+            .run()
+            .ok();
+        assert!(inside.text().lines().count() == 10 && !inside.text().contains("canary"), "{inside}");
+        // Outside, where nothing keeps him from it, leaving the group is all it takes.
+        become_user(&format!("--groups={group}"))
+            .args(["cat", path])
+            .run()
+            .exits(1)
+            .says("Permission denied");
+        become_user("--clear-groups").args(["cat", path]).run().ok().prints("canary");
+    } else if has_id_range() {
+        // Somebody else's is what a sandbox makes so on a volume.
+        let give_away = "chown 1:0 /mnt/denied && chmod 604 /mnt/denied";
+        home.sh(["-v", &volume], give_away).run().ok();
+        home.command("cat").arg(path).run().exits(1).says("Permission denied");
+        let inside = home.rootlet(attack).args([path]).run().ok();
+        assert!(inside.text().lines().count() == 5 && !inside.text().contains("canary"), "{inside}");
+        // On a volume the kernel alone decides, and it lets who has a range leave groups, as
+        // docs/security-model.md says.
+        let on_volume = home.rootlet(attack).args(["/mnt/denied"]).run().ok();
+        assert!(on_volume.text().contains("canary"), "{on_volume}");
+    } else {
+        skip!("with one id nobody can make a file of another user");
+    }
+}
+
+#[test]
+fn groups_can_be_left_only_where_a_range_was_given() {
+    let home = Home::new();
+    let text = home.run(NONE, ["cat", "/proc/self/setgroups"]).run().ok().text();
+    assert_eq!(text, if has_id_range() { "allow" } else { "deny" });
 }
