@@ -474,7 +474,7 @@ fn read_records(_: &[String]) -> Check {
     holds!(fs::metadata("pipe")?.file_type().is_fifo());
     same!(owner("junk")?, (0, 0, 0o644));
     fs::write("owned", "x")?;
-    same!(owner("owned")?, (33, 44, 0o750));
+    same!(owner("owned")?, (33, 44, 0o4750));
     rustix::fs::utimensat(
         CWD,
         "console",
