@@ -235,6 +235,14 @@ impl Engine {
         }
     }
 
+    /// An empty directory in the work directory that hides what is below wherever it is put.
+    pub(crate) fn temp_opaque_dir(&self, meta: &Meta) -> Res<Box<[u8]>> {
+        let upper = self.upper()?;
+        let extras = Extras { opaque: true, ..Extras::default() };
+        let make = |temp: &[u8]| self.make_object(upper.work.as_fd(), temp, meta, b"", &extras);
+        upper.make_temp(make).map(|(_, temp)| temp)
+    }
+
     /// link(2).
     pub(crate) fn link(&self, node: &Arc<Node>, parent: &Arc<Node>, name: &[u8]) -> Res<()> {
         check_name(name)?;

@@ -7,25 +7,26 @@
 //! Then one `renameat2` moves the object; where a layer has the old name,
 //! `RENAME_WHITEOUT` covers it in the same step.
 //!
-//! A directory can replace neither a whiteout nor a directory that holds whiteouts. Both
-//! are exchanged with it instead, and what then stands at the old name is removed or
-//! left as the whiteout that is needed there. The directories' locks are held
-//! throughout, so nobody sees the steps.
+//! A directory can replace neither a whiteout nor a directory that holds whiteouts. The
+//! first is exchanged with it; the second is emptied before.
+//!
+//! Where several steps are needed, what stands on disk between any two of them shows nothing
+//! of a layer again and has lost nothing, since a crash may leave it so; and a step that fails
+//! is undone together with those before it. The directories' locks are held throughout,
+//! so nobody inside sees the steps.
 
 use std::os::fd::AsFd;
 use std::sync::{Arc, RwLockWriteGuard};
 
-use rustix::fs::{AtFlags, RenameFlags, XattrFlags};
+use rustix::fs::{AtFlags, RenameFlags};
 
 use crate::attr::{Kind, Stat};
 use crate::create::{Held, check_name};
-use crate::engine::Engine;
+use crate::engine::{Engine, Upper};
 use crate::errno::{Errno, Res, missing_ok};
 use crate::handle::Fd;
 use crate::inode::{DirState, Link, Node, Parked, ROOT};
 use crate::layer::{RealDir, stat_at};
-use crate::sys::{self, At};
-use crate::xattr::OPAQUE;
 
 /// What kind of rename is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +75,34 @@ impl DirGuards<'_> {
 pub(crate) fn cut(state: &mut DirState) {
     state.lowers.clear();
     state.generated = None;
+}
+
+/// A file under a temporary name in the work directory, removed unless it was used.
+struct Temp<'a> {
+    upper: &'a Upper,
+    name: Box<[u8]>,
+}
+
+impl Temp<'_> {
+    /// The name is not ours to remove any more.
+    fn used(mut self) -> Box<[u8]> {
+        std::mem::take(&mut self.name)
+    }
+}
+
+impl Drop for Temp<'_> {
+    fn drop(&mut self) {
+        if !self.name.is_empty() {
+            self.upper.remove_temp(&self.name);
+        }
+    }
+}
+
+/// Both a step and the way back failed: what is on disk is one of the states of a crash.
+fn cannot_undo(undone: Res<()>) {
+    if let Err(err) = undone {
+        tracing::warn!(?err, "a rename that failed half-way could not be undone");
+    }
 }
 
 /// One end of a rename: a name in a directory of the upper.
@@ -192,9 +221,12 @@ impl Engine {
         };
         let parked = self.park(target.as_ref(), &to, in_upper.as_ref(), &held)?;
         if source.kind == Kind::Dir {
-            self.rename_dir(&source, &from, &to, in_upper.as_ref())?;
+            if let Some(target) = &target {
+                self.clear(target, guards.get(target)?)?;
+            }
+            self.rename_dir(&source, &from, target.as_ref(), &to, in_upper.as_ref())?;
         } else {
-            self.rename_file(&from, &to)?;
+            self.rename_file(&from, &to, in_upper.is_some())?;
         }
         if let Some(target) = &target {
             match gone_stat {
@@ -233,8 +265,7 @@ impl Engine {
         if node.kind != Kind::Dir || !(covers || state.has_lower()) {
             return Ok(());
         }
-        let fd = self.upper_fd(node)?;
-        sys::set_xattr(At::Name(fd.as_fd(), b"."), OPAQUE, b"y", XattrFlags::empty())
+        self.set_opaque(node.upper_dir()?)
     }
 
     /// The directory gets an entry whose number or type the disk does not tell.
@@ -263,91 +294,159 @@ impl Engine {
     }
 
     /// Moves something that is not a directory over a file, a whiteout or nothing.
-    fn rename_file(&self, from: &End<'_>, to: &End<'_>) -> Res<()> {
+    fn rename_file(&self, from: &End<'_>, to: &End<'_>, occupied: bool) -> Res<()> {
+        let go = |flags| rustix::fs::renameat_with(&from.fd, from.name, &to.fd, to.name, flags);
         if !from.covers {
-            return rustix::fs::renameat_with(&from.fd, from.name, &to.fd, to.name, RenameFlags::empty());
+            return go(RenameFlags::empty());
         }
-        self.rename_leaving_whiteout(from, to)
+        match self.leaving_whiteout(go) {
+            Some(done) => done,
+            None => self.rename_file_in_steps(from, to, occupied),
+        }
     }
 
-    fn rename_leaving_whiteout(&self, from: &End<'_>, to: &End<'_>) -> Res<()> {
-        if !self.upper()?.whiteout_form.is_xattr() {
-            match rustix::fs::renameat_with(&from.fd, from.name, &to.fd, to.name, RenameFlags::WHITEOUT) {
-                // Not every file system can, nor may every process.
-                Err(Errno::INVAL | Errno::PERM | Errno::NOSYS) => {}
-                other => return other,
-            }
+    /// Runs a rename with `RENAME_WHITEOUT`, the one step that does everything; `None` if it is not to
+    /// be had, which not every file system offers, nor to every process.
+    fn leaving_whiteout(&self, go: impl FnOnce(RenameFlags) -> Res<()>) -> Option<Res<()>> {
+        if self.upper.as_ref().is_some_and(|upper| upper.whiteout_form.is_xattr()) {
+            return None;
         }
-        rustix::fs::renameat_with(&from.fd, from.name, &to.fd, to.name, RenameFlags::empty())?;
-        self.put_whiteout(from.dir, from.name, false)
+        match go(RenameFlags::WHITEOUT) {
+            Err(Errno::INVAL | Errno::PERM | Errno::NOSYS) => None,
+            done => Some(done),
+        }
     }
 
-    /// Moves a directory, whose place in the tree of real directories moves with it.
-    fn rename_dir(&self, node: &Arc<Node>, from: &End<'_>, to: &End<'_>, in_upper: Option<&Stat>) -> Res<()> {
+    /// Moves a file without `RENAME_WHITEOUT`. For a moment it has both names: a crash then leaves it
+    /// with both, never a name that shows what a layer has there. What needs space comes first, and
+    /// the replaced file stays until all is done, so that a failure leaves everything as it was.
+    fn rename_file_in_steps(&self, from: &End<'_>, to: &End<'_>, occupied: bool) -> Res<()> {
         let upper = self.upper()?;
-        let real = node.upper_dir()?;
-        let mut leftover = None;
-        {
-            let _topology = self.tree.topology.write();
-            match in_upper.map(Stat::kind) {
-                None if from.covers => self.rename_leaving_whiteout_locked(from, to)?,
-                None => {
-                    rustix::fs::renameat_with(&from.fd, from.name, &to.fd, to.name, RenameFlags::empty())?
-                }
-                Some(kind) => {
-                    rustix::fs::renameat_with(&from.fd, from.name, &to.fd, to.name, RenameFlags::EXCHANGE)?;
-                    leftover = Some(kind == Some(Kind::Dir));
-                }
-            }
-            real.set_position(to.dir.clone(), to.name);
-        }
-        let cleaned = match leftover {
-            // The exchanged whiteout is just what the old name needs.
-            Some(false) if from.covers => Ok(()),
-            Some(false) => rustix::fs::unlinkat(&from.fd, from.name, AtFlags::empty()),
-            Some(true) => self
-                .move_away(upper, from.dir, &from.fd, from.name, from.covers)
-                .map(|temp| self.discard_temp_dir(&temp)),
-            None => Ok(()),
+        let link = |end: &End<'_>| {
+            let link =
+                |temp: &[u8]| rustix::fs::linkat(&end.fd, end.name, &upper.work, temp, AtFlags::empty());
+            upper.make_temp(link).map(|((), temp)| Temp { upper, name: temp })
         };
-        if let Err(err) = cleaned {
-            let _topology = self.tree.topology.write();
-            rustix::fs::renameat_with(&from.fd, from.name, &to.fd, to.name, RenameFlags::EXCHANGE)?;
-            real.set_position(from.dir.clone(), from.name);
+        let put = |temp: &Temp<'_>, end: &End<'_>| {
+            rustix::fs::renameat_with(&upper.work, &*temp.name, &end.fd, end.name, RenameFlags::empty())
+        };
+        let whiteout = Temp { upper, name: self.temp_whiteout_for(from.dir)? };
+        let replaced = if occupied { Some(link(to)?) } else { None };
+        let second = link(from)?;
+        put(&second, to)?;
+        second.used();
+        if let Err(err) = put(&whiteout, from) {
+            let undone = match replaced {
+                Some(replaced) => put(&replaced, to).map(|()| drop(replaced.used())),
+                None => rustix::fs::unlinkat(&to.fd, to.name, AtFlags::empty()),
+            };
+            cannot_undo(undone);
             return Err(err);
         }
+        whiteout.used();
         Ok(())
     }
 
-    /// As [`Engine::rename_leaving_whiteout`], with the topology lock held: nothing in
-    /// here may open a chain of directories.
-    fn rename_leaving_whiteout_locked(&self, from: &End<'_>, to: &End<'_>) -> Res<()> {
-        let upper = self.upper()?;
-        if !upper.whiteout_form.is_xattr() {
-            match rustix::fs::renameat_with(&from.fd, from.name, &to.fd, to.name, RenameFlags::WHITEOUT) {
-                Err(Errno::INVAL | Errno::PERM | Errno::NOSYS) => {}
-                other => return other,
+    /// Moves a directory, whose place in the tree of real directories moves with it, over an empty
+    /// directory (empty on disk, too), a whiteout or nothing.
+    fn rename_dir(
+        &self,
+        node: &Arc<Node>,
+        from: &End<'_>,
+        target: Option<&Arc<Node>>,
+        to: &End<'_>,
+        in_upper: Option<&Stat>,
+    ) -> Res<()> {
+        let real = node.upper_dir()?;
+        // Nothing in here may open a chain of directories: the topology is locked.
+        let go = |flags| {
+            let _topology = self.tree.topology.write();
+            rustix::fs::renameat_with(&from.fd, from.name, &to.fd, to.name, flags)?;
+            real.set_position(to.dir.clone(), to.name);
+            Ok(())
+        };
+        let back = || {
+            let _topology = self.tree.topology.write();
+            let flags = RenameFlags::EXCHANGE;
+            let undone = rustix::fs::renameat_with(&from.fd, from.name, &to.fd, to.name, flags);
+            if undone.is_ok() {
+                real.set_position(from.dir.clone(), from.name);
             }
+            cannot_undo(undone);
+        };
+        let kind = in_upper.map(Stat::kind);
+        if kind.is_some_and(|kind| kind != Some(Kind::Dir)) {
+            // A directory cannot replace a whiteout, but change places with it; and there it is just
+            // what the old name needs, or not needed at all.
+            go(RenameFlags::EXCHANGE)?;
+            if from.covers {
+                return Ok(());
+            }
+            return rustix::fs::unlinkat(&from.fd, from.name, AtFlags::empty()).inspect_err(|_| back());
         }
-        // A whiteout at the new name first; then one step swaps the two.
-        let mark = from.fd.as_fd();
-        if upper.whiteout_form.is_xattr()
-            && sys::get_xattr_vec(At::Name(mark, b"."), OPAQUE)?.as_deref() != Some(b"y")
-        {
-            sys::set_xattr(At::Name(mark, b"."), OPAQUE, b"x", XattrFlags::empty())?;
-            from.dir.xattr_whiteouts.store(true, std::sync::atomic::Ordering::Relaxed);
+        if !from.covers {
+            return go(RenameFlags::empty());
         }
-        let temp = upper.temp_whiteout()?;
-        let placed = rustix::fs::renameat_with(&upper.work, &*temp, &to.fd, to.name, RenameFlags::NOREPLACE);
-        if placed.is_err() {
-            upper.remove_temp(&temp);
-            return placed;
+        match self.leaving_whiteout(go) {
+            Some(done) => done,
+            None => self.rename_dir_in_steps(from, target, to, kind.is_some(), go, back),
         }
-        let moved = rustix::fs::renameat_with(&from.fd, from.name, &to.fd, to.name, RenameFlags::EXCHANGE);
-        if moved.is_err() && !to.covers {
-            let _ = rustix::fs::unlinkat(&to.fd, to.name, AtFlags::empty());
+    }
+
+    /// Moves a directory without `RENAME_WHITEOUT`: it changes places with what stands at the new name,
+    /// an empty directory or a whiteout that is put there for it. A crash in between leaves an empty
+    /// directory at the old name at most, which is opaque: nothing of a layer shows in it.
+    fn rename_dir_in_steps(
+        &self,
+        from: &End<'_>,
+        target: Option<&Arc<Node>>,
+        to: &End<'_>,
+        occupied: bool,
+        go: impl Fn(RenameFlags) -> Res<()>,
+        back: impl Fn(),
+    ) -> Res<()> {
+        let upper = self.upper()?;
+        let whiteout = Temp { upper, name: self.temp_whiteout_for(from.dir)? };
+        let put = |temp: &[u8]| {
+            rustix::fs::renameat_with(&upper.work, temp, &to.fd, to.name, RenameFlags::NOREPLACE)
+        };
+        let Some(target) = target else {
+            self.allow_xattr_whiteouts(to.dir)?;
+            put(&whiteout.name)?;
+            whiteout.used();
+            return go(RenameFlags::EXCHANGE)
+                .inspect_err(|_| cannot_undo(rustix::fs::unlinkat(&to.fd, to.name, AtFlags::empty())));
+        };
+        if !occupied {
+            let meta = target.inner.lock().meta;
+            let temp = self.temp_opaque_dir(&meta)?;
+            put(&temp).inspect_err(|_| self.discard_temp_dir(&temp))?;
         }
-        moved
+        let moved = go(RenameFlags::EXCHANGE).and_then(|()| {
+            let flags = RenameFlags::EXCHANGE;
+            rustix::fs::renameat_with(&upper.work, &*whiteout.name, &from.fd, from.name, flags)
+                .inspect_err(|_| back())
+        });
+        if moved.is_err() {
+            if !occupied {
+                cannot_undo(rustix::fs::unlinkat(&to.fd, to.name, AtFlags::REMOVEDIR));
+            }
+            return moved;
+        }
+        // The replaced directory has the name that the whiteout had.
+        self.discard_temp_dir(&whiteout.used());
+        Ok(())
+    }
+
+    /// Makes an upper directory in which nothing shows empty on disk as well, so that a rename can
+    /// replace it. It becomes opaque first: its whiteouts are not needed then. Its lock is held.
+    fn clear(&self, node: &Node, state: &mut DirState) -> Res<()> {
+        let Some(dir) = node.dir()?.upper.get() else { return Ok(()) };
+        if state.has_lower() {
+            self.set_opaque(dir)?;
+            cut(state);
+        }
+        self.remove_whiteouts(dir)
     }
 
     fn exchange(&self, a: &Arc<Node>, from: &End<'_>, b: &Arc<Node>, to: &End<'_>) -> Res<()> {

@@ -16,7 +16,7 @@ use crate::engine::{Engine, Upper};
 use crate::errno::{Errno, Res};
 use crate::layer::{RealDir, open_for_reading, stat_at};
 use crate::sys::{self, At};
-use crate::xattr::{OPAQUE, WHITEOUT};
+use crate::xattr::{OPAQUE, WHITEOUT, WHITEOUTS};
 
 /// Which form this upper takes.
 #[derive(Debug, Default)]
@@ -109,18 +109,29 @@ impl Engine {
     }
 
     /// Marks a directory as one that may hold whiteouts of the second form.
-    fn allow_xattr_whiteouts(&self, dir: &Arc<RealDir>) -> Res<()> {
+    pub(crate) fn allow_xattr_whiteouts(&self, dir: &Arc<RealDir>) -> Res<()> {
         if !self.upper()?.whiteout_form.is_xattr() || dir.xattr_whiteouts.load(Ordering::Relaxed) {
             return Ok(());
         }
         let fd = self.fd(dir)?;
         let at = At::Name(fd.as_fd(), b".");
-        // An opaque directory needs no whiteouts, and its mark must not be weakened.
-        if sys::get_xattr_vec(at, OPAQUE)?.as_deref() != Some(b"y") {
-            sys::set_xattr(at, OPAQUE, b"x", XattrFlags::empty())?;
-        }
+        // An opaque directory needs no whiteouts for long, and its mark must not be weakened.
+        let opaque = sys::get_xattr_vec(at, OPAQUE)?.as_deref() == Some(b"y");
+        let (mark, value) = if opaque { (WHITEOUTS, b"y") } else { (OPAQUE, b"x") };
+        sys::set_xattr(at, mark, value, XattrFlags::empty())?;
         dir.xattr_whiteouts.store(true, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Hides everything below a directory of the upper.
+    pub(crate) fn set_opaque(&self, dir: &Arc<RealDir>) -> Res<()> {
+        let fd = self.fd(dir)?;
+        let at = At::Name(fd.as_fd(), b".");
+        if dir.xattr_whiteouts.load(Ordering::Relaxed) {
+            // The mark that makes them whiteouts is about to be replaced; they must not be files.
+            sys::set_xattr(at, WHITEOUTS, b"y", XattrFlags::empty())?;
+        }
+        sys::set_xattr(at, OPAQUE, b"y", XattrFlags::empty())
     }
 
     /// Whether an upper (or lower) directory has a whiteout at `name`.
@@ -143,28 +154,30 @@ impl Engine {
     /// Removes the whiteouts of a directory that has nothing below any more. A failure
     /// leaves what is not needed.
     pub(crate) fn sweep_whiteouts(&self, dir: &Arc<RealDir>) {
-        let sweep = || -> Res<()> {
-            let fd = self.fd(dir)?;
-            let mut suspects: Vec<Box<[u8]>> = Vec::new();
-            let by_xattr = dir.xattr_whiteouts.load(Ordering::Relaxed);
-            crate::readdir::for_each_entry(&open_for_reading(fd.as_fd())?, |name, kind, _| {
-                match kind {
-                    Some(Kind::Char) | None => suspects.push(name.into()),
-                    Some(Kind::File) if by_xattr => suspects.push(name.into()),
-                    Some(_) => {}
-                }
-                true
-            })?;
-            for name in suspects {
-                if self.is_whiteout(dir, &name)? {
-                    rustix::fs::unlinkat(&fd, &*name, AtFlags::empty())?;
-                }
-            }
-            Ok(())
-        };
-        if let Err(err) = sweep() {
+        if let Err(err) = self.remove_whiteouts(dir) {
             tracing::debug!(?err, "whiteouts were left in a directory that needs none");
         }
+    }
+
+    /// The same, as far as it goes.
+    pub(crate) fn remove_whiteouts(&self, dir: &Arc<RealDir>) -> Res<()> {
+        let fd = self.fd(dir)?;
+        let mut suspects: Vec<Box<[u8]>> = Vec::new();
+        let by_xattr = dir.xattr_whiteouts.load(Ordering::Relaxed);
+        crate::readdir::for_each_entry(&open_for_reading(fd.as_fd())?, |name, kind, _| {
+            match kind {
+                Some(Kind::Char) | None => suspects.push(name.into()),
+                Some(Kind::File) if by_xattr => suspects.push(name.into()),
+                Some(_) => {}
+            }
+            true
+        })?;
+        for name in suspects {
+            if self.is_whiteout(dir, &name)? {
+                rustix::fs::unlinkat(&fd, &*name, AtFlags::empty())?;
+            }
+        }
+        Ok(())
     }
 
     /// Removes a directory that holds nothing but whiteouts, after it was moved into the

@@ -16,6 +16,7 @@ mod limits;
 mod owners;
 mod random;
 mod semantics;
+mod steps;
 
 use std::process::ExitCode;
 
@@ -27,6 +28,7 @@ fn cases() -> Vec<Case> {
     cases.extend(owners::CASES);
     cases.extend(disk::CASES);
     cases.extend(limits::CASES);
+    cases.extend(steps::CASES);
     cases.extend(random::CASES);
     cases
 }
