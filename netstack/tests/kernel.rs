@@ -1005,6 +1005,9 @@ fn bound_alone(
             nix::sys::socket::setsockopt(&fd, sockopt::Ipv6V6Only, &true).unwrap();
         }
         nix::sys::socket::setsockopt(&fd, sockopt::ReuseAddr, &true).unwrap();
+        // Holds for accept, too.
+        let patience = nix::sys::time::TimeVal::new(20, 0);
+        nix::sys::socket::setsockopt(&fd, sockopt::ReceiveTimeout, &patience).unwrap();
         nix::sys::socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(at(any(ip), port))).unwrap();
         if kind == SockType::Stream {
             nix::sys::socket::listen(&fd, Backlog::MAXCONN).unwrap();
