@@ -3,13 +3,13 @@
 use std::io::Read as _;
 use std::os::fd::AsFd as _;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::Pid;
 
-use super::handshake::{Channel, SetupFailure, Step, ToSetup};
+use super::handshake::{Channel, ErrnoLike, SetupFailure, Step, ToSetup};
 use super::{LaunchError, during};
 use crate::plan::{IdPlan, MapWriter};
 use crate::spec::IdExtent;
@@ -27,11 +27,13 @@ pub(super) fn write(ids: &IdPlan, setup: Pid, channel: &Channel) -> Result<(), L
             crate::stage::write_maps(&proc_dir, ids)?;
         }
         MapWriter::Helpers { newuidmap, newgidmap } => {
-            // Both at once: each is a whole program's start.
-            let uids = Helper::start(newuidmap, setup, &ids.uids)?;
-            let gids = Helper::start(newgidmap, setup, &ids.gids)?;
-            uids.finish()?;
-            gids.finish()?;
+            // Both at once: each is a whole program's start, during which its starter waits.
+            std::thread::scope(|scope| {
+                let gids = scope.spawn(|| run_helper(newgidmap, setup, &ids.gids));
+                let uids = run_helper(newuidmap, setup, &ids.uids);
+                let gids = gids.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                uids.and(gids)
+            })?;
         }
     }
     tracing::debug!(uids = ?ids.uids, gids = ?ids.gids, "ids are mapped");
@@ -40,47 +42,37 @@ pub(super) fn write(ids: &IdPlan, setup: Pid, channel: &Channel) -> Result<(), L
         .map_err(|errno| SetupFailure::new(Step::Handshake, "", errno).into())
 }
 
-struct Helper<'a> {
-    program: &'a Path,
-    child: Child,
-}
-
-impl<'a> Helper<'a> {
-    fn start(program: &'a Path, setup: Pid, extents: &[IdExtent]) -> Result<Self, LaunchError> {
-        let mut command = Command::new(program);
-        command.arg(setup.to_string());
-        for extent in extents {
-            command.args([extent.inside, extent.outside, extent.count].map(|n| n.to_string()));
-        }
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
-        match child {
-            Ok(child) => Ok(Self { program, child }),
-            Err(e) => Err(SetupFailure::new(Step::MapHelper, program.to_string_lossy(), e).into()),
-        }
+/// Runs newuidmap(1) or newgidmap(1) for the process `setup`.
+fn run_helper(program: &Path, setup: Pid, extents: &[IdExtent]) -> Result<(), LaunchError> {
+    let failed = |said: &str| LaunchError::MapHelper { helper: program.into(), said: said.into() };
+    let at_step = |errno: ErrnoLike| SetupFailure::new(Step::MapHelper, program.to_string_lossy(), errno);
+    let mut command = Command::new(program);
+    command.arg(setup.to_string());
+    for extent in extents {
+        command.args([extent.inside, extent.outside, extent.count].map(|n| n.to_string()));
     }
-
-    fn finish(mut self) -> Result<(), LaunchError> {
-        let failed = |said: &str| LaunchError::MapHelper { helper: self.program.into(), said: said.into() };
-        let pid = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw);
-        let pidfd = pid
-            .ok_or(rustix::io::Errno::SRCH)
-            .and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()))
-            .map_err(|errno| SetupFailure::new(Step::MapHelper, self.program.to_string_lossy(), errno))?;
-        let timeout = PollTimeout::try_from(HELPER_TIMEOUT).unwrap_or(PollTimeout::MAX);
-        let ended = poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], timeout);
-        if ended.map_err(during("waiting for an id map helper"))? == 0 {
-            self.child.kill().ok();
-            self.child.wait().ok();
-            return Err(failed("it did not end within 10 seconds"));
-        }
-        let status = self.child.wait().map_err(|_| failed("its exit status is lost"))?;
-        if status.success() {
-            return Ok(());
-        }
-        let mut said = String::new();
-        if let Some(stderr) = self.child.stderr.take() {
-            stderr.take(4096).read_to_string(&mut said).ok();
-        }
-        Err(failed(said.trim()))
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(|e| at_step(e.into()))?;
+    let pidfd = i32::try_from(child.id())
+        .ok()
+        .and_then(rustix::process::Pid::from_raw)
+        .ok_or(rustix::io::Errno::SRCH)
+        .and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()))
+        .map_err(|errno| at_step(errno.into()))?;
+    let timeout = PollTimeout::try_from(HELPER_TIMEOUT).unwrap_or(PollTimeout::MAX);
+    let ended = poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], timeout);
+    if ended.map_err(during("waiting for an id map helper"))? == 0 {
+        child.kill().ok();
+        child.wait().ok();
+        return Err(failed("it did not end within 10 seconds"));
     }
+    let status = child.wait().map_err(|_| failed("its exit status is lost"))?;
+    if status.success() {
+        return Ok(());
+    }
+    let mut said = String::new();
+    if let Some(stderr) = child.stderr.take() {
+        stderr.take(4096).read_to_string(&mut said).ok();
+    }
+    Err(failed(said.trim()))
 }

@@ -24,7 +24,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 
 use self::handshake::{Channel, FromSetup, SetupFailure, Step};
-use crate::plan::{Namespace, Plan};
+use crate::plan::Plan;
 use crate::report::{PublishedPort, RunReport};
 use crate::stage::{self, Inherited};
 use crate::supervise;
@@ -214,22 +214,23 @@ impl Prepared<'_> {
         let (streams, outside) = supervise::streams::prepare(&plan.process)
             .map_err(during("making pipes for the standard streams"))?;
 
-        let flags = plan.namespaces.iter().copied().fold(0, |flags, namespace| flags | clone_flag(namespace));
-        let mut sandbox =
-            match clone_with(flags).map_err(|errno| SetupFailure::new(Step::Clone, "", errno))? {
-                Cloned::Child => {
-                    drop(ours);
-                    stage::enter(plan, &Inherited { channel: theirs, limits, streams })
-                }
-                Cloned::Parent { pid, pidfd } => {
-                    drop((theirs, streams));
-                    tracing::info!(%pid, namespaces = ?plan.namespaces, "namespaces are made");
-                    let mut sandbox = Sandbox { pidfd, channel: ours, reaped: false, abandoned: false };
-                    let written = idmap::write(&plan.ids, pid, &sandbox.channel);
-                    written.map_err(|error| sandbox.blame_setup(error))?;
-                    sandbox
-                }
-            };
+        // The others are setup's to make: it does so while its ids are being mapped.
+        let mut sandbox = match clone_with(libc::CLONE_NEWUSER | libc::CLONE_NEWPID)
+            .map_err(|errno| SetupFailure::new(Step::Clone, "", errno))?
+        {
+            Cloned::Child => {
+                drop(ours);
+                stage::enter(plan, &Inherited { channel: theirs, limits, streams })
+            }
+            Cloned::Parent { pid, pidfd } => {
+                drop((theirs, streams));
+                tracing::info!(%pid, "setup runs, in a user and a pid namespace");
+                let mut sandbox = Sandbox { pidfd, channel: ours, reaped: false, abandoned: false };
+                let written = idmap::write(&plan.ids, pid, &sandbox.channel);
+                written.map_err(|error| sandbox.blame_setup(error))?;
+                sandbox
+            }
+        };
         let outcome = supervise::run(plan, &mut sandbox, &mut services, outside);
         if sandbox.abandoned {
             services.abandon();
@@ -268,20 +269,6 @@ fn check_streams() -> Result<(), LaunchError> {
 
 fn during(doing: &'static str) -> impl Fn(Errno) -> LaunchError {
     move |errno| LaunchError::Supervise { doing, errno }
-}
-
-fn clone_flag(namespace: Namespace) -> libc::c_int {
-    match namespace {
-        Namespace::User => libc::CLONE_NEWUSER,
-        Namespace::Pid => libc::CLONE_NEWPID,
-        Namespace::Mnt => libc::CLONE_NEWNS,
-        Namespace::Uts => libc::CLONE_NEWUTS,
-        Namespace::Ipc => libc::CLONE_NEWIPC,
-        Namespace::Net => libc::CLONE_NEWNET,
-        Namespace::Cgroup => libc::CLONE_NEWCGROUP,
-        // Made by setup: its offsets can only be set before a process is in it.
-        Namespace::Time => 0,
-    }
 }
 
 /// A soft limit as the caller had it (getrlimit(2)).

@@ -11,6 +11,7 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Component, Path};
 
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 use rustix::fs::{
     AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2, statat, symlinkat,
@@ -22,7 +23,7 @@ use rustix::mount::{
 
 use super::Inherited;
 use crate::launch::handshake::{Channel, FromSetup, SetupFailure, Step, ToSetup};
-use crate::plan::{IdPlan, MapWriter, MountStep, NetPlan, Plan, StackPlan};
+use crate::plan::{IdPlan, MapWriter, MountStep, Namespace, NetPlan, Plan, StackPlan};
 use crate::spec::IdExtent;
 use crate::sys;
 
@@ -52,7 +53,7 @@ const PRIVATE_MOUNT: MountAttrFlags =
     MountAttrFlags::MOUNT_ATTR_NOSUID.union(MountAttrFlags::MOUNT_ATTR_NODEV);
 
 /// CLONE_NEWTIME (time_namespaces(7)), which nix does not name.
-const CLONE_NEWTIME: nix::sched::CloneFlags = nix::sched::CloneFlags::from_bits_retain(0x80);
+const CLONE_NEWTIME: CloneFlags = CloneFlags::from_bits_retain(0x80);
 
 /// Builds the sandbox from inside.
 ///
@@ -64,14 +65,15 @@ pub(super) fn run(plan: &Plan, inherited: &Inherited) -> Result<Ready> {
     let streams = inherited.streams.iter().flatten().map(OwnedFd::as_fd);
     let keep: Vec<BorrowedFd<'_>> = std::iter::once(channel.as_fd()).chain(streams).collect();
     sys::process::close_all_but(&keep).during(Step::Inherit, "")?;
-    // Needs no id, and newuidmap is a whole program's start: it runs meanwhile.
+    // These need no id, and newuidmap is a whole program's start: it runs meanwhile.
+    make_namespaces(&plan.namespaces)?;
     set_names(plan)?;
     set_up_network(&plan.net, channel)?;
     map_ids(&plan.ids, channel)?;
 
     let overlay = mount_overlay(channel)?;
     if let Some(offsets) = plan.time {
-        nix::sched::unshare(CLONE_NEWTIME).during(Step::Time, "unshare")?;
+        unshare(CLONE_NEWTIME).during(Step::Time, "unshare")?;
         let text = format!("monotonic {} 0\nboottime {} 0\n", offsets.monotonic, offsets.boottime);
         std::fs::write("/proc/self/timens_offsets", text).during(Step::Time, "/proc/self/timens_offsets")?;
     }
@@ -97,6 +99,23 @@ pub(super) fn run(plan: &Plan, inherited: &Inherited) -> Result<Ready> {
 /// line, the channel's end tells: init sees it on its first wait.
 fn die_with_supervisor() -> Result<()> {
     nix::sys::prctl::set_pdeathsig(Some(Signal::SIGKILL)).during(Step::Inherit, "PR_SET_PDEATHSIG")
+}
+
+/// Makes the namespaces that the user namespace of the clone is to own. Only the pid namespace was
+/// made with it: a process cannot move into one.
+fn make_namespaces(namespaces: &[Namespace]) -> Result<()> {
+    let flag = |namespace: &Namespace| match namespace {
+        Namespace::User | Namespace::Pid => CloneFlags::empty(),
+        Namespace::Mnt => CloneFlags::CLONE_NEWNS,
+        Namespace::Uts => CloneFlags::CLONE_NEWUTS,
+        Namespace::Ipc => CloneFlags::CLONE_NEWIPC,
+        Namespace::Net => CloneFlags::CLONE_NEWNET,
+        Namespace::Cgroup => CloneFlags::CLONE_NEWCGROUP,
+        // Made later, by itself: its offsets can only be set before a process is in it.
+        Namespace::Time => CloneFlags::empty(),
+    };
+    let flags: CloneFlags = namespaces.iter().map(flag).collect();
+    unshare(flags).during(Step::Clone, "")
 }
 
 fn map_ids(ids: &IdPlan, channel: &Channel) -> Result<()> {
