@@ -1,6 +1,5 @@
-//! The program: a stage inside a sandbox, or the command line.
+//! The program: the command line. (Started as `rootlet-exec` it never gets here: `sys::exec_stage`.)
 
-use std::ffi::OsStr;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -8,9 +7,5 @@ fn main() -> ExitCode {
     if rootlet::has_foreign_privilege() {
         return ExitCode::from(rootlet::cli::refuse_privilege());
     }
-    let mut args = std::env::args_os().peekable();
-    if args.peek().is_some_and(|name| name == OsStr::new(rootlet::stage::EXEC_STAGE)) {
-        return ExitCode::from(rootlet::stage::exec_stage(args));
-    }
-    ExitCode::from(rootlet::cli::main(args))
+    ExitCode::from(rootlet::cli::main(std::env::args_os()))
 }

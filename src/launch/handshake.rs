@@ -134,7 +134,7 @@ macro_rules! steps {
 }
 
 steps! {
-    /// clone3(2) of all namespaces.
+    /// clone3(2) and unshare(2) of the namespaces.
     Clone = "clone", "cannot create the sandbox's namespaces";
     /// Writing /proc/self/setgroups, uid_map or gid_map.
     WriteMaps = "uid_map", "cannot write {}";
@@ -182,6 +182,9 @@ steps! {
     Handshake = "handshake", "the sandbox's setup process ended early: {}";
 }
 
+/// A message with the descriptor that came with it; `None` when the other side is gone.
+type Received<M> = Result<Option<(M, Option<OwnedFd>)>, rustix::io::Errno>;
+
 /// One end of the hand-shake.
 #[derive(Debug)]
 pub struct Channel(OwnedFd);
@@ -226,7 +229,17 @@ impl Channel {
     ///
     /// # Errors
     /// `EBADMSG` for what does not parse; as recvmsg(2).
-    pub fn receive<M: DeserializeOwned>(&self) -> Result<Option<(M, Option<OwnedFd>)>, rustix::io::Errno> {
+    pub fn receive<M: DeserializeOwned>(&self) -> Received<M> {
+        let Some((bytes, fd)) = self.receive_bytes()? else { return Ok(None) };
+        let message = serde_json::from_slice(&bytes).map_err(|_| rustix::io::Errno::BADMSG)?;
+        Ok(Some((message, fd)))
+    }
+
+    /// Receives a message as it was sent; `None` when the other side is gone.
+    ///
+    /// # Errors
+    /// As recvmsg(2).
+    pub fn receive_bytes(&self) -> Received<Vec<u8>> {
         let mut buffer = vec![0; MESSAGE_MAX];
         let (length, fd) = match fdpass::receive(self.as_fd(), &mut buffer) {
             // The other side ended with a message of ours unread. That is said once, and before what it
@@ -237,9 +250,8 @@ impl Channel {
         if length == 0 {
             return Ok(None);
         }
-        let bytes = buffer.get(..length).unwrap_or_default();
-        let message = serde_json::from_slice(bytes).map_err(|_| rustix::io::Errno::BADMSG)?;
-        Ok(Some((message, fd)))
+        buffer.truncate(length);
+        Ok(Some((buffer, fd)))
     }
 }
 

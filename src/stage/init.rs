@@ -15,6 +15,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 use rustix::process::{WaitOptions, WaitStatus};
 
+use super::command;
 use super::payload::{self, Handover, PayloadMessage};
 use super::setup::{self, Ready};
 use super::users::{self, Identity};
@@ -22,6 +23,7 @@ use super::{Inherited, notify};
 use crate::launch::handshake::{Channel, FromSetup, SetupFailure, Step, ToSetup};
 use crate::plan::Plan;
 use crate::report::Outcome;
+use crate::sys::exec_stage;
 use crate::sys::process::{exit_now, fork};
 
 /// Starts the payload and stays until it has ended.
@@ -65,7 +67,7 @@ fn supervise_payload(plan: &Plan, inherited: &Inherited, ready: &Ready) -> Resul
         exit_now(125);
     };
     drop(theirs);
-    let listener = await_exec(&ours)?;
+    let listener = await_exec(plan, &ours)?;
     drop(ours);
     inherited
         .channel
@@ -86,16 +88,19 @@ fn default_identity(plan: &Plan) -> Identity {
 }
 
 /// Waits until the payload's process has executed the command: its end of the channel closes then.
-fn await_exec(report: &Channel) -> Result<Option<OwnedFd>, SetupFailure> {
+fn await_exec(plan: &Plan, report: &Channel) -> Result<Option<OwnedFd>, SetupFailure> {
+    let broken = |errno| SetupFailure::new(Step::Spawn, "report channel", errno);
     let mut listener = None;
-    loop {
-        match report.receive::<PayloadMessage>() {
-            Ok(None) => return Ok(listener),
-            Ok(Some((PayloadMessage::Listener, fd))) => listener = fd,
-            Ok(Some((PayloadMessage::Failed(failure), _))) => return Err(failure),
-            Err(errno) => return Err(SetupFailure::new(Step::Spawn, "report channel", errno)),
+    while let Some((message, fd)) = report.receive_bytes().map_err(broken)? {
+        if let Some(tried) = exec_stage::tried(&message) {
+            return Err(command::failure(&plan.process, tried));
+        }
+        match serde_json::from_slice(&message).map_err(|_| broken(rustix::io::Errno::BADMSG))? {
+            PayloadMessage::Listener => listener = fd,
+            PayloadMessage::Failed(failure) => return Err(failure),
         }
     }
+    Ok(listener)
 }
 
 fn wait_for(payload: Pid, signals: &SignalFd, channel: &Channel) -> Result<Outcome, Errno> {

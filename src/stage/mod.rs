@@ -9,6 +9,7 @@
 //! | payload before execve | channel to init (closed by execve) | gives up step by step, see `payload.rs` |
 //! | payload | none | the capabilities of the plan, no_new_privs, the filter |
 
+mod command;
 mod init;
 mod notify;
 mod payload;
@@ -19,7 +20,6 @@ use crate::launch::handshake::{Channel, FromSetup};
 use crate::plan::Plan;
 use crate::sys::process::exit_now;
 
-pub use payload::{EXEC_STAGE, exec_stage};
 pub(crate) use setup::write_maps;
 
 /// What setup takes over from the supervisor besides the plan.

@@ -6,33 +6,27 @@
 //! calls. It must not take away: the working directory, the environment of the plan, standard
 //! input, output and error.
 //!
-//! It executes the command in two steps. The first is our own program on a read-only mount,
-//! called [`EXEC_STAGE`]: so `/proc/self/exe`, which a hostile command or interpreter may name,
-//! never is our program on a writable mount (CVE-2019-5736). The second looks the command up and
-//! executes it.
+//! It executes the command in two steps. The first is our own program on a read-only mount, as
+//! [`exec_stage`]: so `/proc/self/exe`, which a hostile command or interpreter may name, never is
+//! our program on a writable mount (CVE-2019-5736). The second is one of the command's candidates.
 
-use std::ffi::{CString, OsStr, OsString};
-use std::fs::File;
-use std::io::Read as _;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
-use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
-use std::path::{Path, PathBuf};
+use std::ffi::CString;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::unistd::{Gid, Uid};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
+use super::command;
 use super::users::Identity;
 use crate::launch::SoftLimit;
 use crate::launch::handshake::{Channel, SetupFailure, Step};
 use crate::plan::{Plan, SeccompPlan};
 use crate::seccomp::{self, FilterSpec};
 use crate::supervise::streams::Inside;
-use crate::sys;
-
-/// Name (`argv[0]`) by which our program knows that it is the payload's last step.
-pub const EXEC_STAGE: &str = "rootlet-exec";
+use crate::sys::{self, exec_stage};
 
 /// What init hands to the payload's process.
 pub(super) struct Handover<'a> {
@@ -91,6 +85,8 @@ fn confine(handover: &Handover<'_>, report: &Channel) -> Result<SetupFailure, Se
         sent.map_err(errno).map_err(spawn("handing over the listener"))?;
     }
 
+    // Rust's runtime ignores it, and what is ignored stays so over execve.
+    sys::process::default_signal(Signal::SIGPIPE).map_err(spawn("SIGPIPE"))?;
     // The report channel is closed by the second execve; everything else by the first.
     sys::process::cloexec_from(3).map_err(spawn("closing descriptors"))?;
     rustix::io::fcntl_setfd(report, rustix::io::FdFlags::empty())
@@ -98,7 +94,11 @@ fn confine(handover: &Handover<'_>, report: &Channel) -> Result<SetupFailure, Se
         .map_err(spawn("report channel"))?;
     let text =
         |bytes: Vec<u8>| CString::new(bytes).map_err(|_| spawn("a NUL byte in an argument")(Errno::EINVAL));
-    let mut args = vec![text(EXEC_STAGE.into())?, text(report.as_fd().as_raw_fd().to_string().into())?];
+    let candidates = command::candidates(&plan.process);
+    let mut args = exec_stage::start_of_arguments(report.as_fd(), candidates.len());
+    for path in &candidates {
+        args.push(text(path.as_os_str().as_bytes().to_vec())?);
+    }
     for arg in &plan.process.args {
         args.push(text(arg.as_bytes().to_vec())?);
     }
@@ -202,96 +202,4 @@ fn enter_workdir(plan: &Plan) -> Result<(), SetupFailure> {
         }
         Err(errno) => Err(SetupFailure::new(Step::Workdir, workdir.to_string_lossy(), errno)),
     }
-}
-
-/// The second step: `args` are [`EXEC_STAGE`], the number of the report channel, the command and its
-/// arguments. Returns only on failure, with the exit status.
-///
-/// Runs confined as the payload; whoever calls our program by this name inside gains nothing.
-pub fn exec_stage(mut args: impl Iterator<Item = OsString>) -> u8 {
-    let report = args
-        .nth(1)
-        .and_then(|number| number.to_str()?.parse().ok())
-        .and_then(|number| sys::process::adopt(number).ok())
-        .map(Channel::from);
-    let args: Vec<OsString> = args.collect();
-    let (Some(report), Some(command)) = (report, args.first()) else { return 125 };
-    let failure = match exec(&report, command, &args) {
-        Ok(never) => match never {},
-        Err(failure) => failure,
-    };
-    report.send(&PayloadMessage::Failed(failure), None).ok();
-    125
-}
-
-fn exec(
-    report: &Channel,
-    command: &OsStr,
-    args: &[OsString],
-) -> Result<std::convert::Infallible, SetupFailure> {
-    let failed = |errno: Errno| SetupFailure::new(Step::Exec, command.to_string_lossy(), errno);
-    rustix::io::fcntl_setfd(report, rustix::io::FdFlags::CLOEXEC).map_err(errno).map_err(failed)?;
-    // Rust's runtime ignores it, and what is ignored stays so over execve.
-    sys::process::default_signal(Signal::SIGPIPE).map_err(failed)?;
-    let argv: Vec<CString> = args
-        .iter()
-        .map(|arg| CString::new(arg.as_bytes()))
-        .collect::<Result<_, _>>()
-        .map_err(|_| failed(Errno::EINVAL))?;
-    let mut refused = None;
-    for candidate in candidates(command) {
-        let Ok(path) = CString::new(candidate.as_os_str().as_bytes()) else { continue };
-        let Err(errno) = nix::unistd::execv(&path, &argv);
-        match (errno, explain(&candidate, errno)) {
-            // Not this one; a later directory of PATH may hold it (execvp(3)).
-            (Errno::ENOENT | Errno::ENOTDIR, None) => {}
-            (_, explained) => {
-                let object = explained.unwrap_or_else(|| candidate.to_string_lossy().into_owned());
-                // What exists but cannot be executed is EACCES or the like to the exit status.
-                let errno = if errno == Errno::ENOENT { Errno::ENOEXEC } else { errno };
-                let failure = SetupFailure::new(Step::Exec, object, errno);
-                if errno != Errno::EACCES {
-                    return Err(failure);
-                }
-                refused.get_or_insert(failure);
-            }
-        }
-    }
-    Err(refused.unwrap_or_else(|| failed(Errno::ENOENT)))
-}
-
-/// Where a command may be: as it is if it has a slash, else in each directory of PATH.
-fn candidates(command: &OsStr) -> Vec<PathBuf> {
-    if command.as_bytes().contains(&b'/') {
-        return vec![command.into()];
-    }
-    let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".into());
-    // An empty name would execute the directory.
-    std::env::split_paths(&path).filter(|_| !command.is_empty()).map(|dir| dir.join(command)).collect()
-}
-
-/// What execve(2) does not say by errno alone.
-fn explain(path: &Path, errno: Errno) -> Option<String> {
-    let shown = path.to_string_lossy();
-    let meta = std::fs::metadata(path).ok()?;
-    match errno {
-        Errno::EACCES if meta.is_dir() => Some(format!("{shown}, which is a directory")),
-        Errno::ENOENT | Errno::ENOTDIR => Some(match interpreter(path) {
-            Some(interpreter) => format!("{shown}, whose interpreter {interpreter} is not there"),
-            None => format!("{shown}, whose dynamic loader is not there"),
-        }),
-        Errno::ENOEXEC => {
-            Some(format!("{shown}, which is neither a program for this machine nor starts with #!"))
-        }
-        _ => None,
-    }
-}
-
-/// The interpreter that a script's first line names.
-fn interpreter(path: &Path) -> Option<String> {
-    let mut start = Vec::new();
-    File::open(path).ok()?.take(256).read_to_end(&mut start).ok()?;
-    let line = start.strip_prefix(b"#!")?.split(|b| *b == b'\n').next()?;
-    let name = line.split(|b| b.is_ascii_whitespace()).find(|word| !word.is_empty())?;
-    Some(OsString::from_vec(name.to_vec()).to_string_lossy().into_owned())
 }

@@ -4,6 +4,7 @@
 //! errno, and hold no policy.
 #![expect(unsafe_code, reason = "the one module of this crate that may")]
 
+pub(crate) mod exec_stage;
 pub(crate) mod fdpass;
 pub(crate) mod landlock;
 pub(crate) mod mount;

@@ -131,17 +131,6 @@ pub(crate) fn default_signal(signal: nix::sys::signal::Signal) -> Result<(), Err
     unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigDfl) }.map(drop)
 }
 
-/// Takes over a descriptor that this process was started with.
-///
-/// # Errors
-/// `EBADF` when it is not open.
-pub(crate) fn adopt(fd: RawFd) -> Result<OwnedFd, Errno> {
-    // SAFETY: fcntl on any number is harmless; F_GETFD fails when it is not open.
-    Errno::result(unsafe { libc::fcntl(fd, libc::F_GETFD) })?;
-    // SAFETY: it is open, and only the first lines of `main` call this, before anything else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
 /// execveat(2) of an open file.
 ///
 /// # Errors
