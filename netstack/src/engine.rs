@@ -5,9 +5,12 @@
 //! DNS; look after every TCP flow that anything happened to; fire timers. All state belongs to this thread.
 //!
 //! While the TAP takes no more frames nothing is read from it, and flows rest; when it does again, what waits goes first.
+//! Sockets tell once that they have become readable (EPOLLET), or those that must rest would wake the thread without end:
+//! who leaves something unread says so ([`Shared::come_back`]).
 //!
 //! A panic ends the network with a message in the log, not the process: the thread owns everything it uses.
 
+use std::collections::BTreeSet;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -117,6 +120,9 @@ pub(crate) struct Shared {
     pub(crate) random: Random,
     /// Buffer for datagrams of the host's side.
     pub(crate) datagram: Box<[u8]>,
+    /// Datagram sockets with more to read than could be taken: there was no room in the TAP, or others had to get their
+    /// turn.
+    unread: BTreeSet<u64>,
     /// A descriptor was closed, so listeners that were starved of them may go on.
     pub(crate) descriptor_freed: bool,
 }
@@ -125,6 +131,11 @@ impl Shared {
     /// Watches a descriptor. It is forgotten when it is closed, as no other copy of it exists.
     pub(crate) fn watch(&self, fd: BorrowedFd<'_>, token: Token, flags: EpollFlags) -> nix::Result<()> {
         self.epoll.add(fd, EpollEvent::new(flags, token.pack()))
+    }
+
+    /// Remembers a socket that was not read to its end.
+    pub(crate) fn come_back(&mut self, token: Token) {
+        self.unread.insert(token.pack());
     }
 
     /// What is to be done with a flow of the guest's to `remote`.
@@ -194,6 +205,7 @@ impl Engine {
             budget: forward::budget_for(&published),
             random: Random::default(),
             datagram: device::frame_buffer(),
+            unread: BTreeSet::new(),
             descriptor_freed: false,
         };
         sh.watch(sh.tap.as_fd(), Token::Tap, EpollFlags::EPOLLIN)?;
@@ -215,7 +227,8 @@ impl Engine {
 
     /// Time until the next timer; `None`: until something happens.
     fn patience(&self, now: Instant) -> Option<Duration> {
-        if self.forward.is_eager() || (self.more_frames || self.more_work) && !self.sh.tap.is_blocked() {
+        let more = self.more_frames || self.more_work || !self.sh.unread.is_empty();
+        if self.forward.is_eager() || more && !self.sh.tap.is_blocked() {
             return Some(Duration::ZERO);
         }
         self.sh.timers.next_at().map(|at| if at > now { at - now } else { Duration::ZERO })
@@ -246,7 +259,13 @@ impl Engine {
         };
         let now = clock();
         let mut frames = self.more_frames;
-        for event in events.iter().take(count) {
+        let unread = match self.sh.tap.is_blocked() {
+            true => BTreeSet::new(),
+            false => std::mem::take(&mut self.sh.unread),
+        };
+        let again =
+            unread.into_iter().map(|data| EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLERR, data));
+        for event in events.iter().take(count).copied().chain(again) {
             let flags = event.events();
             match Token::unpack(event.data()) {
                 Some(Token::Tap) => {
@@ -502,6 +521,17 @@ impl Engine {
 impl Engine {
     pub(crate) fn stats(&self) -> Stats {
         self.sh.stats.snapshot()
+    }
+
+    /// Whether nothing but a timer would wake the engine now.
+    pub(crate) fn is_quiet(&self, now: Instant) -> bool {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        let mut fds = [PollFd::new(self.sh.epoll.0.as_fd(), PollFlags::POLLIN)];
+        self.patience(now) != Some(Duration::ZERO) && poll(&mut fds, PollTimeout::ZERO) == Ok(0)
+    }
+
+    pub(crate) fn is_blocked(&self) -> bool {
+        self.sh.tap.is_blocked()
     }
 
     pub(crate) fn open_queries(&self) -> usize {

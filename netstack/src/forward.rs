@@ -26,7 +26,7 @@ use crate::host::{self, Budget, HostFd};
 use crate::tcp::Tcp;
 use crate::udp::{self, Arrival, Udp};
 
-/// Connections or datagrams taken from one socket before others get their turn.
+/// Connections taken from one listener before others get their turn.
 const TURN: usize = 64;
 /// When a listener that got no descriptor tries again, if none of ours was closed meanwhile.
 const STARVED_RETRY: Duration = Duration::from_secs(1);
@@ -148,7 +148,7 @@ impl Forward {
                     forward.tcp.push((bound.fd, bound.inside_port));
                 }
                 Protocol::Udp => {
-                    sh.watch(bound.fd.as_fd(), Token::UdpListener(forward.udp.len()), EpollFlags::EPOLLIN)?;
+                    sh.watch(bound.fd.as_fd(), Token::UdpListener(forward.udp.len()), udp::READABLE)?;
                     forward.udp.push(sh.budget.hold(bound.fd));
                     forward.udp_ports.push(bound.inside_port);
                 }
@@ -213,23 +213,10 @@ impl Forward {
     /// Datagrams wait at a published socket.
     pub(crate) fn receive(&mut self, sh: &mut Shared, now: Instant, index: usize, udp: &mut Udp) {
         let (Some(fd), Some(&inside_port)) = (self.udp.get(index), self.udp_ports.get(index)) else { return };
-        let mut buffer = std::mem::take(&mut sh.datagram);
-        for _ in 0..TURN {
-            if sh.tap.is_congested() {
-                break;
-            }
-            let (len, peer, local) = match udp::receive(fd, &mut buffer) {
-                Ok(received) => received,
-                Err(Errno::EINTR) => continue,
-                Err(Errno::EAGAIN) => break,
-                // An error of an earlier answer, reported once.
-                Err(_) => continue,
-            };
+        udp::read_all(sh, Token::UdpListener(index), fd, |sh, payload, peer, local| {
             let ways = ways(&sh.spec.guest, &sh.spec.gateway, peer, inside_port);
-            let payload = buffer.get(..len).unwrap_or_default();
             udp.inbound(sh, now, Arrival { port: index, real: peer, local, ways }, payload);
-        }
-        sh.datagram = buffer;
+        });
     }
 }
 

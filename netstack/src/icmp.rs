@@ -27,7 +27,6 @@ use crate::policy::{Transport, Verdict};
 use crate::udp;
 
 const MAX_DESTINATIONS: usize = 16;
-const TURN_REPLIES: usize = 64;
 
 /// Types of echo request and reply.
 fn echo_types(is_v6: bool) -> (u8, u8) {
@@ -155,7 +154,7 @@ impl Icmp {
         self.by_guest.insert(guest, id);
         sh.stats.ping_flows.set(self.pings.len());
         if let Some(ping) = self.pings.get(id) {
-            let watched = sh.watch(ping.fd.as_fd(), Token::Ping(id), EpollFlags::EPOLLIN);
+            let watched = sh.watch(ping.fd.as_fd(), Token::Ping(id), udp::READABLE);
             watched.inspect_err(|_| self.remove(sh, id))?;
         }
         sh.timers.set(now + PING_IDLE, TimerKey::Ping);
@@ -184,37 +183,31 @@ impl Icmp {
     }
 
     pub(crate) fn host_event(&mut self, sh: &mut Shared, now: Instant, id: FlowId, events: EpollFlags) {
+        if sh.tap.is_blocked() {
+            return sh.come_back(Token::Ping(id));
+        }
         if events.intersects(EpollFlags::EPOLLERR) {
             self.errors(sh, id);
         }
-        let Some(ping) = self.pings.get_mut(id) else { return };
-        let mut buffer = std::mem::take(&mut sh.datagram);
-        for _ in 0..TURN_REPLIES {
-            if sh.tap.is_congested() {
-                break;
-            }
-            let (len, from) = match udp::receive(&ping.fd, &mut buffer) {
-                Ok((len, from, _)) => (len, from),
-                Err(Errno::EINTR) => continue,
-                Err(_) => break,
-            };
-            let Some(message) = buffer.get_mut(..len).filter(|message| message.len() >= 8) else { continue };
-            if message[0] != echo_types(ping.guest.ip.is_ipv6()).1 || !ping.destinations.contains(&from.ip())
+        let Some(Ping { guest, fd, destinations, used }) = self.pings.get_mut(id) else { return };
+        udp::read_all(sh, Token::Ping(id), fd, |sh, message, from, _| {
+            if message.len() < 8
+                || message[0] != echo_types(guest.ip.is_ipv6()).1
+                || !destinations.contains(&from.ip())
             {
-                sh.stats.dropped_datagrams.one();
-                continue;
+                return sh.stats.dropped_datagrams.one();
             }
-            ping.used = now;
-            message[4..6].copy_from_slice(&ping.guest.port.to_be_bytes());
-            emit::icmp(&mut sh.tap, from.ip(), ping.guest.ip, message);
-        }
-        sh.datagram = buffer;
+            *used = now;
+            message[4..6].copy_from_slice(&guest.port.to_be_bytes());
+            emit::icmp(&mut sh.tap, from.ip(), guest.ip, message);
+        });
     }
 
     fn errors(&mut self, sh: &mut Shared, id: FlowId) {
         let Some(ping) = self.pings.get(id) else { return };
-        for _ in 0..TURN_REPLIES {
-            let Some(error) = udp::receive_error(&ping.fd) else { break };
+        // The kernel bounds the queue.
+        while let Ok(error) = udp::receive_error(&ping.fd) {
+            let Some(error) = error else { continue };
             let destination = error.destination.ip();
             let (Some(icmp), true) = (error.icmp, ping.destinations.contains(&destination)) else { continue };
             // The queue holds our request, with the host's identifier.

@@ -622,18 +622,20 @@ impl Tcp {
 
     /// Looks after every dirty flow once; whether some still have work to do.
     pub(crate) fn run(&mut self, sh: &mut Shared, now: Instant) -> bool {
-        let mut list = std::mem::take(&mut self.dirty);
-        for &id in &list {
+        let list = std::mem::take(&mut self.dirty);
+        let mut rest = list.iter();
+        while !sh.tap.is_blocked()
+            && let Some(&id) = rest.next()
+        {
             if let Some(flow) = self.flows.get_mut(id) {
                 flow.dirty = false;
                 self.service(sh, now, id);
             }
         }
-        list.clear();
-        // Flows that were marked again meanwhile are in the new list; keep the larger allocation.
-        if self.dirty.is_empty() {
-            self.dirty = list;
-        }
+        // While the TAP takes no frames flows rest. They come before those that were marked again meanwhile.
+        let mut list: Vec<FlowId> = rest.copied().collect();
+        list.append(&mut self.dirty);
+        self.dirty = list;
         !self.dirty.is_empty() && !sh.tap.is_blocked()
     }
 

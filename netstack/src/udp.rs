@@ -39,8 +39,12 @@ use crate::host::{self, HostFd};
 use crate::ingress::Packet;
 use crate::policy::{DNS_PORT, Transport, Verdict};
 
+/// What epoll tells of a datagram socket, each time it becomes so. (Errors it tells always.)
+pub(crate) const READABLE: EpollFlags = EpollFlags::EPOLLIN.union(EpollFlags::EPOLLET);
 /// Datagrams read from one socket before others get their turn.
 const TURN_DATAGRAMS: usize = 64;
+/// Errors of earlier datagrams that are met on the way.
+const MAX_FAILURES: usize = 8;
 /// Hop limits below this are passed on, one less, so that traceroute works; others mean "far enough".
 const TRACEROUTE_HOPS: u8 = 40;
 
@@ -258,7 +262,7 @@ impl Udp {
         self.by_guest.insert(guest, id);
         sh.stats.udp_flows.set(self.flows.len());
         let flow = self.flows.get(id)?;
-        if let Err(errno) = sh.watch(flow.fd.as_fd(), Token::Udp(id), EpollFlags::EPOLLIN) {
+        if let Err(errno) = sh.watch(flow.fd.as_fd(), Token::Udp(id), READABLE) {
             tracing::debug!(%errno, "no socket for a UDP flow");
             self.remove(sh, id);
             return None;
@@ -302,38 +306,30 @@ impl Udp {
 
     /// The flow's host socket has something to say.
     pub(crate) fn host_event(&mut self, sh: &mut Shared, now: Instant, id: FlowId, events: EpollFlags) {
+        if sh.tap.is_blocked() {
+            return sh.come_back(Token::Udp(id));
+        }
         if events.intersects(EpollFlags::EPOLLERR) {
             self.errors(sh, id);
         }
-        let Some(flow) = self.flows.get_mut(id) else { return };
-        let mut buffer = std::mem::take(&mut sh.datagram);
-        for _ in 0..TURN_DATAGRAMS {
-            if sh.tap.is_congested() {
-                break;
-            }
-            let (len, from) = match receive(&flow.fd, &mut buffer) {
-                Ok((len, from, _)) => (len, from),
-                Err(Errno::EINTR) => continue,
-                Err(_) => break,
-            };
-            let Some(peer) = flow.peers.iter_mut().find(|peer| peer.real.ip() == from.ip()) else {
-                sh.stats.dropped_datagrams.one();
-                continue;
+        let Some(Flow { guest, fd, peers, used, answered }) = self.flows.get_mut(id) else { return };
+        read_all(sh, Token::Udp(id), fd, |sh, datagram, from, _| {
+            let Some(peer) = peers.iter_mut().find(|peer| peer.real.ip() == from.ip()) else {
+                return sh.stats.dropped_datagrams.one();
             };
             peer.used = now;
-            flow.used = now;
-            flow.answered = true;
-            let seen = Endpoint::new(peer.seen.ip, from.port());
-            emit::udp(&mut sh.tap, seen, flow.guest, buffer.get(..len).unwrap_or_default());
-        }
-        sh.datagram = buffer;
+            *used = now;
+            *answered = true;
+            emit::udp(&mut sh.tap, Endpoint::new(peer.seen.ip, from.port()), *guest, datagram);
+        });
     }
 
     /// Turns what the error queue holds into ICMP errors.
     fn errors(&mut self, sh: &mut Shared, id: FlowId) {
         let Some(flow) = self.flows.get(id) else { return };
-        for _ in 0..TURN_DATAGRAMS {
-            let Some(error) = receive_error(&flow.fd) else { break };
+        // The kernel bounds the queue.
+        while let Ok(error) = receive_error(&flow.fd) {
+            let Some(error) = error else { continue };
             let Some(peer) = flow.peers.iter().find(|peer| peer.real == error.destination) else { continue };
             let Some(icmp) = error.icmp else { continue };
             let original = emit::original_udp(flow.guest, peer.seen, &error.payload);
@@ -344,7 +340,7 @@ impl Udp {
             };
             emit::icmp_error(&mut sh.tap, from, flow.guest.ip, icmp, &original);
         }
-        // A pending error would wake us again and again.
+        // A pending error would fail the next datagram.
         let _ = host::socket_error(flow.fd.as_fd());
     }
 
@@ -468,7 +464,7 @@ pub(crate) fn want_local_address(fd: &impl AsFd, is_v6: bool) -> nix::Result<()>
 }
 
 /// Receives a datagram: its length, its sender, and the host's address it was sent to if that was asked for.
-pub(crate) fn receive(fd: &HostFd, buffer: &mut [u8]) -> nix::Result<(usize, SocketAddr, Option<IpAddr>)> {
+fn receive(fd: &HostFd, buffer: &mut [u8]) -> nix::Result<(usize, SocketAddr, Option<IpAddr>)> {
     let mut control = nix::cmsg_space!(libc::in6_pktinfo);
     let mut parts = [IoSliceMut::new(buffer)];
     let message =
@@ -482,6 +478,31 @@ pub(crate) fn receive(fd: &HostFd, buffer: &mut [u8]) -> nix::Result<(usize, Soc
     });
     let from = message.address.as_ref().and_then(socket_addr).ok_or(Errno::EINTR)?;
     Ok((message.bytes, from, local))
+}
+
+/// Reads a datagram socket to its end, or as far as the TAP has room and others need not wait too long: then we come back.
+pub(crate) fn read_all(
+    sh: &mut Shared,
+    token: Token,
+    fd: &HostFd,
+    mut each: impl FnMut(&mut Shared, &mut [u8], SocketAddr, Option<IpAddr>),
+) {
+    let mut buffer = std::mem::take(&mut sh.datagram);
+    let mut failures = 0;
+    for count in 0.. {
+        if sh.tap.is_blocked() || count >= TURN_DATAGRAMS {
+            sh.come_back(token);
+            break;
+        }
+        match receive(fd, &mut buffer) {
+            Ok((len, from, local)) => each(sh, buffer.get_mut(..len).unwrap_or_default(), from, local),
+            Err(Errno::EAGAIN) => break,
+            // An error of an earlier datagram, reported once.
+            Err(_) if failures < MAX_FAILURES => failures += 1,
+            Err(_) => break,
+        }
+    }
+    sh.datagram = buffer;
 }
 
 pub(crate) fn socket_addr(addr: &SockaddrStorage) -> Option<SocketAddr> {
@@ -505,27 +526,25 @@ pub(crate) struct QueuedError {
     pub(crate) icmp: Option<IcmpError>,
 }
 
-/// The next error of a socket's queue.
-pub(crate) fn receive_error(fd: &HostFd) -> Option<QueuedError> {
+/// The next error of a socket's queue; `None` if it means nothing to us.
+pub(crate) fn receive_error(fd: &HostFd) -> nix::Result<Option<QueuedError>> {
     let mut control = nix::cmsg_space!(libc::sock_extended_err, libc::sockaddr_in6, [u8; 64]);
     let mut buffer = [0; 1280];
     let mut parts = [IoSliceMut::new(&mut buffer)];
     let flags = MsgFlags::MSG_ERRQUEUE | MsgFlags::MSG_DONTWAIT;
-    let (len, destination, error, offender) = {
-        let message =
-            recvmsg::<SockaddrStorage>(fd.as_raw_fd(), &mut parts, Some(&mut control), flags).ok()?;
-        let destination = message.address.as_ref().and_then(socket_addr)?;
-        let (error, offender) = message.cmsgs().ok()?.find_map(|control| match control {
-            ControlMessageOwned::Ipv4RecvErr(error, from) => {
-                Some((error, from.map(|from| IpAddr::from(from.sin_addr.s_addr.to_ne_bytes()))))
-            }
-            ControlMessageOwned::Ipv6RecvErr(error, from) => {
-                Some((error, from.map(|from| IpAddr::from(from.sin6_addr.s6_addr))))
-            }
-            _ => None,
-        })?;
-        (message.bytes, destination, error, offender)
-    };
+    let message = recvmsg::<SockaddrStorage>(fd.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
+    let len = message.bytes;
+    let destination = message.address.as_ref().and_then(socket_addr);
+    let found = message.cmsgs().ok().into_iter().flatten().find_map(|control| match control {
+        ControlMessageOwned::Ipv4RecvErr(error, from) => {
+            Some((error, from.map(|from| IpAddr::from(from.sin_addr.s_addr.to_ne_bytes()))))
+        }
+        ControlMessageOwned::Ipv6RecvErr(error, from) => {
+            Some((error, from.map(|from| IpAddr::from(from.sin6_addr.s6_addr))))
+        }
+        _ => None,
+    });
+    let (Some(destination), Some((error, offender))) = (destination, found) else { return Ok(None) };
     let from_network = matches!(error.ee_origin, libc::SO_EE_ORIGIN_ICMP | libc::SO_EE_ORIGIN_ICMP6);
     let is_v6 = destination.is_ipv6();
     let icmp = if from_network {
@@ -538,5 +557,5 @@ pub(crate) fn receive_error(fd: &HostFd) -> Option<QueuedError> {
             .then(|| IcmpError::unreachable(is_v6, Unreachable::Host))
     };
     let payload = buffer.get(..len).unwrap_or_default().to_vec();
-    Some(QueuedError { destination, payload, offender, icmp })
+    Ok(Some(QueuedError { destination, payload, offender, icmp }))
 }
