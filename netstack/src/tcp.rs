@@ -50,6 +50,11 @@ use crate::sys::{RingSocket, Rings};
 
 /// Bytes moved for one flow before the others get their turn.
 const TURN_BUDGET: usize = 1024 * 1024;
+/// Segments sent for one flow before the others get their turn.
+const TURN_SEGMENTS: usize = 1024;
+/// Segments that are sent without a word from the guest. More than fit into any window some times over: then something
+/// is wrong, and the flow ends instead of going on for ever.
+const MAX_UNHEARD: usize = 1 << 18;
 /// Pages of a finished or idle flow that moved more than this go back to the kernel.
 const KEEP_WARM: usize = 64 * 1024;
 
@@ -139,6 +144,8 @@ struct Flow {
     other_way: Option<FlowKey>,
     /// When the guest was last heard of, or it began to owe us an acknowledgement, whichever was later.
     heard: Instant,
+    /// Segments sent since then.
+    unheard: usize,
     /// The guest owes us an acknowledgement.
     owes: bool,
     /// The flow's earliest timer.
@@ -283,6 +290,7 @@ impl Tcp {
     fn flow_ingress(&mut self, sh: &mut Shared, now: Instant, id: FlowId, packet: &Packet<'_>) {
         let Some(flow) = self.flows.get_mut(id) else { return };
         flow.heard = now;
+        flow.unheard = 0;
         match &mut flow.phase {
             Phase::Connecting { .. } => {
                 // A repeated SYN changes nothing; a RST means that the guest has given up.
@@ -482,6 +490,7 @@ impl Tcp {
             inbound_until: None,
             other_way: None,
             heard: now,
+            unheard: 0,
             owes: false,
             timer: None,
             rested: false,
@@ -682,17 +691,20 @@ impl Tcp {
         if fate == Fate::Broken
             || flow.inbound_until.is_some_and(|until| now >= until)
             || (flow.owes && now >= flow.heard + GUEST_SILENCE)
+            || flow.unheard >= MAX_UNHEARD
         {
             fate = Fate::Broken;
             // What the peer said before it went away goes first, as far as the guest has room for it.
             let mut device = FlowDevice { tap: &mut sh.tap, rx: None, mss: flow.mss };
-            while socket.poll_egress(&mut self.iface, now, &mut device) {}
+            send_segments(socket, &mut self.iface, now, &mut device);
             socket.abort();
         }
         // Once in TIME-WAIT smoltcp has nothing to say but one acknowledgement, and would clear its ring in ten seconds.
+        let mut sent = 0;
         if !flow.finished {
             let mut device = FlowDevice { tap: &mut sh.tap, rx: None, mss: flow.mss };
-            while socket.poll_egress(&mut self.iface, now, &mut device) {}
+            sent = send_segments(socket, &mut self.iface, now, &mut device);
+            flow.unheard += sent;
             flow.finished = socket.state() == State::TimeWait && !sh.tap.is_blocked();
         }
         if sh.tap.is_blocked() {
@@ -716,7 +728,7 @@ impl Tcp {
             }
             _ => {}
         }
-        if flow.moved - before >= TURN_BUDGET {
+        if flow.moved - before >= TURN_BUDGET || sent >= TURN_SEGMENTS {
             return self.mark(id);
         }
         // The retransmission timer outlives the data it was set for: a good moment to see whether the flow rests.
@@ -731,7 +743,8 @@ impl Tcp {
     fn arm(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
         let Some(flow) = self.flows.get_mut(id) else { return };
         let Phase::Open(socket) = &flow.phase else { return };
-        let own = if flow.finished { None } else { socket.poll_at(&mut self.iface, now) };
+        let waits = flow.finished || socket.state() == State::FinWait2;
+        let own = if waits { None } else { socket.poll_at(&mut self.iface, now) };
         let owes = awaits_guest(socket);
         if owes && !flow.owes {
             flow.heard = now;
@@ -785,6 +798,19 @@ fn held_syn(packet: &Packet<'_>) -> Vec<u8> {
 
 fn is_connecting(flows: &Slab<Flow>, id: FlowId) -> bool {
     flows.get(id).is_some_and(|flow| matches!(flow.phase, Phase::Connecting { .. }))
+}
+
+/// Sends what a socket has to send; how many segments that were.
+fn send_segments(
+    socket: &mut RingSocket,
+    iface: &mut Interface,
+    now: Instant,
+    device: &mut FlowDevice<'_>,
+) -> usize {
+    // In FIN-WAIT-2 there is nothing to send but an acknowledgement. smoltcp sends it without end if the window was closed
+    // when the FIN was acknowledged, since that does not stop its timer for window probes.
+    let most = if socket.state() == State::FinWait2 { 1 } else { TURN_SEGMENTS };
+    (0..most).take_while(|_| socket.poll_egress(iface, now, device)).count()
 }
 
 /// Whether something of ours is on its way to the guest, which it has to acknowledge.

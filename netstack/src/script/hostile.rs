@@ -552,6 +552,12 @@ fn a_guest_that_knows_where_to_hit_harms_nobody() {
             attack.round();
             if round % 500 == 0 {
                 attack.script.engine.check_bounds();
+                // What is said to a guest that listens comes to an end.
+                for _ in 0..1_000 {
+                    attack.listen();
+                    attack.script.turn(Duration::ZERO);
+                }
+                assert!(attack.script.try_recv().is_none() && !attack.script.engine.is_blocked());
             }
         }
         let stats = attack.script.stats();

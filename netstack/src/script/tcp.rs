@@ -228,6 +228,32 @@ fn a_closed_window_is_probed_for_as_long_as_the_guest_answers() {
 }
 
 #[test]
+fn an_end_that_was_acknowledged_too_early_is_not_probed_for_ever() {
+    let mut open = open();
+    open.peer.window = 0;
+    open.send(TcpControl::None, b"");
+    open.server.write_all(&[7; 100]).expect("write");
+    open.server.shutdown(Shutdown::Write).expect("shutdown");
+    for _ in 0..3 {
+        open.script.turn(Duration::from_millis(20));
+    }
+    // Neither the data nor the FIN has been sent yet: the window is closed.
+    open.peer.ack = open.peer.ack.wrapping_add(101);
+    open.send(TcpControl::None, b"");
+    let mut frames = 0;
+    for _ in 0..100 {
+        open.script.advance_millis(1_000);
+        frames += std::iter::from_fn(|| open.script.try_recv()).count();
+        assert!(!open.script.engine.is_blocked(), "{frames}");
+    }
+    assert!(frames < 100, "{frames}");
+    // Its own half lives on.
+    open.send(TcpControl::Fin, b"data");
+    assert_eq!(open.server_reads(), b"data");
+    open.expect_gone();
+}
+
+#[test]
 fn a_published_port_is_tried_both_ways() {
     let port = Publish {
         host_ip: Some(ip("127.0.0.1")),
