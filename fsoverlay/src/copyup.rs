@@ -156,7 +156,11 @@ impl Engine {
                 self.mark_impure(dir)?;
                 let before = stat_fd(fd.as_fd())?;
                 match &placed {
-                    None => temp.link(fd.as_fd(), &link.name)?,
+                    // Somebody replaced the layer's file, and what replaced it was copied up before.
+                    None => temp.link(fd.as_fd(), &link.name).map_err(|err| match err {
+                        Errno::EXIST => Errno::STALE,
+                        err => err,
+                    })?,
                     Some((first, name)) => {
                         rustix::fs::linkat(first, &**name, &fd, &*link.name, AtFlags::empty())?
                     }

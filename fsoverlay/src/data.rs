@@ -3,7 +3,7 @@
 //! There is no open: every request names the object, and its descriptor comes from the
 //! cache ([`crate::handle`]). The first write copies up.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use rustix::fs::FallocateFlags;
 
 use crate::attr::Kind;
 use crate::copyup::write_all;
-use crate::engine::{Content, Engine};
+use crate::engine::{Content, Engine, changed_below};
 use crate::errno::{Errno, Res};
 use crate::handle::Fd;
 use crate::inode::{Node, Place};
@@ -143,28 +143,30 @@ impl Engine {
         if node.kind != Kind::Symlink {
             return Err(Errno::INVAL);
         }
-        for _ in 0..64 {
-            let (place, link) = {
-                let inner = node.inner.lock();
-                (inner.place.clone(), inner.links.first().cloned())
-            };
-            let read = match (place, link) {
-                (Place::Upper, Some(link)) => {
-                    rustix::fs::readlinkat(&*self.upper_fd(&link.parent)?, &*link.name, Vec::new())
+        loop {
+            let place = node.inner.lock().place.clone();
+            let target = match place {
+                Place::Upper => {
+                    let look = |dir: BorrowedFd<'_>, name: &[u8]| match rustix::fs::readlinkat(
+                        dir,
+                        name,
+                        Vec::new(),
+                    ) {
+                        Err(Errno::INVAL) => Ok(None),
+                        read => read.map(Some),
+                    };
+                    self.by_locked_name(node, look)?
                 }
-                (Place::Lower { dir, name }, _) => {
-                    rustix::fs::readlinkat(&*self.fd(&dir)?, &*name, Vec::new())
+                Place::Lower { dir, name } => {
+                    Some(changed_below(rustix::fs::readlinkat(&*self.fd(&dir)?, &*name, Vec::new()))?)
                 }
-                (Place::Generated(index), _) => return Ok(self.generated.node(index).bytes().to_vec()),
+                Place::Generated(index) => return Ok(self.generated.node(index).bytes().to_vec()),
                 _ => return Err(Errno::STALE),
             };
-            match read {
-                Ok(target) => return Ok(target.into_bytes()),
-                Err(Errno::NOENT) => std::thread::yield_now(),
-                Err(err) => return Err(err),
+            if let Some(target) = target {
+                return Ok(target.into_bytes());
             }
         }
-        Err(Errno::STALE)
     }
 
     /// statfs(2) of where new data goes.

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::hash::RandomState;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::SystemTime;
@@ -15,7 +15,7 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 
 use crate::attr::{Attr, Key, Kind, Meta, Stat, Time};
 use crate::config::{OverlaySpec, Owners};
-use crate::errno::{Errno, Res};
+use crate::errno::{Errno, Res, missing_ok};
 use crate::generated::{GENERATED_ROOT, GenTree};
 use crate::handle::{Fd, FdRing, Holder, Pins};
 use crate::inode::{DirState, Inner, NewNode, Node, Place, ROOT, Table};
@@ -201,21 +201,27 @@ impl Engine {
         if let Some(part) = &node.dir {
             return self.stat_dir(node, part);
         }
-        // A rename may move the name away between reading it and using it.
-        for _ in 0..64 {
+        loop {
             if let Some(fd) = node.file.get(false) {
                 return stat_fd(fd.as_fd());
             }
-            let (place, link, key) = {
+            let (place, key) = {
                 let inner = node.inner.lock();
-                (inner.place.clone(), inner.links.first().cloned(), inner.key)
+                (inner.place.clone(), inner.key)
             };
-            let found = match place {
+            match place {
                 Place::Upper => {
-                    let Some(link) = link else { continue };
-                    stat_at(self.upper_fd(&link.parent)?.as_fd(), &link.name)
+                    let look = |dir: BorrowedFd<'_>, name: &[u8]| {
+                        Ok(Some(stat_at(dir, name)?).filter(|stat| stat.key == key))
+                    };
+                    if let Some(stat) = self.by_name(node, look)? {
+                        return Ok(stat);
+                    }
                 }
-                Place::Lower { dir, name } => return stat_at(self.fd(&dir)?.as_fd(), &name),
+                Place::Lower { dir, name } => {
+                    let found = changed_below(stat_at(self.fd(&dir)?.as_fd(), &name));
+                    return found.and_then(|stat| if stat.key == key { Ok(stat) } else { Err(Errno::STALE) });
+                }
                 Place::Generated(index) => return Ok(self.generated_stat(index)),
                 Place::Unlinked(pinned) => return stat_fd(pinned.fd.as_fd()),
                 Place::Parked(parked) => {
@@ -224,14 +230,46 @@ impl Engine {
                     return Ok(stat);
                 }
                 Place::Gone(stat) => return Ok(*stat),
-            };
-            match found {
-                Ok(stat) if stat.key == key => return Ok(stat),
-                Ok(_) | Err(Errno::NOENT) => std::thread::yield_now(),
-                Err(err) => return Err(err),
             }
         }
-        Err(Errno::STALE)
+    }
+
+    /// Looks at an object of the upper under its first name. A rename may take the name away between
+    /// reading it and using it: if `look` finds nothing, or something else (`None`), it looks again
+    /// with the directory locked. `None`: the object has lost the name meanwhile, and the caller
+    /// begins anew.
+    fn by_name<T>(
+        &self,
+        node: &Node,
+        look: impl Fn(BorrowedFd<'_>, &[u8]) -> Res<Option<T>>,
+    ) -> Res<Option<T>> {
+        if let Some(link) = node.first_link()
+            && let Some(found) = missing_ok(look(self.upper_fd(&link.parent)?.as_fd(), &link.name))?.flatten()
+        {
+            return Ok(Some(found));
+        }
+        self.by_locked_name(node, look)
+    }
+
+    /// The same, for looks that cannot tell what they met.
+    pub(crate) fn by_locked_name<T>(
+        &self,
+        node: &Node,
+        look: impl Fn(BorrowedFd<'_>, &[u8]) -> Res<Option<T>>,
+    ) -> Res<Option<T>> {
+        let Some(link) = node.first_link() else {
+            let still = matches!(node.inner.lock().place, Place::Upper);
+            return if still { Err(Errno::STALE) } else { Ok(None) };
+        };
+        let _still = link.parent.dir()?.state.read();
+        if !node.has_link(&link.parent, &link.name) {
+            return Ok(None);
+        }
+        // Only somebody else can have taken it away: nobody may change an upper but its server.
+        missing_ok(look(self.upper_fd(&link.parent)?.as_fd(), &link.name))?
+            .flatten()
+            .map(Some)
+            .ok_or(Errno::STALE)
     }
 
     fn stat_dir(&self, node: &Node, part: &crate::inode::DirPart) -> Res<Stat> {
@@ -248,7 +286,7 @@ impl Engine {
         let mut stat = match (upper, explicit, &first) {
             (Some(dir), ..) => stat_fd(self.fd(dir)?.as_fd())?,
             (None, Some(index), _) => self.generated_stat(index),
-            (None, None, Some(dir)) => stat_fd(self.fd(dir)?.as_fd())?,
+            (None, None, Some(dir)) => stat_fd(changed_below(self.fd(dir))?.as_fd())?,
             (None, None, None) => self.synthetic_stat(),
         };
         if sources + usize::from(upper.is_some()) != 1 {
@@ -296,54 +334,68 @@ impl Engine {
         if node.kind != Kind::File {
             return Err(Errno::INVAL);
         }
-        for _ in 0..64 {
+        loop {
             if let Some(fd) = node.file.get(writable) {
                 return Ok(Content::File(fd));
             }
-            let (place, link, key) = {
+            let (place, key) = {
                 let inner = node.inner.lock();
-                (inner.place.clone(), inner.links.first().cloned(), inner.key)
+                (inner.place.clone(), inner.key)
             };
-            let (opened, can_write) = match place {
+            // The descriptor, if it is the object's, and whether it can be written to.
+            let checked = |(fd, can_write): (std::os::fd::OwnedFd, bool)| {
+                let stat = stat_fd(fd.as_fd())?;
+                Ok((stat.key == key && stat.kind() == Some(Kind::File)).then_some((fd, can_write)))
+            };
+            let (fd, can_write) = match place {
                 Place::Upper => {
-                    let Some(link) = link else { continue };
-                    open_content(&*self.upper_fd(&link.parent)?, &link.name, writable)
+                    let look = |dir: BorrowedFd<'_>, name: &[u8]| match open_content(dir, name, writable) {
+                        // O_NOFOLLOW met a link, or something else stands there now.
+                        Err(Errno::LOOP | Errno::NXIO | Errno::NOTDIR) => Ok(None),
+                        opened => checked(opened?),
+                    };
+                    let Some(found) = self.by_name(node, look)? else { continue };
+                    found
                 }
-                Place::Parked(parked) => open_content(&*parked.work, &parked.name, writable),
+                Place::Parked(parked) => {
+                    checked(open_content(&*parked.work, &parked.name, writable)?)?.ok_or(Errno::STALE)?
+                }
                 Place::Lower { .. } if writable => return Err(Errno::ROFS),
-                Place::Lower { dir, name } => (open_lower(&*self.fd(&dir)?, &name), false),
+                Place::Lower { dir, name } => {
+                    let opened = changed_below(open_lower(&*self.fd(&dir)?, &name))?;
+                    checked((opened, false))?.ok_or(Errno::STALE)?
+                }
                 Place::Generated(index) => return Ok(Content::Memory(self.generated.node(index).bytes())),
                 Place::Unlinked(pinned) => return Ok(Content::File(pinned.fd.clone())),
                 Place::Gone(_) => return Err(Errno::STALE),
             };
-            let fd = match opened {
-                Ok(fd) => Arc::new(fd),
-                Err(Errno::NOENT) => {
-                    std::thread::yield_now();
-                    continue;
-                }
-                // O_NOFOLLOW met a link, or something else stands there now.
-                Err(Errno::LOOP | Errno::NXIO | Errno::NOTDIR) => return Err(Errno::STALE),
-                Err(err) => return Err(err),
-            };
-            let stat = stat_fd(fd.as_fd())?;
-            if stat.key != key || stat.kind() != Some(Kind::File) {
-                std::thread::yield_now();
-                continue;
-            }
+            let fd = Arc::new(fd);
             // Kept under the lock that guards the place: after a copy-up the old
             // descriptor must not come back into the slot.
-            let queue = {
+            let (current, queue) = {
                 let inner = node.inner.lock();
-                inner.key == key && node.file.put(fd.clone(), can_write)
+                let current = inner.key == key;
+                (current, current && node.file.put(fd.clone(), can_write))
             };
             if queue {
                 self.tree.ring.push(Holder::File(Arc::downgrade(node)));
             }
-            return Ok(Content::File(fd));
+            if current {
+                return Ok(Content::File(fd));
+            }
         }
-        Err(Errno::STALE)
     }
+}
+
+/// What was found in a layer is not there any more, or something of another type is: somebody changed
+/// the layer. `ESTALE` makes the kernel (or, on a descriptor, whoever asks) look the name up again.
+pub(crate) fn changed_below<T>(found: Res<T>) -> Res<T> {
+    found.map_err(|err| if gone_below(err) { Errno::STALE } else { err })
+}
+
+/// Whether an error of a name in a layer says that somebody took it away.
+pub(crate) fn gone_below(err: Errno) -> bool {
+    matches!(err, Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NXIO | Errno::INVAL)
 }
 
 /// Where the bytes of a file are.
@@ -356,13 +408,13 @@ pub(crate) enum Content {
 /// Opens a file of the upper: for writing if that is possible, since one descriptor
 /// serves readers and writers alike. Never blocks and follows nothing, because the
 /// payload decides what stands in the upper.
-fn open_content(dir: impl AsFd, name: &[u8], writable: bool) -> (Res<std::os::fd::OwnedFd>, bool) {
+fn open_content(dir: impl AsFd, name: &[u8], writable: bool) -> Res<(std::os::fd::OwnedFd, bool)> {
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
     match rustix::fs::openat(&dir, name, OFlags::RDWR | flags, Mode::empty()) {
         Err(Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::TXTBSY) if !writable => {
-            (rustix::fs::openat(&dir, name, OFlags::RDONLY | flags, Mode::empty()), false)
+            Ok((rustix::fs::openat(&dir, name, OFlags::RDONLY | flags, Mode::empty())?, false))
         }
-        other => (other, true),
+        other => Ok((other?, true)),
     }
 }
 
@@ -505,4 +557,112 @@ fn make_root(
         state,
     };
     Ok(table.intern(ROOT, |_| true, || new))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::config::{LayerSpec, UpperSpec};
+    use crate::create::NewObject;
+    use crate::rename::How;
+
+    /// An overlay without a mount in a directory of its own, removed with it.
+    pub(crate) struct Scratch {
+        pub(crate) dir: std::path::PathBuf,
+        pub(crate) engine: Engine,
+    }
+
+    impl Scratch {
+        pub(crate) fn new(name: &str) -> Self {
+            let dir = std::env::temp_dir().join(format!("fsoverlay-{name}-{}", std::process::id()));
+            for part in ["lower", "upper", "work"] {
+                std::fs::create_dir_all(dir.join(part)).expect("a temporary directory");
+            }
+            let layer = LayerSpec { dir: dir.join("lower"), owners: Owners::Numeric, hidden: Vec::new() };
+            let upper = UpperSpec { dir: dir.join("upper"), work: dir.join("work") };
+            let engine = Engine::open(&OverlaySpec {
+                layers: vec![layer],
+                generated: Vec::new(),
+                upper: Some(upper),
+                squash: Some((0, 0)),
+                workers: 1,
+            });
+            Self { dir, engine: engine.expect("an overlay") }
+        }
+
+        /// Makes an object at the top; the target of a link is its name.
+        pub(crate) fn make(&self, name: &[u8], kind: Kind) -> Arc<Node> {
+            let new = NewObject { kind, perm: 0o644, umask: 0, rdev: (0, 0), target: name, owner: (0, 0) };
+            self.engine.create(self.engine.root(), name, &new).expect("made")
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.dir);
+        }
+    }
+
+    #[test]
+    fn an_object_is_found_while_its_name_changes() {
+        let scratch = Scratch::new("storm");
+        let engine = &scratch.engine;
+        let (link, file) = (scratch.make(b"link0", Kind::Symlink), scratch.make(b"file0", Kind::File));
+        let other = scratch.make(b"other", Kind::Symlink);
+        let over = AtomicBool::new(false);
+        let rename = |from: &str, to: &str, how: How| {
+            let root = engine.root();
+            assert_eq!(engine.rename(root, from.as_bytes(), root, to.as_bytes(), how), Ok(()));
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for i in 0..20_000 {
+                    rename(&format!("file{}", i % 3), &format!("file{}", (i + 1) % 3), How::Replace);
+                }
+                over.store(true, Ordering::Release);
+            });
+            scope.spawn(|| {
+                let mut i = 0;
+                while !over.load(Ordering::Acquire) {
+                    rename(&format!("link{}", i % 3), &format!("link{}", (i + 1) % 3), How::Replace);
+                    i += 1;
+                    rename(&format!("link{}", i % 3), "other", How::Exchange);
+                    rename(&format!("link{}", i % 3), "other", How::Exchange);
+                }
+            });
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    while !over.load(Ordering::Acquire) {
+                        assert_eq!(engine.read_link(&link), Ok(b"link0".to_vec()));
+                        assert_eq!(engine.read_link(&other), Ok(b"other".to_vec()));
+                        assert!(engine.stat(&link).is_ok_and(|stat| stat.nlink == 1));
+                        // As if there were too few descriptors to keep it.
+                        drop(file.file.take());
+                        assert!(engine.stat(&file).is_ok_and(|stat| stat.nlink == 1));
+                        assert!(engine.open_file(&file, true).is_ok());
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn an_upper_directory_outlives_the_one_below() {
+        let scratch = Scratch::new("outlives");
+        let engine = &scratch.engine;
+        std::fs::create_dir(scratch.dir.join("lower/dir")).expect("made");
+        let dir = engine.lookup(engine.root(), b"dir").expect("found");
+        let new =
+            NewObject { kind: Kind::Dir, perm: 0o755, umask: 0, rdev: (0, 0), target: b"", owner: (0, 0) };
+        engine.create(&dir, b"sub", &new).expect("made");
+        std::fs::remove_dir(scratch.dir.join("lower/dir")).expect("removed");
+        for below in &dir.dir().expect("a directory").state.read().lowers {
+            drop(below.slot.take());
+        }
+        assert!(engine.lookup(&dir, b"sub").is_ok());
+        assert_eq!(engine.lookup(&dir, b"none").map(|node| node.ino), Err(Errno::NOENT));
+        assert_eq!(engine.read_dir(&dir, 2, 9).map(|entries| entries.len()), Ok(1));
+    }
 }

@@ -24,7 +24,7 @@ use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, SystemTime};
 
@@ -41,7 +41,7 @@ use crate::create::NewObject;
 use crate::data::bytes_of;
 use crate::engine::Engine;
 use crate::errno::{Errno, Res};
-use crate::inode::Node;
+use crate::inode::{Link, Node};
 use crate::rename::How;
 use crate::setattr::{SetAttr, SetTime};
 use crate::sync::Mutex;
@@ -64,8 +64,23 @@ thread_local! {
 pub(crate) struct Shared {
     pub(crate) engine: Engine,
     notifier: OnceLock<Notifier>,
-    flusher: Mutex<Option<mpsc::Sender<Seek>>>,
+    waiter: Mutex<Option<mpsc::Sender<Task>>>,
+    /// Names that wait for the kernel to forget them.
+    forgetting: AtomicUsize,
     panics: AtomicU64,
+}
+
+/// How many names may wait for the kernel to forget them. Of those beyond, whoever meets them next
+/// brings them up again.
+const MAX_FORGETTING: usize = 1024;
+
+/// Something that needs an answer of the kernel, which a worker must not wait for: the kernel may first
+/// want one of the workers.
+#[derive(Debug)]
+enum Task {
+    Seek(Seek),
+    /// A name that does not lead to its object any more.
+    ForgetName(Link),
 }
 
 /// A seek that waits for the kernel to write back what it holds of the file.
@@ -82,7 +97,8 @@ impl Shared {
         Arc::new(Self {
             engine,
             notifier: OnceLock::new(),
-            flusher: Mutex::new(None),
+            waiter: Mutex::new(None),
+            forgetting: AtomicUsize::new(0),
             panics: AtomicU64::new(0),
         })
     }
@@ -91,10 +107,68 @@ impl Shared {
         let _ = self.notifier.set(notifier);
     }
 
-    /// Ends the thread that flushes, if it runs: it holds a reference to all this.
-    pub(crate) fn stop_flusher(&self) {
-        let sender = self.flusher.lock().take();
+    /// Ends the thread that waits for the kernel, if it runs: it holds a reference to all this.
+    pub(crate) fn stop_waiter(&self) {
+        let sender = self.waiter.lock().take();
         drop(sender);
+    }
+
+    /// Hands something to the thread that may wait for the kernel; gives it back if there is none.
+    fn hand_over(self: &Arc<Self>, task: Task) -> Result<(), Task> {
+        let mut waiter = self.waiter.lock();
+        if waiter.is_none() {
+            let (sender, receiver) = mpsc::channel::<Task>();
+            let shared = Arc::downgrade(self);
+            let started = std::thread::Builder::new().name("fsoverlay-wait".to_owned()).spawn(move || {
+                while let Ok(task) = receiver.recv() {
+                    let Some(shared) = shared.upgrade() else { return };
+                    shared.perform(task);
+                }
+            });
+            *waiter = started.is_ok().then_some(sender);
+        }
+        match &*waiter {
+            Some(sender) => sender.send(task).map_err(|mpsc::SendError(task)| task),
+            None => Err(task),
+        }
+    }
+
+    fn perform(&self, task: Task) {
+        match task {
+            Task::Seek(seek) => {
+                if let Some(notifier) = self.notifier.get() {
+                    // Writes back and drops the pages; a failure is the kernel's
+                    // not knowing the file, which then holds none.
+                    let _ = notifier.inval_inode(INodeNo(seek.node.ino), 0, 0);
+                }
+                answer_seek(&self.engine, seek);
+            }
+            Task::ForgetName(link) => {
+                if let Some(notifier) = self.notifier.get() {
+                    let name: &OsStr = std::os::unix::ffi::OsStrExt::from_bytes(&link.name);
+                    let _ = notifier.inval_entry(INodeNo(link.parent.ino), name);
+                }
+                self.forgetting.fetch_sub(1, Ordering::AcqRel);
+            }
+        }
+    }
+
+    /// An object is not what its names lead to any more: somebody changed a layer. The kernel knows
+    /// the names for ever, and opens files without asking: told to forget them, it will look them up
+    /// and find what is there now.
+    fn forget_names(self: &Arc<Self>, node: &Node) {
+        // The kernel detaches what is mounted below a directory that it forgets.
+        if node.kind == Kind::Dir {
+            return;
+        }
+        let links = node.inner.lock().links.clone();
+        for link in links {
+            if self.forgetting.fetch_add(1, Ordering::AcqRel) >= MAX_FORGETTING
+                || self.hand_over(Task::ForgetName(link)).is_err()
+            {
+                self.forgetting.fetch_sub(1, Ordering::AcqRel);
+            }
+        }
     }
 }
 
@@ -208,17 +282,18 @@ impl FuseFs {
         kill: bool,
         change: impl FnOnce(&Arc<Node>) -> Res<T>,
     ) -> Res<T> {
-        let node = self.engine().node(ino.0)?;
-        let perm = || node.inner.lock().meta.perm;
-        let before = kill.then(perm);
-        let done = change(&node);
-        if before.is_some_and(|before| before != perm())
-            && let Some(notifier) = self.shared.notifier.get()
-        {
-            // A negative offset means the attributes alone, for which the kernel waits for nobody.
-            let _ = notifier.inval_inode(ino, -1, 0);
-        }
-        done
+        self.on(ino, |node| {
+            let perm = || node.inner.lock().meta.perm;
+            let before = kill.then(perm);
+            let done = change(node);
+            if before.is_some_and(|before| before != perm())
+                && let Some(notifier) = self.shared.notifier.get()
+            {
+                // A negative offset means the attributes alone, for which the kernel waits for nobody.
+                let _ = notifier.inval_inode(ino, -1, 0);
+            }
+            done
+        })
     }
 
     fn reply_made(&self, made: Res<FileAttr>, reply: ReplyEntry) {
@@ -228,35 +303,22 @@ impl FuseFs {
         }
     }
 
-    /// Hands a seek to the thread that may wait for the kernel. A worker must not: the
-    /// kernel's answer is a series of WRITE requests that the workers have to serve.
+    /// Answers a seek once the kernel has written back what it holds of the file: a series of WRITE
+    /// requests that the workers have to serve.
     fn seek_after_flush(&self, seek: Seek) {
-        let mut flusher = self.shared.flusher.lock();
-        if flusher.is_none() {
-            let (sender, receiver) = mpsc::channel::<Seek>();
-            let shared = Arc::downgrade(&self.shared);
-            let started = std::thread::Builder::new().name("fsoverlay-seek".to_owned()).spawn(move || {
-                while let Ok(seek) = receiver.recv() {
-                    let Some(shared) = shared.upgrade() else { return };
-                    if let Some(notifier) = shared.notifier.get() {
-                        // Writes back and drops the pages; a failure is the kernel's
-                        // not knowing the file, which then holds none.
-                        let _ = notifier.inval_inode(INodeNo(seek.node.ino), 0, 0);
-                    }
-                    answer_seek(&shared.engine, seek);
-                }
-            });
-            if started.is_err() {
-                drop(flusher);
-                return answer_seek(self.engine(), seek);
-            }
-            *flusher = Some(sender);
-        }
-        let sender = flusher.clone();
-        drop(flusher);
-        if let Some(Err(mpsc::SendError(seek))) = sender.map(|s| s.send(seek)) {
+        if let Err(Task::Seek(seek)) = self.shared.hand_over(Task::Seek(seek)) {
             answer_seek(self.engine(), seek);
         }
+    }
+
+    /// Runs an operation on an object; see [`Shared::forget_names`].
+    fn on<T>(&self, ino: INodeNo, operation: impl FnOnce(&Arc<Node>) -> Res<T>) -> Res<T> {
+        let node = self.engine().node(ino.0)?;
+        let done = operation(&node);
+        if matches!(done, Err(Errno::STALE)) {
+            self.shared.forget_names(&node);
+        }
+        done
     }
 }
 
@@ -343,7 +405,7 @@ impl Filesystem for FuseFs {
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        self.run("getattr", ino, || match self.engine().node(ino.0).and_then(|n| self.engine().attr(&n)) {
+        self.run("getattr", ino, || match self.on(ino, |n| self.engine().attr(n)) {
             Ok(attr) => reply.attr(&TTL, &file_attr(&attr)),
             Err(err) => reply.error(errno(err)),
         });
@@ -376,20 +438,16 @@ impl Filesystem for FuseFs {
             atime: atime.map(set_time),
             mtime: mtime.map(set_time),
         };
-        self.run("setattr", ino, || {
-            match self.engine().node(ino.0).and_then(|n| self.engine().set_attr(&n, set)) {
-                Ok(attr) => reply.attr(&TTL, &file_attr(&attr)),
-                Err(err) => reply.error(errno(err)),
-            }
+        self.run("setattr", ino, || match self.on(ino, |n| self.engine().set_attr(n, set)) {
+            Ok(attr) => reply.attr(&TTL, &file_attr(&attr)),
+            Err(err) => reply.error(errno(err)),
         });
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
-        self.run("readlink", ino, || {
-            match self.engine().node(ino.0).and_then(|n| self.engine().read_link(&n)) {
-                Ok(target) => reply.data(&target),
-                Err(err) => reply.error(errno(err)),
-            }
+        self.run("readlink", ino, || match self.on(ino, |n| self.engine().read_link(n)) {
+            Ok(target) => reply.data(&target),
+            Err(err) => reply.error(errno(err)),
         });
     }
 
@@ -479,11 +537,11 @@ impl Filesystem for FuseFs {
 
     fn link(&self, _req: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
         self.run("link", ino, || {
-            let linked = self.engine().node(ino.0).and_then(|node| {
+            let linked = self.on(ino, |node| {
                 let parent = self.engine().node(newparent.0)?;
-                self.engine().link(&node, &parent, bytes_of(newname))?;
-                let attr = self.engine().attr(&node)?;
-                Ok(self.known(&node, &attr))
+                self.engine().link(node, &parent, bytes_of(newname))?;
+                let attr = self.engine().attr(node)?;
+                Ok(self.known(node, &attr))
             });
             self.reply_made(linked, reply);
         });
@@ -539,8 +597,7 @@ impl Filesystem for FuseFs {
                 if buf.len() < size {
                     buf.resize(size, 0);
                 }
-                let read =
-                    self.engine().node(ino.0).and_then(|n| self.engine().read(&n, offset, &mut buf[..size]));
+                let read = self.on(ino, |n| self.engine().read(n, offset, &mut buf[..size]));
                 match read {
                     Ok(n) => reply.data(&buf[..n]),
                     Err(err) => reply.error(errno(err)),
@@ -571,13 +628,13 @@ impl Filesystem for FuseFs {
 
     fn fsync(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
         self.run("fsync", ino, || {
-            done(self.engine().node(ino.0).and_then(|n| self.engine().sync(&n, datasync)), reply);
+            done(self.on(ino, |n| self.engine().sync(n, datasync)), reply);
         });
     }
 
     fn fsyncdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
         self.run("fsyncdir", ino, || {
-            done(self.engine().node(ino.0).and_then(|n| self.engine().sync(&n, datasync)), reply);
+            done(self.on(ino, |n| self.engine().sync(n, datasync)), reply);
         });
     }
 
@@ -669,32 +726,28 @@ impl Filesystem for FuseFs {
         self.run("setxattr", ino, || {
             let flags = XattrFlags::from_bits_truncate(flags.cast_unsigned());
             let caller = (req.uid(), req.gid());
-            let set = self
-                .engine()
-                .node(ino.0)
-                .and_then(|n| self.engine().set_xattr(&n, bytes_of(name), value, flags, caller));
+            let set = self.on(ino, |n| self.engine().set_xattr(n, bytes_of(name), value, flags, caller));
             done(set, reply);
         });
     }
 
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         self.run("getxattr", ino, || {
-            let value = self.engine().node(ino.0).and_then(|n| self.engine().get_xattr(&n, bytes_of(name)));
+            let value = self.on(ino, |n| self.engine().get_xattr(n, bytes_of(name)));
             reply_xattr(value, size, reply);
         });
     }
 
     fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         self.run("listxattr", ino, || {
-            let names = self.engine().node(ino.0).and_then(|n| self.engine().list_xattr(&n));
+            let names = self.on(ino, |n| self.engine().list_xattr(n));
             reply_xattr(names, size, reply);
         });
     }
 
     fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         self.run("removexattr", ino, || {
-            let removed =
-                self.engine().node(ino.0).and_then(|n| self.engine().remove_xattr(&n, bytes_of(name)));
+            let removed = self.on(ino, |n| self.engine().remove_xattr(n, bytes_of(name)));
             done(removed, reply);
         });
     }
@@ -754,9 +807,9 @@ impl Filesystem for FuseFs {
     ) {
         self.run("copy_file_range", ino_out, || {
             let kill = takes_set_ids(req);
-            let copied = self.engine().node(ino_in.0).and_then(|from| {
+            let copied = self.on(ino_in, |from| {
                 self.change_content(ino_out, kill, |to| {
-                    self.engine().copy_range((&from, offset_in), (to, offset_out), len, kill)
+                    self.engine().copy_range((from, offset_in), (to, offset_out), len, kill)
                 })
             });
             reply_written(copied, reply);

@@ -47,8 +47,9 @@
 //!
 //! # What to know
 //!
-//! - A layer must not change while it is mounted; what happens to a name that changed
-//!   underneath is not defined, only that nothing outside the layer is reached.
+//! - A layer should not change while it is mounted. When a change shows is not defined; where a
+//!   replaced file is needed the answer is `ESTALE` until its name is looked up again, which
+//!   the kernel is made to do. Nothing outside the layer is reached.
 //! - One server per upper at a time.
 //! - Renaming a directory of a layer copies it into the upper, once.
 //! - Fifos, sockets and devices are empty files with a record in the upper.
@@ -200,7 +201,7 @@ impl Server {
         if let Err(err) = self.session.join() {
             tracing::debug!(%err, "the session ended with an error");
         }
-        self.shared.stop_flusher();
+        self.shared.stop_waiter();
     }
 }
 

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::attr::{Attr, Key, Kind, Meta, Stat};
-use crate::engine::Engine;
+use crate::engine::{Engine, gone_below};
 use crate::errno::{Errno, Res};
 use crate::generated::GenBody;
 use crate::inode::{DirState, Inner, Link, NewNode, Node, Place};
@@ -56,7 +56,11 @@ impl Engine {
     /// Looks at one name of one real directory. `more_below` tells whether a directory
     /// found here can merge with others, which is when its marks matter.
     pub(crate) fn probe(&self, dir: &Arc<RealDir>, name: &[u8], more_below: bool) -> Res<Probe> {
-        let fd = self.fd(dir)?;
+        let fd = match self.fd(dir) {
+            // Somebody took the layer's directory away; those above and below it are still there.
+            Err(err) if dir.layer != UPPER && gone_below(err) => return Ok(Probe::Missing),
+            other => other?,
+        };
         let stat = match stat_at(fd.as_fd(), name) {
             Ok(stat) => stat,
             Err(Errno::NOENT) => return Ok(Probe::Missing),
@@ -291,6 +295,9 @@ impl Engine {
         let kind = found.meta.kind;
         let key = found.key;
         let generated = matches!(found.place, Place::Generated(_));
+        // What a layer has under one name only cannot be a further name of what is known: its number
+        // was used again, for a file that somebody put there since.
+        let single = matches!(found.place, Place::Lower { .. }) && found.stat.is_some_and(|s| s.nlink <= 1);
         let same = |node: &Node| {
             if node.kind != kind {
                 return false;
@@ -306,6 +313,7 @@ impl Engine {
                 // Held open without a known name: the same file if the disk says so.
                 Place::Unlinked(_) | Place::Parked(_) => inner.key == key,
                 Place::Generated(_) => generated,
+                _ if single && !inner.links.iter().any(|l| l.is(parent, name)) => false,
                 _ => inner.key == key || inner.origin == Some(key),
             }
         };

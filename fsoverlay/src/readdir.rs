@@ -22,7 +22,7 @@ use std::sync::{Arc, Weak};
 use rustix::fs::RawDir;
 
 use crate::attr::{Key, Kind};
-use crate::engine::Engine;
+use crate::engine::{Engine, gone_below};
 use crate::errno::{Errno, Res};
 use crate::inode::{DirState, Node, ROOT};
 use crate::layer::{InodeNumbers, RealDir, UPPER, open_for_reading, stat_at};
@@ -191,6 +191,7 @@ impl Engine {
         let fd = match opened {
             Ok(fd) => fd,
             Err(Errno::ACCESS | Errno::PERM) if dir.layer != UPPER => return Ok(Vec::new()),
+            Err(err) if dir.layer != UPPER && gone_below(err) => return Ok(Vec::new()),
             Err(err) => return Err(err),
         };
         let mut entries = Vec::new();

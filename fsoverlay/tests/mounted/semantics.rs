@@ -8,8 +8,9 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, sy
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FallocateFlags, Mode, OFlags, RenameFlags, fallocate, renameat_with};
+use rustix::io::Errno;
 
-use crate::harness::{Case, Check, Failure, World, errno, holds, same};
+use crate::harness::{Case, Check, Failure, World, errno, errno_of, holds, same};
 
 pub(crate) const CASES: &[Case] = &[
     Case { name: "files_are_made_written_and_read_back", outside: simple, inside: files },
@@ -36,6 +37,7 @@ pub(crate) const CASES: &[Case] = &[
     Case { name: "without_an_upper_everything_is_read_only", outside: read_only, inside: refuse_changes },
     Case { name: "layers_merge_and_hide", outside: layered, inside: merged },
     Case { name: "hidden_generated_and_unreadable", outside: host_like, inside: host_view },
+    Case { name: "what_is_replaced_in_a_layer_is_found_again", outside: replaced_below, inside: find_again },
     Case { name: "directories_thousands_deep", outside: simple, inside: deep },
 ];
 
@@ -846,6 +848,64 @@ fn host_view(args: &[String]) -> Check {
         same!(fs::metadata("secret")?.len(), 1);
         errno!(fs::read("secret"), ACCESS);
     }
+    Ok(())
+}
+
+/// Files of a layer that somebody replaces while it is mounted, as editors save them.
+const REPLACED: [&str; 6] = ["read", "written", "truncated", "mode", "link", "gone"];
+
+fn replaced_below(world: &mut World) -> Check {
+    for name in REPLACED {
+        fs::write(world.lower().join(name), "before")?;
+    }
+    fs::remove_file(world.lower().join("link"))?;
+    symlink("before", world.lower().join("link"))?;
+    let lower = world.lower().display().to_string();
+    world.mount().arg(lower).run()?;
+    same!(fs::read(world.upper().join("written"))?, b"After it");
+    no_leftovers(world)
+}
+
+/// Tries again while the object is one that was replaced.
+fn until_found<T>(mut operation: impl FnMut() -> std::io::Result<T>) -> std::io::Result<T> {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    loop {
+        match operation() {
+            Err(err) if errno_of(&err) == Some(Errno::STALE) && std::time::Instant::now() < deadline => {}
+            done => return done,
+        }
+    }
+}
+
+fn find_again(args: &[String]) -> Check {
+    let below = Path::new(args.first().ok_or("the layer is wanted")?);
+    for name in REPLACED {
+        // The kernel knows it from now on, but nothing of its content.
+        fs::symlink_metadata(name)?;
+        let new = below.join("new");
+        if name == "link" {
+            symlink("after", &new)?;
+        } else {
+            fs::write(&new, "after it")?;
+        }
+        fs::rename(new, below.join(name))?;
+    }
+    fs::remove_file(below.join("gone"))?;
+    // By path the kernel itself looks the name up again.
+    fs::set_permissions("mode", fs::Permissions::from_mode(0o640))?;
+    same!(fs::read("mode")?, b"after it");
+    fs::write("truncated", "anew")?;
+    same!(fs::read("truncated")?, b"anew");
+    same!(fs::read_link("link")?, Path::new("after"));
+    // An open descriptor is of what was replaced; the next one is of what is there.
+    same!(until_found(|| fs::read("read"))?, b"after it");
+    until_found(|| {
+        let file = OpenOptions::new().write(true).open("written")?;
+        file.write_all_at(b"A", 0)?;
+        file.sync_all()
+    })?;
+    same!(fs::read("written")?, b"After it");
+    errno!(until_found(|| fs::read("gone")), NOENT);
     Ok(())
 }
 
