@@ -121,6 +121,36 @@ print('started', flush=True)
 }
 
 #[test]
+fn a_payload_that_runs_away_by_forking_is_gone_in_the_end() {
+    let home = Home::new();
+    // A hundred chains: each process ends as soon as it has a successor, so whoever looks finds it gone.
+    let script = r#"
+import os, signal
+if os.fork() == 0:
+    for _ in range(100):
+        if os.fork() == 0:
+            while True:
+                try:
+                    if os.fork(): os._exit(0)
+                    os.setsid()
+                except OSError: pass
+    os._exit(0)
+print('running', flush=True)
+os.read(0, 1)
+os._exit(5)
+"#;
+    let running = home.python(["-i"], script).stdin_open().start();
+    running.until_out("running");
+    running.finish().exits(5);
+    // The same where nobody is left to end it but the kernel.
+    let killed = home.python(["-i"], script).stdin_open().start();
+    killed.until_out("running");
+    killed.signal(nix::sys::signal::Signal::SIGKILL);
+    killed.finish().exits(137);
+    home.rootlet(["prune"]).run().ok();
+}
+
+#[test]
 fn a_stopped_payload_is_ended_by_its_timeout() {
     let home = Home::new();
     home.sh(["--timeout=500ms"], "kill -STOP $$").run().exits(124);

@@ -15,6 +15,7 @@ mod overlay_storm;
 mod own_program;
 mod privileges;
 mod proc_and_sys;
+mod secrets;
 mod stale_pids;
 mod system_calls;
 mod terminal_input;

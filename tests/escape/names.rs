@@ -78,3 +78,95 @@ fn an_interpreters_name_is_escaped() {
     assert!([126, 127].contains(&out.code()), "{out}");
     is_clean(&out.err, "an error");
 }
+
+/// Does things with such names while everything is logged, and prints nothing itself.
+const NOISE: &str = r#"
+import ctypes, os, socket, struct, sys
+names = [name.encode() for name in sys.argv[1:]]
+libc = ctypes.CDLL(None)
+with open('/etc/resolv.conf') as conf:
+    resolver = next(line.split()[1] for line in conf if line.startswith('nameserver') and ':' not in line)
+questions = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+questions.settimeout(50)
+for name in names:
+    libc.prctl(15, name)
+    open(name, 'wb').close()
+    os.setxattr(name, b'user.' + name, name)
+    os.link(name, b'link' + name)
+    os.rename(name, b'new' + name)
+    os.symlink(name, name)
+    os.unlink(name)
+    os.mkdir(name)
+    os.mknod(name + b'/node', 0o20600, 0x103)
+    os.chown(name, 77777, 77777)
+    for label in (name, name[:1], b'a.' + name):
+        question = struct.pack('!6H', 7, 0x100, 1, 0, 0, 0) + bytes([len(label)]) + label + b'\4test\0' + struct.pack('!2H', 1, 1)
+        questions.sendto(question, (resolver, 53))
+        questions.recv(4096)
+    try: os.execv(name, [name])
+    except OSError: pass
+"#;
+
+#[test]
+fn a_trace_of_what_a_payload_does_is_clean() {
+    let home = Home::new();
+    let (log, report) = (home.text("work/log"), home.text("work/report"));
+    let out = home
+        .rootlet([
+            "--log-level=trace",
+            &format!("--log-file={log}"),
+            "run",
+            "--rm",
+            "--report",
+            &report,
+            "--",
+        ])
+        .args(["python3", "-c", NOISE])
+        .args(EVIL)
+        .run()
+        .ok();
+    is_clean(&out.err, "standard error");
+    for path in [log, report] {
+        let text = std::fs::read(&path).unwrap();
+        assert!(!text.is_empty());
+        is_clean(&text, &path);
+        // A line end in a name begins no line of ours.
+        assert!(!String::from_utf8_lossy(&text).lines().any(|line| line.starts_with("line")), "{path}");
+    }
+}
+
+#[test]
+fn host_names_and_accounts_are_escaped() {
+    let home = Home::new();
+    let root = home.dir("work/rootfs");
+    std::fs::create_dir(root.join("etc")).unwrap();
+    let accounts: String =
+        EVIL.iter().map(|name| format!("{}:x:0:0::/{name}:/{name}\n", name.replace(':', ""))).collect();
+    std::fs::write(root.join("etc/passwd"), &accounts).unwrap();
+    std::fs::write(root.join("etc/group"), &accounts).unwrap();
+    for name in EVIL {
+        for option in [
+            "hostname",
+            "domainname",
+            "name",
+            "user",
+            "uidmap",
+            "volume",
+            "tmpfs",
+            "publish",
+            "upper",
+            "report",
+        ] {
+            let flag = format!("--{option}={name}");
+            let rootfs = format!("--rootfs={}", root.display());
+            for more in [&[][..], &["--dry-run"], &["--dry-run", "--json"]] {
+                if option == "report" && !more.is_empty() {
+                    continue;
+                }
+                let out = home.run([&flag, &rootfs].map(String::as_str).iter().chain(more), [name]).run();
+                is_clean(&out.err, &flag);
+                is_clean(&out.out, &flag);
+            }
+        }
+    }
+}

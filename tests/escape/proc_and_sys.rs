@@ -87,6 +87,36 @@ true
     home.sh(["--network=host"], script).run().ok().prints("");
 }
 
+/// CVE-2022-0492: a cgroup hierarchy mounted in namespaces of one's own, and its release_agent, which the
+/// kernel would run as root of the machine.
+const RELEASE_AGENT: &str = r#"
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+print('unshare', libc.unshare(0x10000000 | 0x20000 | 0x2000000))
+os.makedirs('hierarchy', exist_ok=True)
+for kind, options in ((b'cgroup', b'rdma'), (b'cgroup', b'memory'), (b'cgroup', b'none,name=rootlet'), (b'cgroup2', None)):
+    if libc.mount(b'none', b'hierarchy', kind, 0, options) == 0: print('mounted', kind.decode())
+for top in ('hierarchy', '/sys/fs/cgroup'):
+    for directory, _, files in os.walk(top):
+        for name in files:
+            if name in ('release_agent', 'notify_on_release', 'cgroup.procs', 'tasks', 'cgroup.kill'):
+                try:
+                    os.close(os.open(os.path.join(directory, name), os.O_WRONLY)); print('opened', name)
+                except OSError: pass
+"#;
+
+#[test]
+fn no_cgroup_hierarchy_can_be_mounted_or_written() {
+    let home = Home::new();
+    home.dir("work/hierarchy");
+    for options in [&[][..], &["--network=host"], &["--network=none"], &["--user=1000:1000"]] {
+        home.python(options, RELEASE_AGENT).run().ok().prints("unshare -1");
+    }
+    // Outside the way is open as far as an ordinary user may go.
+    let outside = home.command("unshare").args(["-Ur", "python3", "-c", RELEASE_AGENT]).run().ok();
+    assert!(outside.text().contains("unshare 0") && outside.text().contains("mounted cgroup2"), "{outside}");
+}
+
 #[test]
 fn sysctls_of_the_machine_cannot_be_changed_even_when_nested() {
     let home = Home::new();
