@@ -295,7 +295,7 @@ impl Engine {
     /// unlink(2).
     pub(crate) fn unlink(&self, parent: &Arc<Node>, name: &[u8]) -> Res<()> {
         check_name(name)?;
-        let upper = self.touch()?;
+        self.touch()?;
         let node = self.lookup(parent, name)?;
         if node.kind == Kind::Dir {
             return Err(Errno::ISDIR);
@@ -315,21 +315,10 @@ impl Engine {
             Err(Errno::NOENT) => None,
             Err(err) => return Err(err),
         };
-        let mut parked = None;
+        let parked = self.park(&node, parent, name, in_upper.as_ref(), &held)?;
         match in_upper {
-            Some(stat) => {
-                if stat.kind() == Some(Kind::File) && stat.nlink == 1 && matches!(held, Held::Nothing) {
-                    let ((), temp) = upper.make_temp(|temp| {
-                        rustix::fs::linkat(&fd, name, &upper.work, temp, AtFlags::empty())
-                    })?;
-                    parked = Some(Arc::new(Parked { work: upper.work.clone(), name: temp }));
-                }
-                if covers {
-                    self.put_whiteout(dir, name, true)?;
-                } else {
-                    rustix::fs::unlinkat(&fd, name, AtFlags::empty())?;
-                }
-            }
+            Some(_) if covers => self.put_whiteout(dir, name, true)?,
+            Some(_) => rustix::fs::unlinkat(&fd, name, AtFlags::empty())?,
             None if covers => self.put_whiteout(dir, name, false)?,
             None => return Err(Errno::NOENT),
         }
@@ -355,6 +344,29 @@ impl Engine {
             },
             _ => Held::Nothing,
         }
+    }
+
+    /// What is about to lose a name must stay reachable for those who have it open: without a
+    /// descriptor to spare it gets a name in the work directory, unless another one is known.
+    /// `in_upper` is what stands at the name in the upper.
+    pub(crate) fn park(
+        &self,
+        node: &Node,
+        parent: &Node,
+        name: &[u8],
+        in_upper: Option<&Stat>,
+        held: &Held,
+    ) -> Res<Option<Arc<Parked>>> {
+        let Some(stat) = in_upper else { return Ok(None) };
+        let known_elsewhere = node.inner.lock().links.iter().any(|l| !l.is(parent, name));
+        if node.kind != Kind::File || known_elsewhere && stat.nlink > 1 || !matches!(held, Held::Nothing) {
+            return Ok(None);
+        }
+        let upper = self.upper()?;
+        let fd = self.upper_fd(parent)?;
+        let link = |temp: &[u8]| rustix::fs::linkat(&fd, name, &upper.work, temp, AtFlags::empty());
+        let ((), temp) = upper.make_temp(link)?;
+        Ok(Some(Arc::new(Parked { work: upper.work.clone(), name: temp })))
     }
 
     /// Notes that a name of an object is gone. `in_upper` is what stood at the name in

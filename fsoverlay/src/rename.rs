@@ -25,7 +25,7 @@ use crate::create::{Held, check_name};
 use crate::engine::{Engine, Upper};
 use crate::errno::{Errno, Res, missing_ok};
 use crate::handle::Fd;
-use crate::inode::{DirState, Link, Node, Parked, ROOT};
+use crate::inode::{DirState, Link, Node, ROOT};
 use crate::layer::{RealDir, stat_at};
 
 /// What kind of rename is asked for.
@@ -219,7 +219,10 @@ impl Engine {
             Some(target) if target.kind == Kind::Dir => Some(self.stat_of_removed(target)),
             _ => None,
         };
-        let parked = self.park(target.as_ref(), &to, in_upper.as_ref(), &held)?;
+        let parked = match &target {
+            Some(target) => self.park(target, new_parent, new_name, in_upper.as_ref(), &held)?,
+            None => None,
+        };
         if source.kind == Kind::Dir {
             if let Some(target) = &target {
                 self.clear(target, guards.get(target)?)?;
@@ -272,25 +275,6 @@ impl Engine {
     fn note_arrival(&self, node: &Node, dir: &Arc<RealDir>) -> Res<()> {
         let special = node.kind.is_special() || node.inner.lock().origin.is_some();
         if special { self.mark_impure(dir) } else { Ok(()) }
-    }
-
-    /// What will be replaced must stay readable for those who have it open; without a
-    /// descriptor to spare it gets a name in the work directory.
-    fn park(
-        &self,
-        target: Option<&Arc<Node>>,
-        to: &End<'_>,
-        in_upper: Option<&Stat>,
-        held: &Held,
-    ) -> Res<Option<Arc<Parked>>> {
-        let (Some(target), Some(stat)) = (target, in_upper) else { return Ok(None) };
-        if target.kind != Kind::File || stat.nlink != 1 || !matches!(held, Held::Nothing) {
-            return Ok(None);
-        }
-        let upper = self.upper()?;
-        let ((), temp) = upper
-            .make_temp(|temp| rustix::fs::linkat(&to.fd, to.name, &upper.work, temp, AtFlags::empty()))?;
-        Ok(Some(Arc::new(Parked { work: upper.work.clone(), name: temp })))
     }
 
     /// Moves something that is not a directory over a file, a whiteout or nothing.

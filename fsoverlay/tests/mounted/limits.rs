@@ -9,6 +9,11 @@ use crate::semantics::{make_tree, no_leftovers};
 
 pub(crate) const CASES: &[Case] = &[
     Case { name: "few_descriptors_suffice", outside: few_descriptors, inside: many_objects },
+    Case {
+        name: "a_removed_name_leaves_the_file_its_others",
+        outside: linked_twice,
+        inside: remove_one_name,
+    },
     Case { name: "concurrent_copy_ups_are_one", outside: shared_file, inside: race },
     Case { name: "threads_in_one_tree", outside: storm_over, inside: storm },
 ];
@@ -48,6 +53,47 @@ fn many_objects(_: &[String]) -> Check {
     for i in 0..400 {
         fs::rename(format!("d{i}"), format!("e{i}"))?;
         fs::write(format!("e{i}/new"), "")?;
+    }
+    Ok(())
+}
+
+fn linked_twice(world: &mut World) -> Check {
+    world.mount().arg("make").run()?;
+    world.mount().with("--nofile", "100").run()?;
+    no_leftovers(world)
+}
+
+fn remove_one_name(args: &[String]) -> Check {
+    if !args.is_empty() {
+        for (one, other) in [("a", "b"), ("c", "d")] {
+            fs::write(one, "content")?;
+            fs::hard_link(one, other)?;
+        }
+        return Ok(());
+    }
+    // More open files without a name than descriptors may be kept for.
+    let mut open = Vec::new();
+    for i in 0..40 {
+        let name = format!("f{i}");
+        open.push(File::create(&name)?);
+        fs::remove_file(name)?;
+    }
+    // Of each only one name was asked for yet.
+    let removed = OpenOptions::new().read(true).write(true).open("a")?;
+    fs::remove_file("a")?;
+    let replaced = OpenOptions::new().read(true).write(true).open("c")?;
+    fs::write("new", "")?;
+    fs::rename("new", "c")?;
+    for (file, other) in [(removed, "b"), (replaced, "d")] {
+        same!(file.metadata()?.nlink(), 1, "{other}");
+        file.write_all_at(b"C", 0)?;
+        file.sync_all()?;
+        same!(fs::read(other)?, b"Content", "{other}");
+        same!(fs::metadata(other)?.ino(), file.metadata()?.ino(), "{other}");
+        same!(file.metadata()?.nlink(), 1, "{other}");
+        let mut read = [0; 7];
+        file.read_exact_at(&mut read, 0)?;
+        same!(&read, b"Content", "{other}");
     }
     Ok(())
 }
