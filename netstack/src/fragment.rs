@@ -2,7 +2,7 @@
 //!
 //! Bounds: [`MAX_REASSEMBLIES`] datagrams at once, each of 65,535 bytes at most and of [`MAX_PIECES`] separate pieces,
 //! for [`REASSEMBLY`] seconds. When the table is full the oldest datagram gives way. Fragments that overlap end the
-//! whole datagram (RFC 5722; for IPv4 too, where an exact repetition is let pass).
+//! whole datagram (RFC 5722; for IPv4 too). A repetition, whole or in part, of what has come is no overlap: it says the same.
 
 use std::collections::HashMap;
 use std::net::IpAddr;

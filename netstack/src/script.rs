@@ -296,6 +296,143 @@ fn accept(listener: &TcpListener) -> TcpStream {
     stream
 }
 
+/// An ICMPv6 message with its checksum.
+fn icmpv6(src: &str, dst: &str, hops: u8, message: &[u8]) -> Vec<u8> {
+    let (src, dst) = (ip(src), ip(dst));
+    let mut message = message.to_vec();
+    let len = u32::try_from(message.len()).expect("length");
+    let pseudo = checksum::pseudo_header(&src.into(), &dst.into(), IpProtocol::Icmpv6, len);
+    let sum = !checksum::combine(&[pseudo, checksum::data(&message)]);
+    if let Some(field) = message.get_mut(2..4) {
+        field.copy_from_slice(&sum.to_be_bytes());
+    }
+    ingress::rebuild(src, dst, ingress::ICMPV6, hops, &message)
+}
+
+/// A neighbour solicitation for `target`, with options as they are given.
+fn solicitation(target: &str, options: &[u8]) -> Vec<u8> {
+    let IpAddr::V6(target) = ip(target) else { unreachable!("written as IPv6") };
+    let message = [&[135, 0, 0, 0, 0, 0, 0, 0], &target.octets()[..], options].concat();
+    icmpv6("fe80::1", "ff02::1:ff00:2", 255, &message)
+}
+
+#[test]
+fn neighbour_solicitations_with_options_of_every_kind() {
+    let mut script = Script::new(&spec(), true);
+    for (options, answered) in [
+        (&[][..], true),
+        (&[1, 1, 0x52, 0x54, 0, 0, 0, 2], true),
+        // Unknown to us, or longer than it has to be: not our business.
+        (&[14, 1, 1, 2, 3, 4, 5, 6], true),
+        (&[253, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], true),
+        // No length at all, which must not be an endless list (RFC 4861 section 4.6), and too much of it.
+        (&[1, 0, 0, 0, 0, 0, 0, 0], false),
+        (&[14, 0, 0, 0, 0, 0, 0, 0], false),
+        (&[1, 1, 0x52, 0x54, 0, 0, 0, 2, 14, 0, 0, 0, 0, 0, 0, 0], false),
+        (&[1, 255, 0, 0, 0, 0, 0, 0], false),
+        (&[1], false),
+        (&[1, 1, 0x52], false),
+    ] {
+        script.send_ip(&solicitation("fd00::2", options));
+        script.settle();
+        assert_eq!(script.try_recv().is_some(), answered, "{options:?}");
+    }
+    // Too short for a target, and for a type.
+    for len in 0..24 {
+        let whole = [&[135, 0, 0, 0, 0, 0, 0, 0], &[0xfd; 16][..]].concat();
+        script.send_ip(&icmpv6("fe80::1", "ff02::1:ff00:2", 255, &whole[..len]));
+        script.send_ip(&icmpv6(GUEST_V6, GATEWAY_V6, 255, &whole[..len]));
+        script.nothing_comes("an answer to half a message");
+    }
+}
+
+#[test]
+fn ipv6_lengths_that_cannot_be_are_malformed() {
+    let server = UdpSocket::bind("[::1]:0").expect("socket");
+    server.set_nonblocking(true).expect("non-blocking");
+    let port = server.local_addr().expect("address").port();
+    let mut script = Script::new(&spec(), true);
+    let good = udp((GUEST_V6, 5_000), (GATEWAY_V6, port), b"datagram");
+    let mut malformed = 0;
+    let mut bad = |script: &mut Script, what: &str, packet: &[u8]| {
+        script.send_ip(packet);
+        script.nothing_comes(what);
+        malformed += 1;
+        assert_eq!(script.stats().dropped_malformed, malformed, "{what}");
+    };
+    // A jumbogram (RFC 2675): the length is in an option, and the header's is nothing.
+    let mut jumbo = [&good[..40], &[17, 0, 0xc2, 4, 0, 1, 0, 0], &good[40..]].concat();
+    jumbo[6] = 0;
+    jumbo[4..6].fill(0);
+    bad(&mut script, "a jumbogram", &jumbo);
+    let mut longer = good.clone();
+    longer[5] += 1;
+    bad(&mut script, "more than there is", &longer);
+    let mut header = good.clone();
+    header.truncate(39);
+    bad(&mut script, "half a header", &header);
+    let mut extension = [&good[..40], &[17, 200, 1, 4, 0, 0, 0, 0], &good[40..]].concat();
+    extension[6] = 60;
+    extension[5] += 8;
+    bad(&mut script, "an extension header behind the end", &extension);
+    let mut endless = good[..40].to_vec();
+    endless[6] = 60;
+    for next in [60, 60, 60, 60, 60, 60, 60, 60, 17] {
+        endless.extend([next, 0, 1, 4, 0, 0, 0, 0]);
+    }
+    endless.extend(&good[40..]);
+    let len = u16::try_from(endless.len() - 40).expect("length");
+    endless[4..6].copy_from_slice(&len.to_be_bytes());
+    bad(&mut script, "nine extension headers", &endless);
+    let mut udp_len = good.clone();
+    udp_len[45] = 7;
+    bad(&mut script, "less than a UDP header", &udp_len);
+    server.recv(&mut [0; 10]).expect_err("none of them");
+    script.send_ip(&good);
+    script.settle();
+    assert_eq!(server.recv(&mut [0; 10]).expect("datagram"), 8);
+}
+
+#[test]
+fn fragments_that_overlap_are_no_datagram() {
+    let servers = ["127.0.0.1:0", "[::1]:0"].map(|addr| UdpSocket::bind(addr).expect("socket"));
+    for (server, (guest, gateway)) in servers.iter().zip([(GUEST_V4, GATEWAY_V4), (GUEST_V6, GATEWAY_V6)]) {
+        server.set_nonblocking(true).expect("non-blocking");
+        let port = server.local_addr().expect("address").port();
+        let mut script = Script::new(&spec(), true);
+        let whole = udp((guest, 5_000), (gateway, port), &[9; 2_000]);
+        let header_len = if guest == GUEST_V4 { 20 } else { 40 };
+        let len = whole.len() - header_len;
+        let send = |id: u16, at: usize, end: usize| {
+            if guest == GUEST_V4 {
+                return script.send_ip(&v4_fragment(&whole, id, at, end));
+            }
+            let mut payload = vec![17, 0];
+            payload.extend((u16::try_from(at).expect("offset") | u16::from(end < len)).to_be_bytes());
+            payload.extend(u32::from(id).to_be_bytes());
+            payload.extend(&whole[40 + at..40 + end]);
+            script.send_ip(&ingress::rebuild(ip(guest), ip(gateway), 44, 64, &payload));
+        };
+        for (id, pieces) in [
+            (1, vec![(0, 800), (792, len)]),
+            (2, vec![(800, len), (0, 808)]),
+            (3, vec![(0, 800), (1_600, len), (792, 1_608)]),
+            (4, vec![(0, 8), (16, 800), (8, 24), (800, len)]),
+        ] {
+            for (at, end) in pieces {
+                send(id, at, end);
+            }
+        }
+        // As it should be.
+        send(5, 0, 800);
+        send(5, 0, 800);
+        send(5, 800, len);
+        script.settle();
+        assert_eq!(server.recv(&mut [0; 3_000]).expect("the whole one"), 2_000);
+        server.recv(&mut [0; 3_000]).expect_err("nothing else");
+    }
+}
+
 #[test]
 fn the_gateway_and_nobody_else_answers_arp_and_neighbour_solicitations() {
     let mut script = Script::new(&spec(), false);
@@ -312,23 +449,9 @@ fn the_gateway_and_nobody_else_answers_arp_and_neighbour_solicitations() {
     assert_eq!(reply.ethernet()[12..22], [8, 6, 0, 1, 8, 0, 6, 4, 0, 2]);
     assert_eq!(reply.ethernet()[22..28], [0x52, 0x54, 0, 0, 0, 1]);
 
-    let solicit = |target: &str| {
-        let (src, dst) = (ip("fe80::1"), ip("ff02::1:ff00:2"));
-        let IpAddr::V6(target) = ip(target) else { unreachable!("written as IPv6") };
-        let mut message = vec![135, 0, 0, 0, 0, 0, 0, 0];
-        message.extend(target.octets());
-        message.extend([1, 1, 0x52, 0x54, 0, 0, 0, 2]);
-        let len = u32::try_from(message.len()).expect("length");
-        let sum = !checksum::combine(&[
-            checksum::pseudo_header(&src.into(), &dst.into(), IpProtocol::Icmpv6, len),
-            checksum::data(&message),
-        ]);
-        message[2..4].copy_from_slice(&sum.to_be_bytes());
-        ingress::rebuild(src, dst, ingress::ICMPV6, 255, &message)
-    };
-    let mut frame = solicit("fd00::3");
+    let mut frame = solicitation("fd00::3", &[1, 1, 0x52, 0x54, 0, 0, 0, 2]);
     script.send_ip(&frame);
-    frame = solicit("fd00::2");
+    frame = solicitation("fd00::2", &[1, 1, 0x52, 0x54, 0, 0, 0, 2]);
     // A hop limit that proves that it has crossed a router.
     let mut forged = frame.clone();
     forged[7] = 254;
