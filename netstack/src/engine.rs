@@ -669,9 +669,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_panic_of_the_stack_stays_in_it() {
-        let thread = std::thread::spawn(|| contain(|| panic!("part of the test")));
+    fn a_panic_of_the_stack_stays_in_it_and_is_told() {
+        use std::io::Read;
+        let (mut log, writer) = std::io::pipe().expect("pipe");
+        let thread = std::thread::spawn(move || {
+            let subscriber = tracing_subscriber::fmt().with_writer(std::sync::Mutex::new(writer)).finish();
+            tracing::subscriber::with_default(subscriber, || contain(|| panic!("part of the test")));
+        });
         assert!(thread.join().is_ok());
+        let mut told = String::new();
+        log.read_to_string(&mut told).expect("log");
+        assert!(told.contains("ERROR") && told.contains("no network from here on"), "{told}");
     }
 
     #[test]

@@ -55,6 +55,7 @@ tests! {
     tcp_reaches_the_internet_and_half_closes_both_ways,
     tcp_data_arrives_whole_both_ways_at_once,
     tcp_refused_is_refused_and_unreachable_unreachable,
+    tcp_hosts_that_do_not_answer_are_so_inside,
     tcp_reset_by_the_peer_reaches_the_guest,
     tcp_reset_by_the_guest_reaches_the_peer,
     tcp_a_guest_that_does_not_read_stops_the_peer,
@@ -228,6 +229,35 @@ fn tcp_refused_is_refused_and_unreachable_unreachable(_: &World) {
             assert!(begin.elapsed() < Duration::from_secs(10), "{to}");
         }
     });
+}
+
+fn tcp_hosts_that_do_not_answer_are_so_inside(_: &World) {
+    // A machine that is not there, which the kernel notices at once, and a route that leads to nobody: it gives up after
+    // three seconds.
+    sh("for family in ipv4 ipv6; do echo 1 >/proc/sys/net/$family/neigh/host0/mcast_solicit; done
+        ip route replace 203.0.113.0/24 dev host0
+        ip neigh replace 203.0.113.9 lladdr 02:00:00:00:00:09 dev host0");
+    let retries = "/proc/sys/net/ipv4/tcp_syn_retries";
+    let before = std::fs::read_to_string(retries).unwrap();
+    std::fs::write(retries, "1").unwrap();
+    let guest = Guest::new();
+    guest.net.run(move || std::fs::write(retries, "1").unwrap());
+    let attempts = [
+        (at("198.51.100.77", 80), ErrorKind::HostUnreachable),
+        (at("2001:db8:1::77", 80), ErrorKind::HostUnreachable),
+        (at("203.0.113.9", 80), ErrorKind::TimedOut),
+    ];
+    let attempts = attempts.map(|(to, kind)| {
+        let attempt = guest.net.spawn(move || connect(to).unwrap_err().kind());
+        (to, kind, attempt)
+    });
+    for (to, kind, attempt) in attempts {
+        assert_eq!(attempt.join().unwrap(), kind, "{to}");
+    }
+    wait_until("flows gone", || guest.stack.stats().tcp_flows == 0);
+    std::fs::write(retries, before).unwrap();
+    sh("for family in ipv4 ipv6; do echo 3 >/proc/sys/net/$family/neigh/host0/mcast_solicit; done
+        ip route del 203.0.113.0/24 dev host0");
 }
 
 fn reset(stream: TcpStream) {

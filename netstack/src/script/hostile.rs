@@ -543,7 +543,7 @@ fn a_guest_that_knows_where_to_hit_harms_nobody() {
         return;
     }
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
-    let rounds = 10_000 * number("NETSTACK_FLOOD").unwrap_or(1);
+    let rounds = 5_000 * number("NETSTACK_FLOOD").unwrap_or(1);
     let first = number("NETSTACK_SEED").unwrap_or(0x5eed_1000);
     for seed in first..first + 4 {
         println!("seed {seed}");
@@ -553,16 +553,17 @@ fn a_guest_that_knows_where_to_hit_harms_nobody() {
             if round % 500 == 0 {
                 attack.script.engine.check_bounds();
                 // What is said to a guest that listens comes to an end.
-                for _ in 0..1_000 {
+                let quiet = (0..1_000).any(|_| {
                     attack.listen();
                     attack.script.turn(Duration::ZERO);
-                }
-                assert!(attack.script.try_recv().is_none() && !attack.script.engine.is_blocked());
+                    attack.script.engine.is_quiet(attack.script.now) && !attack.script.engine.is_blocked()
+                });
+                assert!(quiet);
             }
         }
         let stats = attack.script.stats();
         println!("{stats:?}");
-        assert!(stats.tcp_out > 300 && stats.tcp_in > 10 && stats.dropped_malformed > 1_000, "{stats:?}");
+        assert!(stats.tcp_out > 200 && stats.tcp_in > 10 && stats.dropped_malformed > 1_000, "{stats:?}");
         // Hours later, whoever does nothing wrong is served.
         for _ in 0..40 {
             attack.script.advance(Duration::from_secs(60));
