@@ -209,9 +209,7 @@ impl Engine {
     /// Of `from.nlink` names below, `placed` are in the upper now.
     fn note_links(&self, node: &Arc<Node>, from: &Stat, placed: i64) {
         node.inner.lock().extra_links += i64::from(from.nlink) - placed;
-        if from.nlink > 1 {
-            self.kept.lock().insert(node.ino, node.clone());
-        }
+        self.keep(node);
     }
 
     /// From here on the node is the copy. The lock of the first name's directory is held.
@@ -241,7 +239,7 @@ impl Engine {
     /// Where the origin mark cannot say the number, memory must.
     fn note_alias(&self, node: &Node, from: &Stat, key: crate::attr::Key) {
         if !self.origin_says_number(node, from) {
-            self.aliases.lock().insert(key, node.ino);
+            self.table.aliases.insert(key, node.ino);
         }
     }
 
@@ -472,6 +470,7 @@ impl Engine {
         self.restore_times(fd.as_fd(), &before);
         node.inner.lock().extra_links -= 1;
         drop(state);
+        self.keep(node);
         Ok(())
     }
 

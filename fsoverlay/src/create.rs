@@ -137,7 +137,7 @@ impl Engine {
         extras: &Extras,
     ) -> Arc<Node> {
         // A number that the disk used again is not the object it was.
-        self.aliases.lock().remove(&stat.key);
+        self.table.aliases.remove(stat.key);
         let default_acl = extras.default.as_ref().map(|acl| Arc::from(acl.to_bytes()));
         let number = self.numbers.number(stat.key);
         let node = self.table.intern(
@@ -163,7 +163,7 @@ impl Engine {
         if node.ino != number {
             // The kernel has not yet forgotten what had this number before; the new
             // object keeps the one that it was given instead.
-            self.aliases.lock().insert(stat.key, node.ino);
+            self.table.aliases.insert(stat.key, node.ino);
         }
         node
     }
@@ -380,23 +380,19 @@ impl Engine {
         held: Held,
         parked: Option<Arc<Parked>>,
     ) {
-        let mut keep = false;
         let mut inner = node.inner.lock();
         let at = inner.links.iter().position(|l| l.is(parent, name));
         let old = at.map(|at| inner.links.remove(at));
         let Some(stat) = in_upper else {
             // A name of a layer was covered; the layer still counts it.
             inner.extra_links -= 1;
-            keep = matches!(inner.place, Place::Lower { .. }) && !inner.links.is_empty();
             drop(inner);
             drop(old);
-            if keep {
-                self.kept.lock().insert(node.ino, node.clone());
-            }
-            return;
+            return self.keep(node);
         };
         let last = stat.nlink <= 1;
         let no_name = inner.links.is_empty();
+        let mut ended = false;
         if matches!(inner.place, Place::Upper) && (last || no_name) {
             inner.place = match (held, parked) {
                 (Held::Pinned(pinned), _) => Place::Unlinked(pinned),
@@ -405,16 +401,15 @@ impl Engine {
             };
             if last {
                 inner.extra_links = inner.extra_links.max(0);
-                keep = true;
+                ended = true;
             }
         }
         let key = inner.key;
         drop(inner);
         drop(old);
-        if keep {
-            self.aliases.lock().remove(&key);
-            let forgotten = self.kept.lock().remove(&node.ino);
-            drop(forgotten);
+        if ended {
+            self.table.aliases.remove(key);
+            self.keep(node);
             let slot = node.file.take();
             drop(slot);
         }
@@ -512,7 +507,7 @@ impl Engine {
         let old = {
             let mut inner = node.inner.lock();
             inner.place = Place::Gone(Arc::new(stat));
-            self.aliases.lock().remove(&inner.key);
+            self.table.aliases.remove(inner.key);
             std::mem::take(&mut inner.links)
         };
         drop(old);

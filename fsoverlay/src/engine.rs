@@ -13,7 +13,7 @@ use std::time::SystemTime;
 
 use rustix::fs::{AtFlags, Mode, OFlags};
 
-use crate::attr::{Attr, Key, Kind, Meta, Stat, Time};
+use crate::attr::{Attr, Kind, Meta, Stat, Time};
 use crate::config::{OverlaySpec, Owners};
 use crate::errno::{Errno, Res, missing_ok};
 use crate::generated::{GENERATED_ROOT, GenTree};
@@ -46,6 +46,9 @@ pub(crate) struct Upper {
     pub(crate) dir_meta_changed: AtomicBool,
 }
 
+/// How many [`crate::inode::Aliases`] outlive their objects.
+const MAX_ALIASES: usize = 1 << 16;
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Engine {
@@ -60,12 +63,8 @@ pub(crate) struct Engine {
     pub(crate) squash: Option<(u32, u32)>,
     /// The owner of an object of the upper that has no record.
     pub(crate) default_owner: (u32, u32),
-    /// Inode numbers of upper objects that the disk cannot tell: of copied-up symbolic
-    /// links, hard links and generated objects.
-    pub(crate) aliases: Mutex<HashMap<Key, u64>>,
-    /// Nodes that must outlive the kernel's interest: copied-up files that have further
-    /// names in a lower layer, which would show the old content otherwise.
-    pub(crate) kept: Mutex<HashMap<u64, Arc<Node>>>,
+    /// Nodes that must outlive the kernel's interest; see [`Engine::keep`].
+    kept: Mutex<HashMap<u64, Arc<Node>>>,
     pub(crate) listings: crate::readdir::Kept,
     /// Keys the positions of directory entries.
     pub(crate) hasher: RandomState,
@@ -101,7 +100,7 @@ impl Engine {
         }
         let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(4096);
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-        let table = Table::new();
+        let table = Table::new(MAX_ALIASES);
         let default_owner = spec.squash.unwrap_or((0, 0));
         let generated = GenTree::new(&spec.generated);
         let opened = Time::from_system(SystemTime::now());
@@ -116,7 +115,6 @@ impl Engine {
             pins: Pins::new((limit / 8).clamp(16, 2048)),
             squash: spec.squash,
             default_owner,
-            aliases: Mutex::default(),
             kept: Mutex::default(),
             listings: Default::default(),
             hasher: RandomState::new(),
@@ -140,6 +138,25 @@ impl Engine {
     /// The upper, or `EROFS`.
     pub(crate) fn upper(&self) -> Res<&Upper> {
         self.upper.as_ref().ok_or(Errno::ROFS)
+    }
+
+    /// Keeps an object beyond the kernel's interest while it says more than the disk: a copied-up
+    /// file that has names in a layer which are not in the upper yet, and would show the old content;
+    /// a layer's file of whose names some are gone, which the layer counts. Lets it go otherwise.
+    pub(crate) fn keep(&self, node: &Arc<Node>) {
+        let needed = {
+            let inner = node.inner.lock();
+            match inner.place {
+                Place::Upper => inner.extra_links > 0,
+                Place::Lower { .. } => inner.extra_links < 0 && !inner.links.is_empty(),
+                _ => false,
+            }
+        };
+        let before = {
+            let mut kept = self.kept.lock();
+            if needed { kept.insert(node.ino, node.clone()) } else { kept.remove(&node.ino) }
+        };
+        drop(before);
     }
 
     /// Descriptor of a directory of a layer.
@@ -664,5 +681,38 @@ mod tests {
         assert!(engine.lookup(&dir, b"sub").is_ok());
         assert_eq!(engine.lookup(&dir, b"none").map(|node| node.ino), Err(Errno::NOENT));
         assert_eq!(engine.read_dir(&dir, 2, 9).map(|entries| entries.len()), Ok(1));
+    }
+
+    #[test]
+    fn files_are_kept_only_while_a_name_of_theirs_is_not_in_the_upper() {
+        let scratch = Scratch::new("kept");
+        let (engine, lower) = (&scratch.engine, scratch.dir.join("lower"));
+        let kept = || engine.kept.lock().len();
+        let look = |name: &str| engine.lookup(engine.root(), name.as_bytes()).expect("found");
+        for file in ["changed", "partly", "removed"] {
+            std::fs::write(lower.join(file), file).expect("written");
+            std::fs::hard_link(lower.join(file), lower.join(format!("{file}2"))).expect("linked");
+        }
+        // Both names are known, and both are in the upper then.
+        let file = look("changed");
+        assert_eq!(look("changed2").ino, file.ino);
+        assert_eq!(engine.copy_up(&file), Ok(()));
+        assert_eq!(kept(), 0);
+        let number = file.ino;
+        drop(file);
+        assert_eq!([look("changed").ino, look("changed2").ino], [number; 2]);
+        // One is known; the other must not lead to the layer's file later.
+        assert_eq!(engine.copy_up(&look("partly")), Ok(()));
+        assert_eq!(kept(), 1);
+        assert_eq!(look("partly2").ino, look("partly").ino);
+        assert_eq!(kept(), 0);
+        // Names that are gone without a copy-up.
+        assert_eq!(look("removed").ino, look("removed2").ino);
+        let file = look("removed");
+        assert_eq!(look("removed2").ino, file.ino);
+        assert_eq!(engine.unlink(engine.root(), b"removed"), Ok(()));
+        assert_eq!((kept(), engine.attr(&file).map(|attr| attr.nlink)), (1, Ok(1)));
+        assert_eq!(engine.unlink(engine.root(), b"removed2"), Ok(()));
+        assert_eq!((kept(), engine.attr(&file).map(|attr| attr.nlink)), (0, Ok(0)));
     }
 }

@@ -175,11 +175,12 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
+        let inner = self.inner.get_mut();
         if let Some(table) = self.table.upgrade() {
-            table.remove_dead(self.ino);
+            table.remove_dead(self.ino, inner.key);
         }
         // A chain of directories may be thousands deep: unlinked in a loop.
-        let mut links = std::mem::take(&mut self.inner.get_mut().links);
+        let mut links = std::mem::take(&mut inner.links);
         while let Some(link) = links.pop() {
             if let Some(mut parent) = Arc::into_inner(link.parent) {
                 links.append(&mut parent.inner.get_mut().links);
@@ -205,17 +206,54 @@ struct Entry {
     lookups: u64,
 }
 
+/// Inode numbers of upper objects that the disk cannot tell: of copied-up symbolic links, hard links
+/// and generated objects, and of those whose own number is in use.
+///
+/// While an object is known its alias must be: without it a second node would be made. So that the
+/// number stays the same when the kernel asks again later, aliases outlive their objects, up to a
+/// number of them.
+#[derive(Debug)]
+pub(crate) struct Aliases {
+    by_key: Mutex<HashMap<Key, u64>>,
+    capacity: usize,
+}
+
+impl Aliases {
+    pub(crate) fn get(&self, key: Key) -> Option<u64> {
+        self.by_key.lock().get(&key).copied()
+    }
+
+    pub(crate) fn insert(&self, key: Key, ino: u64) {
+        self.by_key.lock().insert(key, ino);
+    }
+
+    pub(crate) fn remove(&self, key: Key) {
+        self.by_key.lock().remove(&key);
+    }
+
+    /// The object is not known any more.
+    fn release(&self, key: Key, ino: u64) {
+        let mut by_key = self.by_key.lock();
+        if by_key.len() > self.capacity && by_key.get(&key) == Some(&ino) {
+            by_key.remove(&key);
+        }
+    }
+}
+
 const SHARDS: usize = 64;
 
 /// All nodes, by number.
 #[derive(Debug)]
 pub(crate) struct Table {
     shards: Vec<Mutex<HashMap<u64, Entry>>>,
+    pub(crate) aliases: Aliases,
 }
 
 impl Table {
-    pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { shards: (0..SHARDS).map(|_| Mutex::default()).collect() })
+    /// A table that keeps up to `aliases` numbers of objects that nobody knows any more.
+    pub(crate) fn new(aliases: usize) -> Arc<Self> {
+        let shards = (0..SHARDS).map(|_| Mutex::default()).collect();
+        Arc::new(Self { shards, aliases: Aliases { by_key: Mutex::default(), capacity: aliases } })
     }
 
     fn shard(&self, ino: u64) -> &Mutex<HashMap<u64, Entry>> {
@@ -301,11 +339,59 @@ impl Table {
         drop(gone);
     }
 
-    fn remove_dead(&self, ino: u64) {
+    fn remove_dead(&self, ino: u64, key: Key) {
         let mut shard = self.shard(ino).lock();
-        // The number may have been taken over by a node made since.
+        // The number may have been taken over by a node made since, of the same object or another.
         if shard.get(&ino).is_some_and(|entry| entry.node.strong_count() == 0) {
             shard.remove(&ino);
+            self.aliases.release(key, ino);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn object(key: Key) -> NewNode {
+        NewNode {
+            kind: Kind::Symlink,
+            inner: Inner {
+                meta: Meta { kind: Kind::Symlink, perm: 0o777, uid: 0, gid: 0, rdev: (0, 0) },
+                key,
+                origin: None,
+                place: Place::Upper,
+                links: Vec::new(),
+                extra_links: 0,
+                has_record: false,
+                has_acl: false,
+                no_capability: true,
+            },
+            upper: None,
+            state: DirState::default(),
+        }
+    }
+
+    #[test]
+    fn aliases_of_known_objects_stay_and_of_others_a_number() {
+        let table = Table::new(10);
+        let key = |ino| Key { dev: 1, ino };
+        let make = |ino| {
+            let node = table.intern(1000 + ino, |_| false, || object(key(ino)));
+            table.aliases.insert(key(ino), node.ino);
+            node
+        };
+        let known: Vec<_> = (0..100).map(make).collect();
+        assert!((0..100).all(|ino| table.aliases.get(key(ino)) == Some(1000 + ino)));
+        drop(known);
+        let left = |from, to| (from..to).filter(|&ino| table.aliases.get(key(ino)).is_some()).count();
+        assert_eq!(left(0, 100), 10);
+        // One that is known stays, however many come and go.
+        let known = make(500);
+        for ino in 600..700 {
+            drop(make(ino));
+        }
+        assert_eq!(table.aliases.get(key(500)), Some(known.ino));
+        assert!(left(0, 700) <= 11);
     }
 }

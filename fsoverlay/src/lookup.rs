@@ -45,6 +45,8 @@ pub(crate) struct Found {
     /// stat of what decides the attributes, with the right `nlink`.
     stat: Option<Stat>,
     key: Key,
+    /// `ino` is an alias of `key`.
+    aliased: bool,
     origin: Option<Key>,
     place: Place,
     marks: Marks,
@@ -152,6 +154,7 @@ impl Engine {
                     meta: self.generated_meta(index),
                     stat: Some(self.generated_stat(index)),
                     key: Key { dev: u64::MAX, ino: u64::from(index) },
+                    aliased: false,
                     origin: None,
                     place: Place::Generated(index),
                     marks: Marks::default(),
@@ -187,6 +190,7 @@ impl Engine {
                         meta,
                         stat: Some(stat),
                         key: stat.key,
+                        aliased: false,
                         origin: None,
                         place,
                         marks: Marks::default(),
@@ -226,6 +230,7 @@ impl Engine {
             meta,
             stat: Some(stat),
             key: stat.key,
+            aliased: alias.is_some(),
             origin: marks.origin,
             place: Place::Upper,
             marks,
@@ -235,7 +240,7 @@ impl Engine {
     }
 
     pub(crate) fn alias(&self, key: Key) -> Option<u64> {
-        self.aliases.lock().get(&key).copied()
+        self.table.aliases.get(key)
     }
 
     fn found_dir(
@@ -275,6 +280,7 @@ impl Engine {
             meta,
             stat: Some(stat),
             key: upper_key.or(lower_key).unwrap_or_default(),
+            aliased: alias.is_some(),
             origin,
             place: Place::Upper,
             marks,
@@ -318,6 +324,7 @@ impl Engine {
             }
         };
         let link = Link { parent: parent.clone(), name: name.into() };
+        let aliased = found.aliased;
         let node = self.table.intern(found.ino, same, || NewNode {
             kind,
             inner: Inner {
@@ -334,6 +341,10 @@ impl Engine {
             upper: found.upper,
             state: DirState { default_acl: (!found.marks.default_acl).then_some(None), ..found.state },
         });
+        if aliased {
+            // It may have gone with the node that was known before.
+            self.table.aliases.insert(key, node.ino);
+        }
         if kind != Kind::Dir {
             let mut inner = node.inner.lock();
             if !inner.links.iter().any(|l| l.is(parent, name)) {
