@@ -1,14 +1,17 @@
 //! Throughput through the stack, as a ratio to a bare veth pair in the same run: `cargo bench -p netstack`.
 //!
 //! For each direction and number of streams iperf3 runs some times over veth (host to internet) and through the stack
-//! (guest to the same server), alternating; medians are printed. Arguments: `--seconds N` and `--runs N`. It asserts
-//! nothing: figures depend on the machine.
+//! (guest to the same server), alternating; medians are printed. The same for datagrams of 1,400 bytes, as many as one
+//! sender can send, counted where they arrive. Arguments: `--seconds N`, `--runs N`, and `--udp` for datagrams only. It
+//! asserts nothing: figures depend on the machine.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program that prints")]
 
 #[path = "../tests/common/mod.rs"]
 mod common;
 
+use std::net::UdpSocket;
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
 
 use common::*;
 
@@ -50,12 +53,88 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// CPU time of this process so far, in seconds: the stack's, since the rest of it only waits.
+/// CPU time of the stack's thread so far, in seconds.
 fn cpu() -> f64 {
-    let stat = std::fs::read_to_string("/proc/self/stat").expect("stat");
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks = |i: usize| fields.get(i).and_then(|f| f.parse::<f64>().ok()).unwrap_or(0.0);
-    (ticks(11) + ticks(12)) / 100.0
+    let mut sum = 0.0;
+    for task in std::fs::read_dir("/proc/self/task").expect("tasks").flatten() {
+        let Ok(stat) = std::fs::read_to_string(task.path().join("stat")) else { continue };
+        if let Some((name, rest)) = stat.rsplit_once(')')
+            && name.ends_with("(netstack")
+        {
+            let fields: Vec<&str> = rest.split_whitespace().collect();
+            let ticks = |i: usize| fields.get(i).and_then(|f| f.parse::<f64>().ok()).unwrap_or(0.0);
+            sum += (ticks(11) + ticks(12)) / 100.0;
+        }
+    }
+    sum
+}
+
+/// Datagrams of 1,400 bytes per second that arrive, in thousands: from `inside` to the internet, or back.
+fn udp(world: &World, inside: &Net, ip: &'static str, reverse: bool, seconds: usize) -> f64 {
+    let any = if ip.contains(':') { "::" } else { "0.0.0.0" };
+    let server = world.internet.run(move || UdpSocket::bind((ip, 0)).expect("socket"));
+    let addr = server.local_addr().expect("address");
+    let client = inside.run(move || {
+        let socket = UdpSocket::bind((any, 0)).expect("socket");
+        socket.connect(addr).expect("connect");
+        socket
+    });
+    client.send(b"hello").expect("send");
+    let (_, from) = server.recv_from(&mut [0; 10]).expect("hello");
+    server.connect(from).expect("connect");
+    let (sender, receiver) = if reverse { (server, client) } else { (client, server) };
+    receiver.set_read_timeout(Some(Duration::from_millis(100))).expect("time-out");
+    let time = Duration::from_secs(u64::try_from(seconds).expect("seconds"));
+    let sending = std::thread::spawn(move || {
+        let begin = Instant::now();
+        while begin.elapsed() < time {
+            for _ in 0..64 {
+                let _ = sender.send(&[7; 1_400]);
+            }
+        }
+    });
+    let mut buffer = [0; 2_000];
+    let (mut count, mut begin, mut last) = (0u32, None, Instant::now());
+    loop {
+        let ended = sending.is_finished();
+        if receiver.recv(&mut buffer).is_ok() {
+            count += 1;
+            last = Instant::now();
+            begin.get_or_insert(last);
+        } else if ended {
+            break;
+        }
+    }
+    sending.join().expect("sender");
+    f64::from(count) / begin.map_or(1.0, |begin| (last - begin).as_secs_f64()) / 1000.0
+}
+
+fn udp_rows(world: &World, guest: &Guest, seconds: usize, runs: usize) {
+    println!(
+        "\n{:<22} {:>10} {:>10} {:>7} {:>10}",
+        "UDP, 1400 bytes", "veth", "stack", "ratio", "cpu us/pkt"
+    );
+    for (ip, family) in [(INTERNET_V4, "v4"), (INTERNET_V6, "v6")] {
+        for (reverse, direction) in [(false, "out"), (true, "in")] {
+            let (mut veth, mut stack, mut cost) = (Vec::new(), Vec::new(), Vec::new());
+            for _ in 0..runs {
+                veth.push(udp(world, &world.host, ip, reverse, seconds));
+                let before = (cpu(), guest.stack.stats());
+                stack.push(udp(world, &guest.net, ip, reverse, seconds));
+                let (after, stats) = (cpu(), guest.stack.stats());
+                let frames = (stats.frames_from_guest + stats.frames_to_guest)
+                    - (before.1.frames_from_guest + before.1.frames_to_guest);
+                #[expect(clippy::cast_precision_loss, reason = "a figure to look at")]
+                cost.push((after - before.0) * 1e6 / frames as f64);
+            }
+            let (veth, stack) = (median(veth), median(stack));
+            println!(
+                "{family} {direction:<4}               {veth:>8.0} k {stack:>8.0} k {:>7.2} {:>10.2}",
+                stack / veth,
+                median(cost)
+            );
+        }
+    }
 }
 
 fn main() -> ExitCode {
@@ -63,6 +142,10 @@ fn main() -> ExitCode {
         let (seconds, runs) = (argument("--seconds", 3), argument("--runs", 3));
         let world = World::new();
         let guest = Guest::new();
+        if std::env::args().any(|arg| arg == "--udp") {
+            udp_rows(&world, &guest, seconds, runs);
+            return ExitCode::SUCCESS;
+        }
         let server = world.internet.run(|| {
             Server(
                 Command::new("iperf3")
@@ -102,6 +185,7 @@ fn main() -> ExitCode {
             }
         }
         drop(server);
+        udp_rows(&world, &guest, seconds, runs);
         ExitCode::SUCCESS
     })
 }
