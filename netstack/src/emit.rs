@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use nix::errno::Errno;
 use smoltcp::wire::{
     ArpOperation, ArpPacket, ArpRepr, EthernetAddress, Icmpv4Packet, Icmpv6Packet, Icmpv6Repr, IpProtocol,
     NdiscNeighborFlags, NdiscRepr, checksum,
@@ -30,41 +31,33 @@ pub(crate) fn udp(tap: &mut Tap, from: Endpoint, to: Endpoint, payload: &[u8]) {
     if udp_len > 65_535 - 20 {
         return;
     }
-    let fits = header_len + udp_len <= tap.mtu;
-    let sum = |bytes: &[u8]| {
+    let pseudo = {
         let len = u32::try_from(udp_len).unwrap_or_default();
-        let pseudo = checksum::pseudo_header(&from.ip.into(), &to.ip.into(), IpProtocol::Udp, len);
-        // RFC 768: zero means none, so a sum of zero is sent as all ones.
-        match !checksum::combine(&[pseudo, checksum::data(bytes)]) {
-            0 => u16::MAX,
-            sum => sum,
-        }
+        checksum::pseudo_header(&from.ip.into(), &to.ip.into(), IpProtocol::Udp, len)
     };
-    let write_udp = |udp: &mut [u8]| {
-        udp[..2].copy_from_slice(&from.port.to_be_bytes());
-        udp[2..4].copy_from_slice(&to.port.to_be_bytes());
-        udp[4..6].copy_from_slice(&small(udp_len).to_be_bytes());
-        udp[6..8].fill(0);
-        udp[8..].copy_from_slice(payload);
-        let sum = sum(udp);
-        udp[6..8].copy_from_slice(&sum.to_be_bytes());
-    };
-    if fits {
-        let len = header_len + udp_len;
-        let packet = tap.packet_mut(len);
-        ingress::write_ip_header(packet, from.ip, to.ip, UDP, HOPS);
-        let segment = &mut packet[header_len..];
+    let write = |segment: &mut [u8], sum: u16| {
         segment[..2].copy_from_slice(&from.port.to_be_bytes());
         segment[2..4].copy_from_slice(&to.port.to_be_bytes());
         segment[4..6].copy_from_slice(&small(udp_len).to_be_bytes());
+        segment[6..8].copy_from_slice(&sum.to_be_bytes());
         segment[8..].copy_from_slice(payload);
-        let udp_len = u32::try_from(udp_len).unwrap_or_default();
-        let pseudo = checksum::pseudo_header(&from.ip.into(), &to.ip.into(), IpProtocol::Udp, udp_len);
-        segment[6..8].copy_from_slice(&pseudo.to_be_bytes());
+    };
+    let len = header_len + udp_len;
+    if len <= tap.mtu {
+        let packet = tap.packet_mut(len);
+        ingress::write_ip_header(packet, from.ip, to.ip, UDP, HOPS);
+        // The kernel finishes the sum.
+        write(&mut packet[header_len..], pseudo);
         tap.send_ip(len, Offload::checksum(small(header_len), 6));
     } else {
         let mut segment = vec![0; udp_len];
-        write_udp(&mut segment);
+        write(&mut segment, 0);
+        // RFC 768: zero means none, so a sum of zero is sent as all ones.
+        let sum = match !checksum::combine(&[pseudo, checksum::data(&segment)]) {
+            0 => u16::MAX,
+            sum => sum,
+        };
+        segment[6..8].copy_from_slice(&sum.to_be_bytes());
         send_fragmented(tap, from.ip, to.ip, UDP, &segment);
     }
 }
@@ -83,6 +76,19 @@ pub(crate) enum Unreachable {
     Network,
     Host,
     Prohibited,
+}
+
+impl Unreachable {
+    /// What the host's kernel meant when it would not send to, or connect to, a destination.
+    pub(crate) fn from_errno(errno: Errno) -> Option<Self> {
+        match errno {
+            Errno::ENETUNREACH | Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT => Some(Self::Network),
+            Errno::EHOSTUNREACH => Some(Self::Host),
+            // The host's own rules, a firewall's for example, forbid it.
+            Errno::EACCES | Errno::EPERM => Some(Self::Prohibited),
+            _ => None,
+        }
+    }
 }
 
 impl IcmpError {

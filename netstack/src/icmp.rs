@@ -132,12 +132,11 @@ impl Icmp {
                 sent = udp::send_to(&ping.fd, packet.payload(), to, hops);
             }
         }
-        match sent {
-            Ok(()) => {}
-            Err(Errno::ENETUNREACH) => udp::unreachable(sh, packet, Unreachable::Network),
-            Err(Errno::EHOSTUNREACH) => udp::unreachable(sh, packet, Unreachable::Host),
-            Err(Errno::EACCES | Errno::EPERM) => udp::unreachable(sh, packet, Unreachable::Prohibited),
-            Err(_) => sh.stats.dropped_datagrams.one(),
+        if let Err(errno) = sent {
+            match Unreachable::from_errno(errno) {
+                Some(what) => udp::unreachable(sh, packet, what),
+                None => sh.stats.dropped_datagrams.one(),
+            }
         }
     }
 

@@ -548,18 +548,15 @@ impl Tcp {
     /// Tells the guest why its SYN led nowhere.
     fn fail_syn(&mut self, sh: &mut Shared, now: Instant, packet: &Packet<'_>, errno: Errno) {
         tracing::debug!(%errno, to = %packet.dst, "TCP connection failed");
-        let what = match errno {
-            Errno::ENETUNREACH | Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT => Unreachable::Network,
-            Errno::EHOSTUNREACH => Unreachable::Host,
-            // The host's own rules, a firewall's for example, forbid it.
-            Errno::EACCES | Errno::EPERM => Unreachable::Prohibited,
-            Errno::ETIMEDOUT => return,
-            errno => {
-                if matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) {
-                    sh.stats.refused_by_limit.one();
-                }
-                return self.refuse(sh, now, packet);
+        let Some(what) = Unreachable::from_errno(errno) else {
+            if matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) {
+                sh.stats.refused_by_limit.one();
             }
+            // The guest's own timer has run out, too.
+            if errno != Errno::ETIMEDOUT {
+                self.refuse(sh, now, packet);
+            }
+            return;
         };
         let error = IcmpError::unreachable(packet.is_v6(), what);
         let from = sh.spec.gateway.ip_like(packet.dst);

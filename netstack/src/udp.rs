@@ -175,13 +175,7 @@ impl Udp {
             }
         }
         if let Err(errno) = sent {
-            let what = match errno {
-                Errno::ENETUNREACH => Some(Unreachable::Network),
-                Errno::EHOSTUNREACH => Some(Unreachable::Host),
-                Errno::EACCES | Errno::EPERM => Some(Unreachable::Prohibited),
-                _ => None,
-            };
-            match what {
+            match Unreachable::from_errno(errno) {
                 Some(what) => unreachable(sh, packet, what),
                 None => count_send(sh, Err(errno)),
             }
