@@ -9,6 +9,9 @@
 //! lock while bytes are copied, so lookups go on. The lock of the directory is taken for
 //! the last step, together with a check that the name still belongs to the object.
 //!
+//! While much is copied, other requests must be answered: in a hurry ([`crate::errno::hurried`]) an
+//! operation ends with `LONG` instead, and is begun anew where it has time.
+//!
 //! Directories above are copied up first, from the top. The times of a directory that
 //! gets a copy are put back: copying up must not show.
 
@@ -20,12 +23,15 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, Timespec, Timesta
 
 use crate::attr::{Kind, Meta, Stat, Time};
 use crate::engine::{Content, Engine, Upper};
-use crate::errno::{Errno, Res};
+use crate::errno::{Errno, LONG, Res, is_hurried};
 use crate::handle::{Fd, Holder};
 use crate::inode::{Link, Node, Parked, Place, ROOT};
 use crate::layer::{RealDir, stat_at, stat_fd};
 use crate::sys::{self, At};
 use crate::xattr::{IMPURE, ORIGIN, RECORD, format_origin};
+
+/// Copying this many bytes is more than others are made to wait for.
+pub(crate) const MUCH: u64 = 4 << 20;
 
 /// A complete file that has no name in the upper yet.
 #[derive(Debug)]
@@ -104,11 +110,18 @@ impl Engine {
             return self.copy_up_dir(node);
         }
         let upper = self.touch()?;
-        let _one_at_a_time = node.copying.lock();
+        let _one_at_a_time = match node.copying.try_lock() {
+            Some(guard) => guard,
+            None if is_hurried() => return Err(LONG),
+            None => node.copying.lock(),
+        };
         if node.is_upper() {
             return Ok(());
         }
         let stat = self.stat(node)?;
+        if is_hurried() && node.kind == Kind::File && stat.size.min(limit) >= MUCH {
+            return Err(LONG);
+        }
         let meta = node.inner.lock().meta;
         if node.kind == Kind::Symlink {
             let target = self.read_link(node)?;
@@ -479,6 +492,9 @@ impl Engine {
     /// failure half-way therefore leaves the tree as it was. Gives the directories, which
     /// [`Engine::rename`] cuts from their layers once the top is opaque.
     pub(crate) fn copy_up_tree(&self, top: &Arc<Node>) -> Res<Vec<Arc<Node>>> {
+        if is_hurried() {
+            return Err(LONG);
+        }
         let mut dirs = vec![top.clone()];
         let mut next = 0;
         while next < dirs.len() {

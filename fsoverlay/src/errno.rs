@@ -3,6 +3,8 @@
 //! What the file system below says (`ENOSPC`, `EDQUOT`, `EIO`, `EROFS`, …) is passed
 //! on unchanged, so no error is ever wrapped on the way to the payload.
 
+use std::cell::Cell;
+
 pub(crate) use rustix::io::Errno;
 
 /// A result whose error is the number that the payload will see.
@@ -15,4 +17,30 @@ pub(crate) fn missing_ok<T>(result: Res<T>) -> Res<Option<T>> {
         Err(Errno::NOENT) => Ok(None),
         Err(err) => Err(err),
     }
+}
+
+/// Not for the payload: what was asked for takes long, and nothing has been done of it that shows.
+/// See [`hurried`].
+pub(crate) const LONG: Errno = Errno::INPROGRESS;
+
+thread_local! {
+    static HURRIED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs an operation that must not take long here: it ends with [`LONG`] before it begins to copy
+/// much, or to wait for somebody who does.
+pub(crate) fn hurried<T>(operation: impl FnOnce() -> T) -> T {
+    struct Calm;
+    impl Drop for Calm {
+        fn drop(&mut self) {
+            HURRIED.set(false);
+        }
+    }
+    HURRIED.set(true);
+    let _calm = Calm;
+    operation()
+}
+
+pub(crate) fn is_hurried() -> bool {
+    HURRIED.get()
 }

@@ -17,6 +17,10 @@
 //! (there is one mount), and leaves to us the umask (because of default ACLs) and taking
 //! away set*id bits (see [`takes_set_ids`]).
 //!
+//! The workers are few. What copies much (a copy-up of a large file or of a tree, copy_file_range)
+//! goes on with its reply on a thread of its own, and what waits for the kernel, which may want a
+//! worker first, on one for all such.
+//!
 //! A handler that panics is caught, logged, and answers `EIO` to its one request: the
 //! reply object does that when it is dropped.
 
@@ -40,7 +44,7 @@ use crate::attr::{Attr, Kind, Time};
 use crate::create::NewObject;
 use crate::data::bytes_of;
 use crate::engine::Engine;
-use crate::errno::{Errno, Res};
+use crate::errno::{Errno, LONG, Res, hurried};
 use crate::inode::{Link, Node};
 use crate::rename::How;
 use crate::setattr::{SetAttr, SetTime};
@@ -67,12 +71,17 @@ pub(crate) struct Shared {
     waiter: Mutex<Option<mpsc::Sender<Task>>>,
     /// Names that wait for the kernel to forget them.
     forgetting: AtomicUsize,
+    /// Threads of requests that take long.
+    aside: Mutex<Vec<std::thread::JoinHandle<()>>>,
     panics: AtomicU64,
 }
 
 /// How many names may wait for the kernel to forget them. Of those beyond, whoever meets them next
 /// brings them up again.
 const MAX_FORGETTING: usize = 1024;
+
+/// How many requests that take long have a thread of their own; those beyond take a worker.
+const MAX_ASIDE: usize = 64;
 
 /// Something that needs an answer of the kernel, which a worker must not wait for: the kernel may first
 /// want one of the workers.
@@ -99,6 +108,7 @@ impl Shared {
             notifier: OnceLock::new(),
             waiter: Mutex::new(None),
             forgetting: AtomicUsize::new(0),
+            aside: Mutex::default(),
             panics: AtomicU64::new(0),
         })
     }
@@ -107,10 +117,16 @@ impl Shared {
         let _ = self.notifier.set(notifier);
     }
 
-    /// Ends the thread that waits for the kernel, if it runs: it holds a reference to all this.
-    pub(crate) fn stop_waiter(&self) {
+    /// Ends the threads beside the workers, once the mount is gone: the one that waits for the kernel
+    /// holds a reference to all this, and a copy-up that still goes on changes the upper.
+    pub(crate) fn stop(&self) {
         let sender = self.waiter.lock().take();
         drop(sender);
+        let aside = std::mem::take(&mut *self.aside.lock());
+        for thread in aside {
+            // A handler's panic was caught in it.
+            let _ = thread.join();
+        }
     }
 
     /// Hands something to the thread that may wait for the kernel; gives it back if there is none.
@@ -173,7 +189,7 @@ impl Shared {
 }
 
 /// The file system that fuser drives.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct FuseFs {
     pub(crate) shared: Arc<Shared>,
 }
@@ -261,6 +277,49 @@ impl FuseFs {
         }
     }
 
+    /// Answers a request that may take long: if it does, on a thread of its own, so that the
+    /// workers, who are few, go on with what others ask.
+    fn answer<T, R: Send + 'static>(
+        &self,
+        what: &'static str,
+        ino: INodeNo,
+        reply: R,
+        send: impl FnOnce(Res<T>, R) + Send + 'static,
+        operation: impl Fn(&Self) -> Res<T> + Send + 'static,
+    ) {
+        self.run(what, ino, || match hurried(|| operation(self)) {
+            Err(LONG) => self.aside(what, ino, move |fs| send(operation(fs), reply)),
+            done => send(done, reply),
+        });
+    }
+
+    /// Runs a handler on a thread of its own, or here if there are too many.
+    fn aside(&self, what: &'static str, ino: INodeNo, handler: impl FnOnce(&Self) + Send + 'static) {
+        let mut threads = self.shared.aside.lock();
+        threads.retain(|thread| !thread.is_finished());
+        let full = threads.len() >= MAX_ASIDE;
+        // What a thread that cannot be started was to do comes back.
+        let handler = Arc::new(Mutex::new(Some(handler)));
+        let (fs, theirs) = (self.clone(), handler.clone());
+        let start = move || {
+            let handler = theirs.lock().take();
+            if let Some(handler) = handler {
+                fs.run(what, ino, || handler(&fs));
+            }
+        };
+        let builder = std::thread::Builder::new().name("fsoverlay-long".to_owned());
+        match (!full).then(|| builder.spawn(start)) {
+            Some(Ok(thread)) => threads.push(thread),
+            _ => {
+                drop(threads);
+                let handler = handler.lock().take();
+                if let Some(handler) = handler {
+                    handler(self);
+                }
+            }
+        }
+    }
+
     /// Attributes for a reply that lets the kernel know the node.
     fn known(&self, node: &Arc<Node>, attr: &Attr) -> FileAttr {
         self.engine().table.remember(node);
@@ -294,13 +353,6 @@ impl FuseFs {
             }
             done
         })
-    }
-
-    fn reply_made(&self, made: Res<FileAttr>, reply: ReplyEntry) {
-        match made {
-            Ok(attr) => reply.entry(&TTL, &attr, GENERATION),
-            Err(err) => reply.error(errno(err)),
-        }
     }
 
     /// Answers a seek once the kernel has written back what it holds of the file: a series of WRITE
@@ -438,10 +490,11 @@ impl Filesystem for FuseFs {
             atime: atime.map(set_time),
             mtime: mtime.map(set_time),
         };
-        self.run("setattr", ino, || match self.on(ino, |n| self.engine().set_attr(n, set)) {
+        let send = |done: Res<Attr>, reply: ReplyAttr| match done {
             Ok(attr) => reply.attr(&TTL, &file_attr(&attr)),
             Err(err) => reply.error(errno(err)),
-        });
+        };
+        self.answer("setattr", ino, reply, send, move |fs| fs.on(ino, |n| fs.engine().set_attr(n, set)));
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
@@ -469,7 +522,7 @@ impl Filesystem for FuseFs {
                 let owner = (req.uid(), req.gid());
                 self.make(parent, name, &NewObject { kind, perm: mode, umask, rdev, target: b"", owner })
             });
-            self.reply_made(made, reply);
+            reply_made(made, reply);
         });
     }
 
@@ -477,7 +530,7 @@ impl Filesystem for FuseFs {
         self.run("mkdir", parent, || {
             let owner = (req.uid(), req.gid());
             let new = NewObject { kind: Kind::Dir, perm: mode, umask, rdev: (0, 0), target: b"", owner };
-            self.reply_made(self.make(parent, name, &new), reply);
+            reply_made(self.make(parent, name, &new), reply);
         });
     }
 
@@ -503,7 +556,7 @@ impl Filesystem for FuseFs {
                 target: bytes_of(target.as_os_str()),
                 owner: (req.uid(), req.gid()),
             };
-            self.reply_made(self.make(parent, name, &new), reply);
+            reply_made(self.make(parent, name, &new), reply);
         });
     }
 
@@ -517,33 +570,31 @@ impl Filesystem for FuseFs {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        self.run("rename", parent, || {
-            let how = if flags == RenameFlags::empty() {
-                How::Replace
-            } else if flags == RenameFlags::RENAME_NOREPLACE {
-                How::NoReplace
-            } else if flags == RenameFlags::RENAME_EXCHANGE {
-                How::Exchange
-            } else {
-                return reply.error(fuser::Errno::EINVAL);
-            };
-            let renamed = self.engine().node(parent.0).and_then(|from| {
-                let to = self.engine().node(newparent.0)?;
-                self.engine().rename(&from, bytes_of(name), &to, bytes_of(newname), how)
-            });
-            done(renamed, reply);
+        let how = if flags == RenameFlags::empty() {
+            How::Replace
+        } else if flags == RenameFlags::RENAME_NOREPLACE {
+            How::NoReplace
+        } else if flags == RenameFlags::RENAME_EXCHANGE {
+            How::Exchange
+        } else {
+            return reply.error(fuser::Errno::EINVAL);
+        };
+        let (name, newname) = (name.to_owned(), newname.to_owned());
+        self.answer("rename", parent, reply, done, move |fs| {
+            let (from, to) = (fs.engine().node(parent.0)?, fs.engine().node(newparent.0)?);
+            fs.engine().rename(&from, bytes_of(&name), &to, bytes_of(&newname), how)
         });
     }
 
     fn link(&self, _req: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
-        self.run("link", ino, || {
-            let linked = self.on(ino, |node| {
-                let parent = self.engine().node(newparent.0)?;
-                self.engine().link(node, &parent, bytes_of(newname))?;
-                let attr = self.engine().attr(node)?;
-                Ok(self.known(node, &attr))
-            });
-            self.reply_made(linked, reply);
+        let newname = newname.to_owned();
+        self.answer("link", ino, reply, reply_made, move |fs| {
+            fs.on(ino, |node| {
+                let parent = fs.engine().node(newparent.0)?;
+                fs.engine().link(node, &parent, bytes_of(&newname))?;
+                let attr = fs.engine().attr(node)?;
+                Ok(fs.known(node, &attr))
+            })
         });
     }
 
@@ -618,11 +669,18 @@ impl Filesystem for FuseFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        self.run("write", ino, || {
-            // Pages that are written back come without the flag and in nobody's name.
-            let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) && takes_set_ids(req);
-            let written = self.change_content(ino, kill, |n| self.engine().write(n, offset, data, kill));
-            reply_written(written, reply);
+        // Pages that are written back come without the flag and in nobody's name.
+        let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) && takes_set_ids(req);
+        let write = move |fs: &Self, data: &[u8]| {
+            fs.change_content(ino, kill, |n| fs.engine().write(n, offset, data, kill))
+        };
+        self.run("write", ino, || match hurried(|| write(self, data)) {
+            Err(LONG) => {
+                // The request's buffer is the worker's.
+                let data = data.to_vec();
+                self.aside("write", ino, move |fs| reply_written(write(fs, &data), reply));
+            }
+            written => reply_written(written, reply),
         });
     }
 
@@ -723,11 +781,11 @@ impl Filesystem for FuseFs {
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        self.run("setxattr", ino, || {
-            let flags = XattrFlags::from_bits_truncate(flags.cast_unsigned());
-            let caller = (req.uid(), req.gid());
-            let set = self.on(ino, |n| self.engine().set_xattr(n, bytes_of(name), value, flags, caller));
-            done(set, reply);
+        let flags = XattrFlags::from_bits_truncate(flags.cast_unsigned());
+        let caller = (req.uid(), req.gid());
+        let (name, value) = (name.to_owned(), value.to_vec());
+        self.answer("setxattr", ino, reply, done, move |fs| {
+            fs.on(ino, |n| fs.engine().set_xattr(n, bytes_of(&name), &value, flags, caller))
         });
     }
 
@@ -746,9 +804,9 @@ impl Filesystem for FuseFs {
     }
 
     fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.run("removexattr", ino, || {
-            let removed = self.on(ino, |n| self.engine().remove_xattr(n, bytes_of(name)));
-            done(removed, reply);
+        let name = name.to_owned();
+        self.answer("removexattr", ino, reply, done, move |fs| {
+            fs.on(ino, |n| fs.engine().remove_xattr(n, bytes_of(&name)))
         });
     }
 
@@ -762,10 +820,9 @@ impl Filesystem for FuseFs {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        self.run("fallocate", ino, || {
-            let (mode, kill) = (mode.cast_unsigned(), takes_set_ids(req));
-            let change = |n: &_| self.engine().fallocate(n, mode, offset, length, kill);
-            done(self.change_content(ino, kill, change), reply);
+        let (mode, kill) = (mode.cast_unsigned(), takes_set_ids(req));
+        self.answer("fallocate", ino, reply, done, move |fs| {
+            fs.change_content(ino, kill, |n| fs.engine().fallocate(n, mode, offset, length, kill))
         });
     }
 
@@ -805,14 +862,13 @@ impl Filesystem for FuseFs {
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        self.run("copy_file_range", ino_out, || {
-            let kill = takes_set_ids(req);
-            let copied = self.on(ino_in, |from| {
-                self.change_content(ino_out, kill, |to| {
-                    self.engine().copy_range((from, offset_in), (to, offset_out), len, kill)
+        let kill = takes_set_ids(req);
+        self.answer("copy_file_range", ino_out, reply, reply_written, move |fs| {
+            fs.on(ino_in, |from| {
+                fs.change_content(ino_out, kill, |to| {
+                    fs.engine().copy_range((from, offset_in), (to, offset_out), len, kill)
                 })
-            });
-            reply_written(copied, reply);
+            })
         });
     }
 }
@@ -847,6 +903,13 @@ impl FuseFs {
                 false
             }
         }
+    }
+}
+
+fn reply_made(made: Res<FileAttr>, reply: ReplyEntry) {
+    match made {
+        Ok(attr) => reply.entry(&TTL, &attr, GENERATION),
+        Err(err) => reply.error(errno(err)),
     }
 }
 

@@ -201,7 +201,7 @@ impl Server {
         if let Err(err) = self.session.join() {
             tracing::debug!(%err, "the session ended with an error");
         }
-        self.shared.stop_waiter();
+        self.shared.stop();
     }
 }
 

@@ -186,14 +186,7 @@ impl Mount {
     /// The command under another one; of the server itself if that is empty.
     pub(crate) fn command_under(&self, first: &[&str]) -> Result<Command, Failure> {
         let me = std::env::current_exe()?;
-        let program = match std::env::var_os("FSOVERLAY_MOUNT") {
-            Some(path) => PathBuf::from(path),
-            None => me
-                .parent()
-                .and_then(Path::parent)
-                .ok_or("the test program has no target directory")?
-                .join("examples/mount"),
-        };
+        let program = program()?;
         let mut words = first.iter().map(std::ffi::OsString::from).collect::<Vec<_>>();
         words.extend(self.wrapper.iter().map(std::ffi::OsString::from));
         words.push(program.into());
@@ -229,6 +222,16 @@ impl Mount {
         }
         Ok(text.contains("changed=true"))
     }
+}
+
+/// The example that mounts and serves.
+pub(crate) fn program() -> Result<PathBuf, Failure> {
+    if let Some(path) = std::env::var_os("FSOVERLAY_MOUNT") {
+        return Ok(path.into());
+    }
+    let me = std::env::current_exe()?;
+    let target = me.parent().and_then(Path::parent).ok_or("the test program has no target directory")?;
+    Ok(target.join("examples/mount"))
 }
 
 /// Runs the outer half in fresh directories.

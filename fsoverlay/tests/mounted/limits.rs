@@ -3,8 +3,13 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::harness::{Case, Check, Failure, World, errno_of, holds, same};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::harness::{Case, Check, Failure, World, errno_of, holds, program, same};
 use crate::semantics::{make_tree, no_leftovers};
 
 pub(crate) const CASES: &[Case] = &[
@@ -14,6 +19,7 @@ pub(crate) const CASES: &[Case] = &[
         outside: linked_twice,
         inside: remove_one_name,
     },
+    Case { name: "large_copy_ups_hold_up_nobody_else", outside: large_files, inside: stop_below },
     Case { name: "concurrent_copy_ups_are_one", outside: shared_file, inside: race },
     Case { name: "threads_in_one_tree", outside: storm_over, inside: storm },
 ];
@@ -94,6 +100,115 @@ fn remove_one_name(args: &[String]) -> Check {
         let mut read = [0; 7];
         file.read_exact_at(&mut read, 0)?;
         same!(&read, b"Content", "{other}");
+    }
+    Ok(())
+}
+
+/// More of them than the overlay has workers.
+const LARGE: usize = 5;
+
+fn large_files(world: &mut World) -> Check {
+    for i in 0..LARGE {
+        File::create(world.lower().join(format!("large{i}")))?.set_len(64 << 20)?;
+    }
+    for dir in ["upper", "work", "mnt"] {
+        fs::create_dir(world.path("other").join(dir))?;
+    }
+    world.mount().arg(world.dir.display().to_string()).run()?;
+    no_leftovers(world)
+}
+
+/// A process that does not run while this exists.
+struct Stopped(Pid);
+
+impl Stopped {
+    fn new(pid: Pid) -> Result<Self, Failure> {
+        kill(pid, Signal::SIGSTOP)?;
+        Ok(Self(pid))
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        let _ = kill(self.0, Signal::SIGCONT);
+    }
+}
+
+/// In the first mount: a second one above it, whose layer stands still when the server of the first
+/// does. Copying from it then takes as long as one likes.
+fn stop_below(args: &[String]) -> Check {
+    match args {
+        [dir] => {
+            let dir = Path::new(dir);
+            let other = dir.join("other");
+            let status = Command::new(program()?)
+                .args(["--translated", "--workers", "2", "--lower"])
+                .arg(dir.join("mnt"))
+                .arg("--upper")
+                .arg(other.join("upper"))
+                .arg("--work")
+                .arg(other.join("work"))
+                .arg("--at")
+                .arg(other.join("mnt"))
+                .arg("--")
+                .arg(std::env::current_exe()?)
+                .args(["--inside", "large_copy_ups_hold_up_nobody_else", "above"])
+                .arg(nix::unistd::getppid().to_string())
+                .status()?;
+            holds!(status.success());
+            Ok(())
+        }
+        [_, server] => copy_slowly(Pid::from_raw(server.parse()?)),
+        _ => Err("one or two arguments are wanted".into()),
+    }
+}
+
+fn copy_slowly(server: Pid) -> Check {
+    for i in 0..LARGE {
+        fs::metadata(format!("large{i}"))?;
+    }
+    // The layer below is not asked for it again.
+    holds!(!Path::new("made").exists());
+    let stopped = Stopped::new(server)?;
+    let copying: Vec<AtomicU32> = (0..LARGE).map(|_| AtomicU32::new(0)).collect();
+    let copying = &copying;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..LARGE)
+            .map(|i| {
+                scope.spawn(move || {
+                    copying[i].store(nix::unistd::gettid().as_raw().cast_unsigned(), Ordering::Release);
+                    fs::set_permissions(format!("large{i}"), fs::Permissions::from_mode(0o600))
+                })
+            })
+            .collect();
+        let all_wait = || -> Result<bool, Failure> {
+            for tid in copying {
+                let tid = tid.load(Ordering::Acquire);
+                let stat = fs::read_to_string(format!("/proc/self/task/{tid}/stat")).unwrap_or_default();
+                if tid == 0 || !stat.contains(") S ") && !stat.contains(") D ") {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        };
+        while !all_wait()? {
+            std::thread::yield_now();
+        }
+        // All of them have asked; this is asked after them.
+        let (done, answer) = std::sync::mpsc::channel();
+        scope.spawn(move || done.send(fs::create_dir("made")));
+        let made = answer.recv_timeout(std::time::Duration::from_secs(30));
+        holds!(threads.iter().all(|thread| !thread.is_finished()));
+        drop(stopped);
+        for thread in threads {
+            thread.join().map_err(|_| "a thread panicked")??;
+        }
+        made.map_err(|_| "nothing was served while large files were copied")??;
+        Ok(())
+    })?;
+    for i in 0..LARGE {
+        let meta = fs::metadata(format!("large{i}"))?;
+        same!((meta.mode() & 0o777, meta.len()), (0o600, 64 << 20));
     }
     Ok(())
 }
