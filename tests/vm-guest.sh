@@ -43,7 +43,7 @@ case $kind in
         ;;
     apparmor)
         shows doctor 1 AppArmor $r doctor
-        shows run 125 'hint:' $r run --rm -- true
+        shows run 125 'AppArmor' $r run --rm -- true
         ;;
     no-fuse)
         shows doctor 1 'modprobe fuse' $r doctor

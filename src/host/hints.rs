@@ -18,6 +18,8 @@ pub enum Trouble {
     UsernsClone,
     /// AppArmor restricts unprivileged user namespaces.
     UsernsApparmor,
+    /// An AppArmor profile confines the caller and allows none.
+    UsernsProfile,
     /// Something else forbids user namespaces: a container's filter, SELinux.
     UsernsForbidden,
     /// Namespaces are nested 32 deep.
@@ -127,6 +129,12 @@ impl Trouble {
             Self::UsernsApparmor => (
                 "AppArmor restricts user namespaces of ordinary users",
                 sysctl("kernel.apparmor_restrict_unprivileged_userns = 0"),
+            ),
+            Self::UsernsProfile => (
+                "the AppArmor profile that confines the caller allows no user namespaces",
+                "start it outside of that profile (`cat /proc/self/attr/current` names it), or have the \
+                 administrator let the profile start it unconfined"
+                    .into(),
             ),
             Self::UsernsForbidden => (
                 "user namespaces are forbidden here",
@@ -253,21 +261,24 @@ pub struct Sysctls {
     pub unprivileged_userns_clone: Option<u64>,
     /// kernel.apparmor_restrict_unprivileged_userns (Ubuntu and descendants)
     pub apparmor_restrict: Option<u64>,
+    /// The caller is confined by an AppArmor profile (apparmor(7)), and by no system call filter, which
+    /// says the same.
+    pub apparmor_confined: bool,
 }
 
 impl Sysctls {
     /// Reads them.
     #[must_use]
     pub fn read() -> Self {
-        let number = |name: &str| {
-            std::fs::read_to_string(format!("/proc/sys/{name}"))
-                .ok()
-                .and_then(|text| text.trim().parse().ok())
-        };
+        let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        let number = |name: &str| text(&format!("/proc/sys/{name}")).trim().parse().ok();
         Self {
             max_user_namespaces: number("user/max_user_namespaces"),
             unprivileged_userns_clone: number("kernel/unprivileged_userns_clone"),
             apparmor_restrict: number("kernel/apparmor_restrict_unprivileged_userns"),
+            // Another security module answers there too, without a mode in brackets.
+            apparmor_confined: text("/proc/self/attr/current").trim_end().ends_with("(enforce)")
+                && text("/proc/self/status").lines().any(|line| line == "Seccomp:\t0"),
         }
     }
 }
@@ -287,6 +298,8 @@ pub fn diagnose(step: &str, errno: Errno, sysctls: &Sysctls) -> Option<Trouble> 
             Trouble::UsernsApparmor
         } else if sysctls.max_user_namespaces == Some(0) {
             Trouble::UsernsLimit
+        } else if sysctls.apparmor_confined {
+            Trouble::UsernsProfile
         } else {
             Trouble::UsernsForbidden
         }
@@ -310,6 +323,9 @@ pub fn diagnose(step: &str, errno: Errno, sysctls: &Sysctls) -> Option<Trouble> 
             if sysctls.apparmor_restrict.is_some_and(|value| value != 0) =>
         {
             Trouble::UsernsApparmor
+        }
+        ("fuse_mount" | "mount" | "hostname", EPERM | EACCES) if sysctls.apparmor_confined => {
+            Trouble::UsernsProfile
         }
         ("fuse_mount", ENODEV) => Trouble::FuseMissing,
         ("fuse_mount", _) => Trouble::FuseMount,
@@ -360,6 +376,9 @@ mod tests {
         assert_eq!(of(ubuntu), Some(Trouble::UsernsApparmor));
         assert_eq!(diagnose("uid_map", Errno::EPERM, &ubuntu), Some(Trouble::UsernsApparmor));
         assert_eq!(diagnose("fuse_mount", Errno::EPERM, &ubuntu), Some(Trouble::UsernsApparmor));
+        let confined = Sysctls { apparmor_confined: true, ..Sysctls::default() };
+        assert_eq!(of(confined), Some(Trouble::UsernsProfile));
+        assert_eq!(diagnose("uid_map", Errno::EPERM, &confined), Some(Trouble::UsernsProfile));
     }
 
     #[test]
