@@ -219,15 +219,19 @@ impl Engine {
             return self.stat_dir(node, part);
         }
         loop {
-            if let Some(fd) = node.file.get(false) {
-                return stat_fd(fd.as_fd());
-            }
+            let cached = node.file.get(false).map(|fd| stat_fd(fd.as_fd())).transpose()?;
             let (place, key) = {
                 let inner = node.inner.lock();
                 (inner.place.clone(), inner.key)
             };
-            match place {
-                Place::Upper => {
+            match (place, cached) {
+                // The name in the work directory is not the object's.
+                (Place::Parked(parked), cached) => {
+                    let stat = cached.map_or_else(|| stat_at(parked.work.as_fd(), &parked.name), Ok)?;
+                    return Ok(Stat { nlink: stat.nlink.saturating_sub(1), ..stat });
+                }
+                (_, Some(stat)) => return Ok(stat),
+                (Place::Upper, None) => {
                     let look = |dir: BorrowedFd<'_>, name: &[u8]| {
                         Ok(Some(stat_at(dir, name)?).filter(|stat| stat.key == key))
                     };
@@ -235,18 +239,13 @@ impl Engine {
                         return Ok(stat);
                     }
                 }
-                Place::Lower { dir, name } => {
+                (Place::Lower { dir, name }, None) => {
                     let found = changed_below(stat_at(self.fd(&dir)?.as_fd(), &name));
                     return found.and_then(|stat| if stat.key == key { Ok(stat) } else { Err(Errno::STALE) });
                 }
-                Place::Generated(index) => return Ok(self.generated_stat(index)),
-                Place::Unlinked(pinned) => return stat_fd(pinned.fd.as_fd()),
-                Place::Parked(parked) => {
-                    let mut stat = stat_at(parked.work.as_fd(), &parked.name)?;
-                    stat.nlink = stat.nlink.saturating_sub(1);
-                    return Ok(stat);
-                }
-                Place::Gone(stat) => return Ok(*stat),
+                (Place::Generated(index), None) => return Ok(self.generated_stat(index)),
+                (Place::Unlinked(pinned), None) => return stat_fd(pinned.fd.as_fd()),
+                (Place::Gone(stat), None) => return Ok(*stat),
             }
         }
     }

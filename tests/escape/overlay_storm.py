@@ -120,6 +120,7 @@ def open_and_unlinked(worker):
         if number % 3:
             expected = (expected[:100] + b"after" + expected[105:])[:200]
         assert os.pread(file, 1 << 20, 0) == expected, number
+        assert os.fstat(file).st_nlink == 0, number
         os.close(file)
 
 
