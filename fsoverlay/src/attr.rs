@@ -252,22 +252,12 @@ impl Meta {
     }
 }
 
-/// Everything a reply says about an object.
+/// Everything a reply says about an object: owner, mode and type are of `meta`, the rest of `stat`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Attr {
     pub(crate) ino: u64,
-    pub(crate) kind: Kind,
-    pub(crate) perm: u32,
-    pub(crate) nlink: u32,
-    pub(crate) uid: u32,
-    pub(crate) gid: u32,
-    pub(crate) rdev: (u32, u32),
-    pub(crate) size: u64,
-    pub(crate) blocks: u64,
-    pub(crate) blksize: u32,
-    pub(crate) atime: Time,
-    pub(crate) mtime: Time,
-    pub(crate) ctime: Time,
+    pub(crate) meta: Meta,
+    pub(crate) stat: Stat,
 }
 
 #[cfg(test)]

@@ -89,24 +89,10 @@ impl Engine {
         let made = self.make_object(fd.as_fd(), name, &meta, new.target, &extras);
         let (stat, file) = match made {
             Err(Errno::EXIST) => {
-                if !self.is_whiteout(dir, name)? {
-                    return Err(Errno::EXIST);
-                }
-                // Complete under a temporary name, then over the whiteout: what the
-                // whiteout hides never shows.
                 extras.opaque = new.kind == Kind::Dir;
-                let (made, temp) = upper.make_temp(|temp| {
+                self.over_whiteout(dir, name, extras.opaque, |temp| {
                     self.make_object(upper.work.as_fd(), temp, &meta, new.target, &extras)
-                })?;
-                let exchange = if extras.opaque { RenameFlags::EXCHANGE } else { RenameFlags::empty() };
-                let moved = rustix::fs::renameat_with(&upper.work, &*temp, &fd, name, exchange);
-                if moved.is_err() && extras.opaque {
-                    let _ = rustix::fs::unlinkat(&upper.work, &*temp, AtFlags::REMOVEDIR);
-                } else if moved.is_err() || extras.opaque {
-                    upper.remove_temp(&temp);
-                }
-                moved?;
-                made
+                })?
             }
             other => other?,
         };
@@ -122,6 +108,31 @@ impl Engine {
             self.tree.ring.push(Holder::File(Arc::downgrade(&node)));
         }
         Ok(node)
+    }
+
+    /// Puts something at a name that has a whiteout, `EEXIST` if it is not one: made complete under a
+    /// temporary name, then moved, so that what the whiteout hides never shows.
+    fn over_whiteout<T>(
+        &self,
+        dir: &Arc<RealDir>,
+        name: &[u8],
+        is_dir: bool,
+        make: impl FnMut(&[u8]) -> Res<T>,
+    ) -> Res<T> {
+        if !self.is_whiteout(dir, name)? {
+            return Err(Errno::EXIST);
+        }
+        let (upper, fd) = (self.upper()?, self.fd(dir)?);
+        let (made, temp) = upper.make_temp(make)?;
+        // A directory cannot replace a whiteout, but change places with it.
+        let flags = if is_dir { RenameFlags::EXCHANGE } else { RenameFlags::empty() };
+        let moved = rustix::fs::renameat_with(&upper.work, &*temp, &fd, name, flags);
+        match (&moved, is_dir) {
+            (Ok(()), false) => {}
+            (Err(_), true) => self.discard_temp_dir(&temp),
+            _ => upper.remove_temp(&temp),
+        }
+        moved.map(|()| made)
     }
 
     /// The node of an object that has just been made.
@@ -273,16 +284,9 @@ impl Engine {
             _ => return Err(Errno::NOENT),
         };
         match rustix::fs::linkat(&source.0, &*source.1, &fd, name, AtFlags::empty()) {
-            Err(Errno::EXIST) if self.is_whiteout(dir, name)? => {
-                let ((), temp) = upper.make_temp(|temp| {
-                    rustix::fs::linkat(&source.0, &*source.1, &upper.work, temp, AtFlags::empty())
-                })?;
-                let moved = rustix::fs::renameat_with(&upper.work, &*temp, &fd, name, RenameFlags::empty());
-                if moved.is_err() {
-                    upper.remove_temp(&temp);
-                }
-                moved?;
-            }
+            Err(Errno::EXIST) => self.over_whiteout(dir, name, false, |temp| {
+                rustix::fs::linkat(&source.0, &*source.1, &upper.work, temp, AtFlags::empty())
+            })?,
             other => other?,
         }
         node.inner.lock().links.push(Link { parent: parent.clone(), name: name.into() });

@@ -182,34 +182,24 @@ impl Engine {
 
     /// The attributes of an object, as they are to be reported.
     pub(crate) fn attr(&self, node: &Arc<Node>) -> Res<Attr> {
-        let stat = self.stat(node)?;
-        let (meta, extra) = {
-            let inner = node.inner.lock();
-            (inner.meta, inner.extra_links)
-        };
-        let nlink = u32::try_from(i64::from(stat.nlink) + extra).unwrap_or(0);
-        Ok(self.report(node.ino, &stat, &meta, nlink))
+        Ok(self.report(node, self.stat(node)?))
     }
 
     /// Puts what the disk says and what is recorded together.
-    pub(crate) fn report(&self, ino: u64, stat: &Stat, meta: &Meta, nlink: u32) -> Attr {
-        let (uid, gid) = self.squash.unwrap_or((meta.uid, meta.gid));
-        let special = meta.kind.is_special();
-        Attr {
-            ino,
-            kind: meta.kind,
-            perm: meta.perm,
-            nlink,
-            uid,
-            gid,
-            rdev: meta.rdev,
-            size: if special { 0 } else { stat.size },
-            blocks: if special { 0 } else { stat.blocks },
-            blksize: if stat.blksize == 0 { 4096 } else { stat.blksize },
-            atime: stat.atime,
-            mtime: stat.mtime,
-            ctime: stat.ctime,
+    pub(crate) fn report(&self, node: &Node, mut stat: Stat) -> Attr {
+        let (mut meta, extra_links) = {
+            let inner = node.inner.lock();
+            (inner.meta, inner.extra_links)
+        };
+        (meta.uid, meta.gid) = self.squash.unwrap_or((meta.uid, meta.gid));
+        stat.nlink = u32::try_from(i64::from(stat.nlink) + extra_links).unwrap_or(0);
+        if meta.kind.is_special() {
+            (stat.size, stat.blocks) = (0, 0);
         }
+        if stat.blksize == 0 {
+            stat.blksize = 4096;
+        }
+        Attr { ino: node.ino, meta, stat }
     }
 
     /// stat of the object wherever it is now. For directories that are merged from
@@ -710,8 +700,8 @@ mod tests {
         let file = look("removed");
         assert_eq!(look("removed2").ino, file.ino);
         assert_eq!(engine.unlink(engine.root(), b"removed"), Ok(()));
-        assert_eq!((kept(), engine.attr(&file).map(|attr| attr.nlink)), (1, Ok(1)));
+        assert_eq!((kept(), engine.attr(&file).map(|attr| attr.stat.nlink)), (1, Ok(1)));
         assert_eq!(engine.unlink(engine.root(), b"removed2"), Ok(()));
-        assert_eq!((kept(), engine.attr(&file).map(|attr| attr.nlink)), (0, Ok(0)));
+        assert_eq!((kept(), engine.attr(&file).map(|attr| attr.stat.nlink)), (0, Ok(0)));
     }
 }

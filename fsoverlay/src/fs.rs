@@ -219,22 +219,22 @@ fn decode_dev(dev: u32) -> (u32, u32) {
     ((dev & 0xf_ff00) >> 8, dev & 0xff | dev >> 12 & 0xf_ff00)
 }
 
-fn file_attr(attr: &Attr) -> FileAttr {
+fn file_attr(Attr { ino, meta, stat }: &Attr) -> FileAttr {
     FileAttr {
-        ino: INodeNo(attr.ino),
-        size: attr.size,
-        blocks: attr.blocks,
-        atime: attr.atime.to_system(),
-        mtime: attr.mtime.to_system(),
-        ctime: attr.ctime.to_system(),
+        ino: INodeNo(*ino),
+        size: stat.size,
+        blocks: stat.blocks,
+        atime: stat.atime.to_system(),
+        mtime: stat.mtime.to_system(),
+        ctime: stat.ctime.to_system(),
         crtime: SystemTime::UNIX_EPOCH,
-        kind: file_type(attr.kind),
-        perm: u16::try_from(attr.perm & 0o7777).unwrap_or(0),
-        nlink: attr.nlink,
-        uid: attr.uid,
-        gid: attr.gid,
-        rdev: encode_dev(attr.rdev),
-        blksize: attr.blksize,
+        kind: file_type(meta.kind),
+        perm: u16::try_from(meta.perm & 0o7777).unwrap_or(0),
+        nlink: stat.nlink,
+        uid: meta.uid,
+        gid: meta.gid,
+        rdev: encode_dev(meta.rdev),
+        blksize: stat.blksize,
         flags: 0,
     }
 }

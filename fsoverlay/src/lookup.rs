@@ -367,14 +367,7 @@ impl Engine {
     pub(crate) fn lookup_attr(&self, parent: &Arc<Node>, name: &[u8]) -> Res<(Arc<Node>, Attr)> {
         let (node, stat) = self.lookup_stat(parent, name)?;
         let attr = match stat {
-            Some(stat) => {
-                let (meta, extra) = {
-                    let inner = node.inner.lock();
-                    (inner.meta, inner.extra_links)
-                };
-                let nlink = u32::try_from(i64::from(stat.nlink) + extra).unwrap_or(0);
-                self.report(node.ino, &stat, &meta, nlink)
-            }
+            Some(stat) => self.report(&node, stat),
             None => self.attr(&node)?,
         };
         Ok((node, attr))
