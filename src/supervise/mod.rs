@@ -13,7 +13,7 @@ pub(crate) mod streams;
 mod terminal;
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -29,6 +29,9 @@ use crate::launch::handshake::{FromSetup, SetupFailure, Step, ToSetup};
 use crate::launch::{LaunchError, Sandbox, Services};
 use crate::plan::Plan;
 use crate::report::Outcome;
+
+/// How long a start that a signal came into may still take.
+const START_GRACE: Duration = Duration::from_millis(500);
 
 /// How long the payload has after SIGTERM when its time is up.
 const TERM_GRACE: Duration = Duration::from_secs(5);
@@ -76,6 +79,7 @@ pub(crate) fn run(
         timer: None,
         terminal: None,
         started: false,
+        early: None,
         payload_ended: false,
         timed_out: false,
     };
@@ -91,6 +95,8 @@ struct Loop<'a> {
     timer: Option<TimerFd>,
     terminal: Option<Terminal>,
     started: bool,
+    /// A signal that came before the payload was known to run, and when.
+    early: Option<(i32, Instant)>,
     payload_ended: bool,
     timed_out: bool,
 }
@@ -112,6 +118,11 @@ impl Loop<'_> {
             if time_up {
                 self.take_timeout()?;
             }
+            if let Some((number, since)) = self.early
+                && since.elapsed() >= START_GRACE
+            {
+                return Ok(Outcome::Signaled(number));
+            }
         }
     }
 
@@ -121,7 +132,8 @@ impl Loop<'_> {
             PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
         ];
         fds.extend(self.timer.iter().map(|timer| PollFd::new(timer.as_fd(), PollFlags::POLLIN)));
-        match poll(&mut fds, PollTimeout::NONE) {
+        let limit = if self.early.is_some() { START_GRACE } else { Duration::MAX };
+        match poll(&mut fds, PollTimeout::try_from(limit).unwrap_or(PollTimeout::NONE)) {
             Err(Errno::EINTR) => return Ok([false; 3]),
             other => other.map_err(during("poll"))?,
         };
@@ -160,6 +172,9 @@ impl Loop<'_> {
             FromSetup::Started => {
                 self.started = true;
                 tracing::info!("the payload runs");
+                if let Some((number, _)) = self.early.take() {
+                    self.sandbox.channel.send(&ToSetup::Signal(number), None).ok();
+                }
             }
             FromSetup::Failed(failure) | FromSetup::ExecFailed(failure) => return Err(failure.into()),
             FromSetup::Exited(outcome) => {
@@ -181,6 +196,9 @@ impl Loop<'_> {
                     }
                 }
                 Ok(Signal::SIGTSTP | Signal::SIGCONT) if !self.started => {}
+                // The payload may run already: that it does is a message on its way. If none comes soon,
+                // or a second signal does, the start is given up.
+                Ok(_) if !self.started && self.early.is_none() => self.early = Some((number, Instant::now())),
                 Ok(_) if !self.started => return Ok(Some(Outcome::Signaled(number))),
                 Ok(signal) => {
                     tracing::debug!(%signal, "to the payload");
