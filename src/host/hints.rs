@@ -22,6 +22,8 @@ pub enum Trouble {
     UsernsProfile,
     /// Something else forbids user namespaces: a container's filter, SELinux.
     UsernsForbidden,
+    /// A limit on another kind of namespace is reached or 0.
+    NamespaceLimit,
     /// Namespaces are nested 32 deep.
     UsernsDepth,
     /// The kernel has no such namespace.
@@ -141,6 +143,11 @@ impl Trouble {
                 "inside rootlet, run the outer one with --nested; in a container, run it with \
                  `--security-opt seccomp=unconfined` (docker, podman) or let its security profile allow clone and \
                  unshare with CLONE_NEWUSER"
+                    .into(),
+            ),
+            Self::NamespaceLimit => (
+                "not about disk space: a limit on namespaces is reached or 0",
+                "`sysctl -a | grep 'user.max_.*_namespaces'` shows them; raise it with `sudo sysctl -w user.max_…_namespaces=10000`"
                     .into(),
             ),
             Self::UsernsDepth => ("the kernel nests user namespaces 32 deep", "start it in an outer sandbox".into()),
@@ -310,9 +317,10 @@ pub fn diagnose(step: &str, errno: Errno, sysctls: &Sysctls) -> Option<Trouble> 
             Trouble::UsernsDepth
         }
         ("clone", ENOSPC | EUSERS) => Trouble::UsernsLimit,
-        ("clone", EINVAL) => Trouble::NoNamespace,
+        ("unshare", ENOSPC | EUSERS) => Trouble::NamespaceLimit,
+        ("clone" | "unshare", EINVAL) => Trouble::NoNamespace,
         // No kernel that runs us lacks clone3: a filter answers so.
-        ("clone" | "uid_map", EPERM | EACCES | ENOSYS) => forbidden(),
+        ("clone" | "unshare" | "uid_map", EPERM | EACCES | ENOSYS) => forbidden(),
         ("map_helper", ENOENT) => Trouble::Helpers,
         ("map_helper", ETIMEDOUT) => Trouble::HelperHangs,
         ("map_helper", _) => Trouble::HelperRefuses,
@@ -387,6 +395,7 @@ mod tests {
         assert_eq!(diagnose("clone", Errno::ENOSPC, &none), Some(Trouble::UsernsLimit));
         let many = Sysctls { max_user_namespaces: Some(96_365), ..Sysctls::default() };
         assert_eq!(diagnose("clone", Errno::ENOSPC, &many), Some(Trouble::UsernsDepth));
+        assert_eq!(diagnose("unshare", Errno::ENOSPC, &many), Some(Trouble::NamespaceLimit));
         assert_eq!(diagnose("state", Errno::ENOSPC, &none), Some(Trouble::DiskFull));
     }
 

@@ -134,8 +134,10 @@ macro_rules! steps {
 }
 
 steps! {
-    /// clone3(2) and unshare(2) of the namespaces.
+    /// clone3(2) of the user and pid namespace.
     Clone = "clone", "cannot create the sandbox's namespaces";
+    /// unshare(2) of the others.
+    Unshare = "unshare", "cannot create the sandbox's namespaces in its user namespace";
     /// Writing /proc/self/setgroups, uid_map or gid_map.
     WriteMaps = "uid_map", "cannot write {}";
     /// newuidmap(1) or newgidmap(1).

@@ -29,7 +29,9 @@ pub(super) fn write(ids: &IdPlan, setup: Pid, channel: &Channel) -> Result<(), L
         MapWriter::Helpers { newuidmap, newgidmap } => {
             // Both at once: each is a whole program's start, during which its starter waits.
             std::thread::scope(|scope| {
-                let gids = scope.spawn(|| run_helper(newgidmap, setup, &ids.gids));
+                let gids = std::thread::Builder::new()
+                    .spawn_scoped(scope, || run_helper(newgidmap, setup, &ids.gids))
+                    .map_err(|e| SetupFailure::new(Step::MapHelper, newgidmap.to_string_lossy(), e))?;
                 let uids = run_helper(newuidmap, setup, &ids.uids);
                 let gids = gids.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
                 uids.and(gids)

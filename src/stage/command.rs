@@ -9,12 +9,13 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, openat2};
 
 use crate::launch::handshake::{SetupFailure, Step};
 use crate::plan::ProcessPlan;
 
-/// Most directories of PATH that are looked into: what says how each went is one message.
+/// Most directories of PATH that are looked into: what says how each went is one message, and each
+/// takes the space of an argument.
 const MOST_CANDIDATES: usize = 4096;
 
 /// Where the command may be: as it is if it has a slash, else in each directory of PATH.
@@ -30,12 +31,12 @@ pub(super) fn candidates(process: &ProcessPlan) -> Vec<PathBuf> {
     directories.map(|directory| directory.join(command)).take(MOST_CANDIDATES).collect()
 }
 
-/// Why none of the candidates was executed; `tried` holds the errno of each that was tried.
+/// Why none of the candidates was executed; `tried` holds the errno of each that was tried, `base`
+/// is the directory in which that was.
 ///
-/// Runs in init, which sees the same root; it reads the first bytes of files that the payload named.
-pub(super) fn failure(process: &ProcessPlan, tried: &[u8]) -> SetupFailure {
-    // The payload's working directory: `payload::enter_workdir`.
-    let base = if process.workdir.is_dir() { &*process.workdir } else { Path::new("/") };
+/// Runs in init, which sees the same root. It reads the first bytes of a file that the payload named,
+/// so it follows no link of /proc/PID: there its own would be meant, not the payload's.
+pub(super) fn failure(process: &ProcessPlan, base: &Path, tried: &[u8]) -> SetupFailure {
     let mut refused = None;
     for (candidate, errno) in candidates(process).iter().zip(tried) {
         let errno = Errno::from_raw(i32::from(*errno));
@@ -60,9 +61,11 @@ pub(super) fn failure(process: &ProcessPlan, tried: &[u8]) -> SetupFailure {
 
 /// What execve(2) does not say by errno alone.
 fn explain(path: &Path, shown: &str, errno: Errno) -> Option<String> {
-    let meta = std::fs::metadata(path).ok()?;
+    let look = OFlags::PATH | OFlags::CLOEXEC;
+    let file = openat2(CWD, path, look, Mode::empty(), ResolveFlags::NO_MAGICLINKS).ok()?;
+    let kind = FileType::from_raw_mode(fstat(&file).ok()?.st_mode);
     match errno {
-        Errno::EACCES if meta.is_dir() => Some(format!("{shown}, which is a directory")),
+        Errno::EACCES if kind == FileType::Directory => Some(format!("{shown}, which is a directory")),
         Errno::ENOENT | Errno::ENOTDIR => Some(match interpreter(path) {
             Some(interpreter) => format!("{shown}, whose interpreter {interpreter} is not there"),
             None => format!("{shown}, whose dynamic loader is not there"),
@@ -79,7 +82,8 @@ fn interpreter(path: &Path) -> Option<String> {
     // Not to wait for the other end of a fifo.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let mut start = Vec::new();
-    let file = std::fs::File::from(openat(CWD, path, flags, Mode::empty()).ok()?);
+    let file = openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS).ok()?;
+    let file = std::fs::File::from(file);
     file.take(256).read_to_end(&mut start).ok()?;
     let line = start.strip_prefix(b"#!")?.split(|b| *b == b'\n').next()?;
     let name = line.split(|b| b.is_ascii_whitespace()).find(|word| !word.is_empty())?;

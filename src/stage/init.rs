@@ -7,6 +7,7 @@
 //! handle.
 
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -91,12 +92,14 @@ fn default_identity(plan: &Plan) -> Identity {
 fn await_exec(plan: &Plan, report: &Channel) -> Result<Option<OwnedFd>, SetupFailure> {
     let broken = |errno| SetupFailure::new(Step::Spawn, "report channel", errno);
     let mut listener = None;
+    let mut base = plan.process.workdir.as_path();
     while let Some((message, fd)) = report.receive_bytes().map_err(broken)? {
         if let Some(tried) = exec_stage::tried(&message) {
-            return Err(command::failure(&plan.process, tried));
+            return Err(command::failure(&plan.process, base, tried));
         }
         match serde_json::from_slice(&message).map_err(|_| broken(rustix::io::Errno::BADMSG))? {
             PayloadMessage::Listener => listener = fd,
+            PayloadMessage::WithoutWorkdir => base = Path::new("/"),
             PayloadMessage::Failed(failure) => return Err(failure),
         }
     }

@@ -64,7 +64,9 @@ fn confine(handover: &Handover<'_>, report: &Channel) -> Result<SetupFailure, Se
     let sets = CapabilitySets { effective, permitted: effective, inheritable: CapabilitySet::empty() };
     rustix::thread::clear_ambient_capability_set().map_err(errno).map_err(confine("ambient capabilities"))?;
     rustix::thread::set_capabilities(None, sets).map_err(errno).map_err(confine("capabilities"))?;
-    enter_workdir(plan)?;
+    if !enter_workdir(plan)? {
+        report.send(&PayloadMessage::WithoutWorkdir, None).map_err(errno).map_err(spawn("report channel"))?;
+    }
 
     nix::sys::prctl::set_no_new_privs().map_err(confine("no_new_privs"))?;
     if plan.confine.scope_abstract_sockets {
@@ -121,6 +123,8 @@ fn confine(handover: &Handover<'_>, report: &Channel) -> Result<SetupFailure, Se
 pub(super) enum PayloadMessage {
     /// The filter's listener comes with this message.
     Listener,
+    /// The working directory cannot be entered and was not asked for: it stands in `/`.
+    WithoutWorkdir,
     /// A step failed.
     Failed(SetupFailure),
 }
@@ -184,7 +188,8 @@ fn become_identity(handover: &Handover<'_>) -> Result<(), SetupFailure> {
     nix::unistd::setresuid(uid, uid, uid).map_err(failed(format!("uid {uid}")))
 }
 
-fn enter_workdir(plan: &Plan) -> Result<(), SetupFailure> {
+/// Whether it stands in the plan's working directory; in `/` otherwise.
+fn enter_workdir(plan: &Plan) -> Result<bool, SetupFailure> {
     let workdir = &plan.process.workdir;
     let entered = rustix::process::chdir(workdir.as_path()).and_then(|()| {
         // getcwd(2) fails or starts with "(unreachable)" where a magic link led out of the root
@@ -196,10 +201,10 @@ fn enter_workdir(plan: &Plan) -> Result<(), SetupFailure> {
         }
     });
     match entered {
-        Ok(()) => Ok(()),
-        Err(_) if !plan.process.workdir_required => {
-            rustix::process::chdir("/").map_err(|errno| SetupFailure::new(Step::Workdir, "/", errno))
-        }
+        Ok(()) => Ok(true),
+        Err(_) if !plan.process.workdir_required => rustix::process::chdir("/")
+            .map(|()| false)
+            .map_err(|errno| SetupFailure::new(Step::Workdir, "/", errno)),
         Err(errno) => Err(SetupFailure::new(Step::Workdir, workdir.to_string_lossy(), errno)),
     }
 }

@@ -115,7 +115,7 @@ fn make_namespaces(namespaces: &[Namespace]) -> Result<()> {
         Namespace::Time => CloneFlags::empty(),
     };
     let flags: CloneFlags = namespaces.iter().map(flag).collect();
-    unshare(flags).during(Step::Clone, "")
+    unshare(flags).during(Step::Unshare, "")
 }
 
 fn map_ids(ids: &IdPlan, channel: &Channel) -> Result<()> {
@@ -281,8 +281,13 @@ fn clone_of_host(path: &Path, step: Step) -> Result<OwnedFd> {
 /// there since then, made by a payload that shares the directory, would lead past what the plan masks
 /// (CVE-2021-30465).
 fn clone_of_source(path: &Path) -> Result<OwnedFd> {
-    let source = openat2(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::NO_SYMLINKS)
-        .during(Step::VolumeSource, path)?;
+    let open = |flags| openat2(CWD, path, flags | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::NO_SYMLINKS);
+    // As a directory first: that has an automount point mounted, O_PATH by itself has not.
+    let source = match open(OFlags::PATH | OFlags::DIRECTORY) {
+        Err(rustix::io::Errno::NOTDIR) => open(OFlags::PATH),
+        other => other,
+    };
+    let source = source.during(Step::VolumeSource, path)?;
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_RECURSIVE

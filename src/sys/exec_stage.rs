@@ -13,9 +13,10 @@
 //! and as many bytes as there are candidates; each is replaced by the errno of its execve, and
 //! those that were are written to REPORT if none succeeded.
 //!
-//! The code here runs before relocations of the C library's functions by processor (`memcpy` and
-//! the like): it must not call any, and whatever the compiler would turn into such a call is read
-//! by `read_volatile`. It runs confined as the payload; whoever calls our program by this name
+//! The code here runs before the program has relocated anything (which is why build.rs refuses a
+//! static program that does), the C library's functions by processor among it: it must call none
+//! (`memcpy` and the like), and whatever the compiler would turn into such a call is read by
+//! `read_volatile`. It runs confined as the payload; whoever calls our program by this name
 //! gains nothing, and with privilege that the caller does not have (AT_SECURE) it is not entered.
 
 use core::arch::{asm, global_asm};
@@ -33,12 +34,16 @@ const FD_CLOEXEC: usize = libc::FD_CLOEXEC as usize;
 const ENOENT: usize = libc::ENOENT as usize;
 const ENOTDIR: usize = libc::ENOTDIR as usize;
 const EACCES: usize = libc::EACCES as usize;
+const ESTALE: usize = libc::ESTALE as usize;
+const ENODEV: usize = libc::ENODEV as usize;
+const ETIMEDOUT: usize = libc::ETIMEDOUT as usize;
 
 /// Exit status if no candidate could be executed; init hears why on REPORT.
 const FAILED: usize = 125;
 
 #[cfg(target_arch = "x86_64")]
 global_asm!(
+    ".section .text.rootlet_start, \"ax\", @progbits",
     ".globl rootlet_start",
     ".type rootlet_start, @function",
     "rootlet_start:",
@@ -50,11 +55,14 @@ global_asm!(
     "add rsp, 8",
     "pop rdx",
     "jmp _start",
+    ".size rootlet_start, . - rootlet_start",
+    ".text",
     stage = sym exec_stage,
 );
 
 #[cfg(target_arch = "aarch64")]
 global_asm!(
+    ".section .text.rootlet_start, \"ax\", %progbits",
     ".globl rootlet_start",
     ".type rootlet_start, %function",
     "rootlet_start:",
@@ -64,6 +72,8 @@ global_asm!(
     "bl {stage}",
     "mov x0, x19",
     "b _start",
+    ".size rootlet_start, . - rootlet_start",
+    ".text",
     stage = sym exec_stage,
 );
 
@@ -115,7 +125,7 @@ unsafe extern "C" fn exec_stage(stack: *const usize) {
             done += 1;
             tried.add(done).write_volatile(errno.to_le_bytes()[0]);
             // Not this one; a later one may be it.
-            if !matches!(errno, ENOENT | ENOTDIR | EACCES) {
+            if !matches!(errno, ENOENT | ENOTDIR | EACCES | ESTALE | ENODEV | ETIMEDOUT) {
                 break;
             }
         }

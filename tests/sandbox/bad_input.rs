@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use super::files::small_rootfs;
-use crate::common::{Cmd, Home, Out, is_root, rootlet_binary, skip};
+use crate::common::{Cmd, Home, Out, has_id_range, is_root, rootlet_binary, skip};
 
 const NONE: [&str; 0] = [];
 
@@ -132,6 +132,29 @@ fn commands_that_cannot_be_executed_are_told_apart() {
     out.says("/no/such/interpreter");
     let empty = home.script("work/garbage", "\x7fELF garbage");
     refused(home.run(NONE, [&empty]), 126, &["garbage", "ENOEXEC"]);
+}
+
+#[test]
+fn what_is_said_of_a_command_is_true_of_the_payload() {
+    let home = Home::new();
+    // Init has more descriptors, and other threads.
+    for command in ["/proc/self/fd/3", "/proc/self/fd/5", "/proc/self/task/1/exe"] {
+        refused(home.run(NONE, [command]), 127, &[command, "ENOENT"]);
+    }
+}
+
+#[test]
+fn a_command_is_not_looked_for_where_the_payload_is_not() {
+    if !has_id_range() {
+        skip!("with one id there is no user who cannot enter the directory");
+    }
+    let home = Home::new();
+    let hidden = home.dir("work/hidden");
+    home.script("work/hidden/command", "#!/no/such/interpreter\n");
+    std::fs::set_permissions(&hidden, PermissionsExt::from_mode(0o700)).unwrap();
+    refused(home.run(["--user=1234:1234"], ["./command"]).cwd(&hidden), 127, &["./command", "ENOENT"]);
+    let root = home.run(NONE, ["./command"]).cwd(&hidden);
+    refused(root, 126, &["./command", "/no/such/interpreter"]);
 }
 
 #[test]
