@@ -6,7 +6,7 @@ use crate::common::{Home, is_root, uid};
 
 /// By `--env NAME`, by `--env-file`, and from the caller's environment. (The second test has another word: its
 /// command lines, which hold it, are on the process list meanwhile.)
-const SECRETS: [&str; 3] = ["s3cret-by-name", "s3cret-by-file", "s3cret-by-caller"];
+const SECRETS: [&str; 3] = ["unsaid-word-by-name", "unsaid-word-by-file", "unsaid-word-by-caller"];
 
 #[track_caller]
 fn has_no(secret: &str, text: impl AsRef<[u8]>, what: &str) {
@@ -53,8 +53,16 @@ fn values_of_variables_are_seen_by_the_payload_alone() {
     assert!(running.until_out("ready").starts_with(&SECRETS.join(" ")));
     let mut ours = 0;
     for (pid, in_group) in all_processes(running.pid().as_raw()) {
-        has_no("s3cret", std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default(), "a process list");
-        has_no("s3cret", std::fs::read(format!("/proc/{pid}/comm")).unwrap_or_default(), "a process list");
+        has_no(
+            "unsaid-word",
+            std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default(),
+            "a process list",
+        );
+        has_no(
+            "unsaid-word",
+            std::fs::read(format!("/proc/{pid}/comm")).unwrap_or_default(),
+            "a process list",
+        );
         let environ = format!("/proc/{pid}/environ");
         if in_group && let Ok(meta) = std::fs::metadata(&environ) {
             ours += 1;
@@ -64,7 +72,7 @@ fn values_of_variables_are_seen_by_the_payload_alone() {
             if is_root() {
                 let stranger = ["--reuid=54321", "--regid=54321", "--clear-groups", "cat", environ.as_str()];
                 let out = home.command("setpriv").args(stranger).run();
-                has_no("s3cret", &out.out, &environ);
+                has_no("unsaid-word", &out.out, &environ);
                 assert_ne!(out.code(), 0, "{out}");
             }
         }
@@ -72,17 +80,17 @@ fn values_of_variables_are_seen_by_the_payload_alone() {
     assert!(ours >= 2, "supervisor and init are in the group");
     let out = running.finish().exits(3);
     home.keeps("secrets");
-    has_no("s3cret", &out.err, "standard error");
+    has_no("unsaid-word", &out.err, "standard error");
     for path in [&log, &report] {
         let text = std::fs::read(path).unwrap();
         assert!(!text.is_empty());
-        has_no("s3cret", text, path);
+        has_no("unsaid-word", text, path);
     }
-    home.command("grep").args(["-r", "s3cret", &home.text("state")]).run().exits(1);
-    home.command("grep").args(["-r", "s3cret-by-file", &home.text("work")]).run().ok();
+    home.command("grep").args(["-r", "unsaid-word", &home.text("state")]).run().exits(1);
+    home.command("grep").args(["-r", "unsaid-word-by-file", &home.text("work")]).run().ok();
     for args in [&["ls"][..], &["ls", "--json"], &["diff", "secrets"], &["diff", "--json", "secrets"]] {
         let out = home.rootlet(args).run().ok();
-        has_no("s3cret", &out.out, args[0]);
+        has_no("unsaid-word", &out.out, args[0]);
     }
 }
 
