@@ -144,16 +144,17 @@ impl Engine {
     /// file that has names in a layer which are not in the upper yet, and would show the old content;
     /// a layer's file of whose names some are gone, which the layer counts. Lets it go otherwise.
     pub(crate) fn keep(&self, node: &Arc<Node>) {
-        let needed = {
-            let inner = node.inner.lock();
-            match inner.place {
-                Place::Upper => inner.extra_links > 0,
-                Place::Lower { .. } => inner.extra_links < 0 && !inner.links.is_empty(),
-                _ => false,
-            }
-        };
         let before = {
             let mut kept = self.kept.lock();
+            // Looked at with the lock on what is kept: of two who decide, the later one has seen more.
+            let needed = {
+                let inner = node.inner.lock();
+                match inner.place {
+                    Place::Upper => inner.extra_links > 0,
+                    Place::Lower { .. } => inner.extra_links < 0 && !inner.links.is_empty(),
+                    _ => false,
+                }
+            };
             if needed { kept.insert(node.ino, node.clone()) } else { kept.remove(&node.ino) }
         };
         drop(before);
@@ -670,6 +671,33 @@ mod tests {
         assert!(engine.lookup(&dir, b"sub").is_ok());
         assert_eq!(engine.lookup(&dir, b"none").map(|node| node.ino), Err(Errno::NOENT));
         assert_eq!(engine.read_dir(&dir, 2, 9).map(|entries| entries.len()), Ok(1));
+    }
+
+    #[test]
+    fn a_late_decision_to_keep_a_file_undoes_no_newer_one() {
+        let scratch = Scratch::new("late");
+        let engine = &scratch.engine;
+        let file = &scratch.make(b"file", Kind::File);
+        file.inner.lock().extra_links = 1;
+        let decides = std::sync::atomic::AtomicI32::new(0);
+        std::thread::scope(|scope| {
+            let kept = engine.kept.lock();
+            scope.spawn(|| {
+                decides.store(nix::unistd::gettid().as_raw(), Ordering::Release);
+                engine.keep(file);
+            });
+            // Until it waits for the lock.
+            loop {
+                let thread = format!("/proc/self/task/{}/stat", decides.load(Ordering::Acquire));
+                if std::fs::read_to_string(thread).is_ok_and(|stat| stat.contains(") S ")) {
+                    break;
+                }
+                std::thread::yield_now();
+            }
+            file.inner.lock().extra_links = 0;
+            drop(kept);
+        });
+        assert!(engine.kept.lock().is_empty());
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! |---|---|
 //! | `Node::copying` | one copy-up at a time of this object; held over its I/O |
 //! | `DirPart::state` of directories, by rising inode number | the names in the directory: read while a name is resolved, written while one changes |
+//! | `Engine::kept` | which nodes outlive the kernel's interest |
 //! | `Node::inner` | owner, mode, names, place; never held over I/O |
 //! | a shard of the table | counts of lookups |
 
