@@ -229,7 +229,7 @@ impl Engine {
     fn become_upper(&self, node: &Arc<Node>, first: &Link, from: &Stat, has_record: bool, fd: Fd) -> Res<()> {
         let key = stat_fd(fd.as_fd())?.key;
         self.note_alias(node, from, key);
-        let queue = {
+        let (old, queue) = {
             let mut inner = node.inner.lock();
             inner.origin = Some(inner.key);
             inner.key = key;
@@ -240,9 +240,9 @@ impl Engine {
             }
             // The descriptor of the layer's file must not be found any more.
             let old = node.file.take();
-            drop(old);
-            node.kind == Kind::File && node.file.put(fd, true)
+            (old, node.kind == Kind::File && node.file.put(fd, true))
         };
+        drop(old);
         if queue {
             self.tree.ring.push(Holder::File(Arc::downgrade(node)));
         }
@@ -301,7 +301,9 @@ impl Engine {
         inner.has_record = has_record;
         // The copy never had a name; what the layer counted does not matter any more.
         inner.extra_links = 0;
-        drop(node.file.take());
+        let old = node.file.take();
+        drop(inner);
+        drop(old);
         Ok(())
     }
 

@@ -295,9 +295,10 @@ impl Engine {
         InodeNumbers::clashed(parent.ino, hash)
     }
 
-    /// The node of what a lookup found, made if it is not known. The caller holds (at
-    /// least) the parent's read lock, so that nothing found can have changed since.
-    pub(crate) fn intern(&self, parent: &Arc<Node>, name: &[u8], found: Found) -> Arc<Node> {
+    /// The node of what a lookup found, made if it is not known, and the stat that was found if it
+    /// still says everything. The caller holds (at least) the parent's read lock, so that nothing found
+    /// can have changed since.
+    fn intern(&self, parent: &Arc<Node>, name: &[u8], found: Found) -> (Arc<Node>, Option<Stat>) {
         let kind = found.meta.kind;
         let key = found.key;
         let generated = matches!(found.place, Place::Generated(_));
@@ -324,7 +325,7 @@ impl Engine {
             }
         };
         let link = Link { parent: parent.clone(), name: name.into() };
-        let aliased = found.aliased;
+        let (aliased, mut stat) = (found.aliased, found.stat);
         let node = self.table.intern(found.ino, same, || NewNode {
             kind,
             inner: Inner {
@@ -347,15 +348,20 @@ impl Engine {
         }
         if kind != Kind::Dir {
             let mut inner = node.inner.lock();
+            let mut before = None;
             if !inner.links.iter().any(|l| l.is(parent, name)) {
                 inner.links.push(link);
                 // It had further names on disk after all.
                 if matches!(inner.place, Place::Unlinked(_) | Place::Parked(_)) {
-                    inner.place = Place::Upper;
+                    before = Some(std::mem::replace(&mut inner.place, Place::Upper));
                 }
             }
+            drop(inner);
+            // The name in the work directory counted, and goes with this.
+            stat = stat.filter(|_| !matches!(before, Some(Place::Parked(_))));
+            drop(before);
         }
-        node
+        (node, stat)
     }
 
     /// The node that `name` stands for, or `ENOENT`.
@@ -374,12 +380,11 @@ impl Engine {
     }
 
     fn lookup_stat(&self, parent: &Arc<Node>, name: &[u8]) -> Res<(Arc<Node>, Option<Stat>)> {
-        let (node, stat, below) = {
+        let ((node, stat), below) = {
             let state = parent.dir()?.state.read();
             let found = self.resolve(parent, &state, name)?.ok_or(Errno::NOENT)?;
             let below = matches!(found.place, Place::Lower { .. } | Place::Generated(_));
-            let stat = found.stat;
-            (self.intern(parent, name, found), stat, below)
+            (self.intern(parent, name, found), below)
         };
         if below && node.kind != Kind::Dir && node.is_upper() {
             // A further name of a file that was copied up under another one.

@@ -91,6 +91,7 @@ fn remove_one_name(args: &[String]) -> Check {
     fs::write("new", "")?;
     fs::rename("new", "c")?;
     for (file, other) in [(removed, "b"), (replaced, "d")] {
+        same!(fs::metadata(other)?.nlink(), 1, "{other}");
         same!(file.metadata()?.nlink(), 1, "{other}");
         file.write_all_at(b"C", 0)?;
         file.sync_all()?;
