@@ -18,8 +18,8 @@
 //! away set*id bits (see [`takes_set_ids`]).
 //!
 //! The workers are few. What copies much (a copy-up of a large file or of a tree, copy_file_range)
-//! goes on with its reply on a thread of its own, and what waits for the kernel, which may want a
-//! worker first, on one for all such.
+//! goes on with its reply on a thread of its own, as does a seek, which waits for the kernel, which
+//! may want a worker first. Names that the kernel is to forget wait on one thread for all.
 //!
 //! A handler that panics is caught, logged, and answers `EIO` to its one request: the
 //! reply object does that when it is dropped.
@@ -80,7 +80,8 @@ pub(crate) struct Shared {
 /// brings them up again.
 const MAX_FORGETTING: usize = 1024;
 
-/// How many requests that take long have a thread of their own; those beyond take a worker.
+/// How many requests that take long have a thread of their own; those beyond take a worker, or, if no
+/// worker may wait for them, one thread for all.
 const MAX_ASIDE: usize = 64;
 
 /// Something that needs an answer of the kernel, which a worker must not wait for: the kernel may first
@@ -151,14 +152,7 @@ impl Shared {
 
     fn perform(&self, task: Task) {
         match task {
-            Task::Seek(seek) => {
-                if let Some(notifier) = self.notifier.get() {
-                    // Writes back and drops the pages; a failure is the kernel's
-                    // not knowing the file, which then holds none.
-                    let _ = notifier.inval_inode(INodeNo(seek.node.ino), 0, 0);
-                }
-                answer_seek(&self.engine, seek);
-            }
+            Task::Seek(seek) => self.flush_and_seek(seek),
             Task::ForgetName(link) => {
                 if let Some(notifier) = self.notifier.get() {
                     let name: &OsStr = std::os::unix::ffi::OsStrExt::from_bytes(&link.name);
@@ -167,6 +161,16 @@ impl Shared {
                 self.forgetting.fetch_sub(1, Ordering::AcqRel);
             }
         }
+    }
+
+    /// Not on a worker: the kernel's pages come back as WRITE requests.
+    fn flush_and_seek(&self, seek: Seek) {
+        if let Some(notifier) = self.notifier.get() {
+            // Writes back and drops the pages; a failure is the kernel's
+            // not knowing the file, which then holds none.
+            let _ = notifier.inval_inode(INodeNo(seek.node.ino), 0, 0);
+        }
+        answer_seek(&self.engine, seek);
     }
 
     /// An object is not what its names lead to any more: somebody changed a layer. The kernel knows
@@ -295,29 +299,41 @@ impl FuseFs {
 
     /// Runs a handler on a thread of its own, or here if there are too many.
     fn aside(&self, what: &'static str, ino: INodeNo, handler: impl FnOnce(&Self) + Send + 'static) {
+        if let Err(handler) = self.start_aside(what, ino, handler, |fs, handler| handler(fs)) {
+            handler(self);
+        }
+    }
+
+    /// Starts a thread for something that takes long; gives it back if there are too many.
+    fn start_aside<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        ino: INodeNo,
+        task: T,
+        perform: fn(&Self, T),
+    ) -> Result<(), T> {
         let mut threads = self.shared.aside.lock();
         threads.retain(|thread| !thread.is_finished());
-        let full = threads.len() >= MAX_ASIDE;
+        if threads.len() >= MAX_ASIDE {
+            return Err(task);
+        }
         // What a thread that cannot be started was to do comes back.
-        let handler = Arc::new(Mutex::new(Some(handler)));
-        let (fs, theirs) = (self.clone(), handler.clone());
+        let task = Arc::new(Mutex::new(Some(task)));
+        let (fs, theirs) = (self.clone(), task.clone());
         let start = move || {
-            let handler = theirs.lock().take();
-            if let Some(handler) = handler {
-                fs.run(what, ino, || handler(&fs));
+            let task = theirs.lock().take();
+            if let Some(task) = task {
+                fs.run(what, ino, || perform(&fs, task));
             }
         };
-        let builder = std::thread::Builder::new().name("fsoverlay-long".to_owned());
-        match (!full).then(|| builder.spawn(start)) {
-            Some(Ok(thread)) => threads.push(thread),
-            _ => {
-                drop(threads);
-                let handler = handler.lock().take();
-                if let Some(handler) = handler {
-                    handler(self);
-                }
+        match std::thread::Builder::new().name("fsoverlay-long".to_owned()).spawn(start) {
+            Ok(thread) => threads.push(thread),
+            Err(_) => {
+                let task = task.lock().take();
+                return task.map_or(Ok(()), Err);
             }
         }
+        Ok(())
     }
 
     /// Attributes for a reply that lets the kernel know the node.
@@ -356,9 +372,13 @@ impl FuseFs {
     }
 
     /// Answers a seek once the kernel has written back what it holds of the file: a series of WRITE
-    /// requests that the workers have to serve.
+    /// requests that the workers have to serve, the first of which may copy the file up.
     fn seek_after_flush(&self, seek: Seek) {
-        if let Err(Task::Seek(seek)) = self.shared.hand_over(Task::Seek(seek)) {
+        let ino = INodeNo(seek.node.ino);
+        let started = self.start_aside("lseek", ino, seek, |fs, seek| fs.shared.flush_and_seek(seek));
+        if let Err(seek) = started
+            && let Err(Task::Seek(seek)) = self.shared.hand_over(Task::Seek(seek))
+        {
             answer_seek(self.engine(), seek);
         }
     }

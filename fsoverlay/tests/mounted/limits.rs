@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -20,6 +20,7 @@ pub(crate) const CASES: &[Case] = &[
         inside: remove_one_name,
     },
     Case { name: "large_copy_ups_hold_up_nobody_else", outside: large_files, inside: stop_below },
+    Case { name: "a_seek_holds_up_no_other", outside: sparse_files, inside: seek_above },
     Case { name: "concurrent_copy_ups_are_one", outside: shared_file, inside: race },
     Case { name: "threads_in_one_tree", outside: storm_over, inside: storm },
 ];
@@ -141,49 +142,58 @@ fn stop_below(args: &[String]) -> Check {
     match args {
         [dir] => {
             let dir = Path::new(dir);
-            let other = dir.join("other");
-            let status = Command::new(program()?)
-                .args(["--translated", "--workers", "2", "--lower"])
-                .arg(dir.join("mnt"))
-                .arg("--upper")
-                .arg(other.join("upper"))
-                .arg("--work")
-                .arg(other.join("work"))
-                .arg("--at")
-                .arg(other.join("mnt"))
-                .arg("--")
-                .arg(std::env::current_exe()?)
-                .args(["--inside", "large_copy_ups_hold_up_nobody_else", "above"])
-                .arg(nix::unistd::getppid().to_string())
-                .status()?;
-            holds!(status.success());
-            Ok(())
+            mount_above("large_copy_ups_hold_up_nobody_else", dir, &[dir.join("mnt")], &dir.join("other"))
         }
         [_, server] => copy_slowly(Pid::from_raw(server.parse()?)),
         _ => Err("one or two arguments are wanted".into()),
     }
 }
 
-fn copy_slowly(server: Pid) -> Check {
-    for i in 0..LARGE {
-        fs::metadata(format!("large{i}"))?;
+/// Mounts layers above a mount, with the upper in `home`, and runs the inner half of a case in it, with
+/// the server of the mount below as its argument.
+fn mount_above(case: &str, dir: &Path, lowers: &[PathBuf], home: &Path) -> Check {
+    let mut command = Command::new(program()?);
+    command.args(["--translated", "--workers", "2"]);
+    for lower in lowers {
+        command.arg("--lower").arg(lower);
     }
-    // The layer below is not asked for it again.
-    holds!(!Path::new("made").exists());
+    let status = command
+        .arg("--upper")
+        .arg(home.join("upper"))
+        .arg("--work")
+        .arg(home.join("work"))
+        .arg("--at")
+        .arg(dir.join("other/mnt"))
+        .arg("--")
+        .arg(std::env::current_exe()?)
+        .args(["--inside", case, "above"])
+        .arg(nix::unistd::getppid().to_string())
+        .status()?;
+    holds!(status.success());
+    Ok(())
+}
+
+/// Stops the server of the mount below, does `long` [`LARGE`] times at once, which must have to wait for
+/// it, and `short`, which must not.
+fn beside_long<T: Send>(
+    server: Pid,
+    long: impl Fn(usize) -> std::io::Result<()> + Sync,
+    short: impl FnOnce() -> std::io::Result<T> + Send,
+) -> Result<T, Failure> {
     let stopped = Stopped::new(server)?;
-    let copying: Vec<AtomicU32> = (0..LARGE).map(|_| AtomicU32::new(0)).collect();
-    let copying = &copying;
+    let asking: Vec<AtomicU32> = (0..LARGE).map(|_| AtomicU32::new(0)).collect();
+    let (asking, long) = (&asking, &long);
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..LARGE)
             .map(|i| {
                 scope.spawn(move || {
-                    copying[i].store(nix::unistd::gettid().as_raw().cast_unsigned(), Ordering::Release);
-                    fs::set_permissions(format!("large{i}"), fs::Permissions::from_mode(0o600))
+                    asking[i].store(nix::unistd::gettid().as_raw().cast_unsigned(), Ordering::Release);
+                    long(i)
                 })
             })
             .collect();
         let all_wait = || -> Result<bool, Failure> {
-            for tid in copying {
+            for tid in asking {
                 let tid = tid.load(Ordering::Acquire);
                 let stat = fs::read_to_string(format!("/proc/self/task/{tid}/stat")).unwrap_or_default();
                 if tid == 0 || !stat.contains(") S ") && !stat.contains(") D ") {
@@ -197,20 +207,64 @@ fn copy_slowly(server: Pid) -> Check {
         }
         // All of them have asked; this is asked after them.
         let (done, answer) = std::sync::mpsc::channel();
-        scope.spawn(move || done.send(fs::create_dir("made")));
-        let made = answer.recv_timeout(std::time::Duration::from_secs(30));
+        scope.spawn(move || done.send(short()));
+        let answer = answer.recv_timeout(std::time::Duration::from_secs(30));
         holds!(threads.iter().all(|thread| !thread.is_finished()));
         drop(stopped);
         for thread in threads {
             thread.join().map_err(|_| "a thread panicked")??;
         }
-        made.map_err(|_| "nothing was served while large files were copied")??;
-        Ok(())
-    })?;
+        Ok(answer.map_err(|_| "nothing was served beside what takes long")??)
+    })
+}
+
+fn copy_slowly(server: Pid) -> Check {
+    for i in 0..LARGE {
+        fs::metadata(format!("large{i}"))?;
+    }
+    // The layer below is not asked for it again.
+    holds!(!Path::new("made").exists());
+    let change = |i| fs::set_permissions(format!("large{i}"), fs::Permissions::from_mode(0o600));
+    beside_long(server, change, || fs::create_dir("made"))?;
     for i in 0..LARGE {
         let meta = fs::metadata(format!("large{i}"))?;
         same!((meta.mode() & 0o777, meta.len()), (0o600, 64 << 20));
     }
+    Ok(())
+}
+
+fn sparse_files(world: &mut World) -> Check {
+    fs::write(world.path("lower2").join("small"), "small")?;
+    large_files(world)
+}
+
+/// Seeks in files whose first write copies them up, from a layer that stands still.
+fn seek_above(args: &[String]) -> Check {
+    let server = match args {
+        [dir] => {
+            let dir = Path::new(dir);
+            let lowers = [dir.join("lower2"), dir.join("mnt")];
+            return mount_above("a_seek_holds_up_no_other", dir, &lowers, &dir.join("other"));
+        }
+        [_, server] => Pid::from_raw(server.parse()?),
+        _ => return Err("one or two arguments are wanted".into()),
+    };
+    let small = File::open("small")?;
+    let mut large = Vec::new();
+    for i in 0..LARGE {
+        let file = OpenOptions::new().read(true).write(true).open(format!("large{i}"))?;
+        // Stays in the kernel until the seek.
+        file.write_all_at(&[b'x'; 4096], 4096)?;
+        large.push(file);
+    }
+    let data = |file: &File| Ok(rustix::fs::seek(file, rustix::fs::SeekFrom::Data(0))?);
+    let seek = |i: usize| match data(&large[i]) {
+        // The whole block of the file system counts.
+        Ok(0..=4096) => Ok(()),
+        Ok(at) => Err(std::io::Error::other(format!("data at {at}"))),
+        Err(err) => Err(err),
+    };
+    same!(beside_long(server, seek, || data(&small))?, 0);
     Ok(())
 }
 
