@@ -128,6 +128,11 @@ impl Engine {
         if self.upper.is_none() || !node.is_upper() {
             return Ok(());
         }
+        // One of them may take a worker: most are over soon, but several could take all.
+        let turn = self.syncing.try_lock();
+        if turn.is_none() && is_hurried() {
+            return Err(LONG);
+        }
         if node.kind == Kind::Dir {
             let fd = crate::layer::open_for_reading(self.upper_fd(node)?.as_fd())?;
             return rustix::fs::fsync(&fd);

@@ -65,6 +65,8 @@ pub(crate) struct Engine {
     pub(crate) default_owner: (u32, u32),
     /// Nodes that must outlive the kernel's interest; see [`Engine::keep`].
     kept: Mutex<HashMap<u64, Arc<Node>>>,
+    /// Held by one sync at a time; nobody waits for it.
+    pub(crate) syncing: Mutex<()>,
     pub(crate) listings: crate::readdir::Kept,
     /// Keys the positions of directory entries.
     pub(crate) hasher: RandomState,
@@ -116,6 +118,7 @@ impl Engine {
             squash: spec.squash,
             default_owner,
             kept: Mutex::default(),
+            syncing: Mutex::default(),
             listings: Default::default(),
             hasher: RandomState::new(),
             opened,

@@ -18,8 +18,9 @@
 //! away set*id bits (see [`takes_set_ids`]).
 //!
 //! The workers are few. What copies much (a copy-up of a large file or of a tree, copy_file_range)
-//! goes on with its reply on a thread of its own, as does a seek, which waits for the kernel, which
-//! may want a worker first. Names that the kernel is to forget wait on one thread for all.
+//! goes on with its reply on a thread of its own; so do syncs while another one is under way, and seeks,
+//! which wait for the kernel, which may want a worker first. Names that the kernel is to forget wait on
+//! one thread for all.
 //!
 //! A handler that panics is caught, logged, and answers `EIO` to its one request: the
 //! reply object does that when it is dropped.
@@ -705,15 +706,11 @@ impl Filesystem for FuseFs {
     }
 
     fn fsync(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
-        self.run("fsync", ino, || {
-            done(self.on(ino, |n| self.engine().sync(n, datasync)), reply);
-        });
+        self.answer("fsync", ino, reply, done, move |fs| fs.on(ino, |n| fs.engine().sync(n, datasync)));
     }
 
     fn fsyncdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
-        self.run("fsyncdir", ino, || {
-            done(self.on(ino, |n| self.engine().sync(n, datasync)), reply);
-        });
+        self.answer("fsyncdir", ino, reply, done, move |fs| fs.on(ino, |n| fs.engine().sync(n, datasync)));
     }
 
     fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {

@@ -21,6 +21,7 @@ pub(crate) const CASES: &[Case] = &[
     },
     Case { name: "large_copy_ups_hold_up_nobody_else", outside: large_files, inside: stop_below },
     Case { name: "a_seek_holds_up_no_other", outside: sparse_files, inside: seek_above },
+    Case { name: "syncs_hold_up_nobody_else", outside: files_to_sync, inside: sync_above },
     Case { name: "concurrent_copy_ups_are_one", outside: shared_file, inside: race },
     Case { name: "threads_in_one_tree", outside: storm_over, inside: storm },
 ];
@@ -265,6 +266,40 @@ fn seek_above(args: &[String]) -> Check {
         Err(err) => Err(err),
     };
     same!(beside_long(server, seek, || data(&small))?, 0);
+    Ok(())
+}
+
+fn files_to_sync(world: &mut World) -> Check {
+    fs::write(world.path("lower2").join("small"), "small")?;
+    fs::create_dir(world.path("other").join("mnt"))?;
+    world.mount().arg(world.dir.display().to_string()).run()?;
+    no_leftovers(world)
+}
+
+/// Syncs files of an upper that stands still.
+fn sync_above(args: &[String]) -> Check {
+    let server = match args {
+        [dir] => {
+            let dir = Path::new(dir);
+            for part in ["upper", "work"] {
+                fs::create_dir(part)?;
+            }
+            return mount_above("syncs_hold_up_nobody_else", dir, &[dir.join("lower2")], &dir.join("mnt"));
+        }
+        [_, server] => Pid::from_raw(server.parse()?),
+        _ => return Err("one or two arguments are wanted".into()),
+    };
+    let small = File::open("small")?;
+    let mut files = Vec::new();
+    for i in 0..LARGE {
+        let file = File::create(format!("file{i}"))?;
+        file.write_all_at(b"content", 0)?;
+        file.sync_all()?;
+        files.push(file);
+    }
+    let mut read = [0; 5];
+    beside_long(server, |i| files[i].sync_all(), || small.read_exact_at(&mut read, 0))?;
+    same!(&read, b"small");
     Ok(())
 }
 
