@@ -88,11 +88,14 @@ impl LayerError {
             Self::Access { role: "volume's source", source, .. } if source.kind() == ErrorKind::NotFound => {
                 Some("nothing is made on the host for a volume: make the directory or file first")
             }
+            Self::Access { role: "layer", source, .. } if source.kind() == ErrorKind::NotFound => {
+                Some("check the spelling; `mmdebstrap --variant=minbase stable DIR` makes a root file system")
+            }
             Self::Access { .. } => None,
             Self::NotADirectory { role: "layer", .. } => Some(
                 "a layer is an unpacked directory tree; unpack an archive first, for example with `tar -xf`",
             ),
-            Self::NotADirectory { .. } => None,
+            Self::NotADirectory { .. } => Some("give a directory: changes are kept as a tree"),
             Self::Device { .. } => Some(
                 "the sandbox has null, zero, full, random, urandom and tty of its own; no others are given to it",
             ),

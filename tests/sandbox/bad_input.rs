@@ -53,9 +53,9 @@ fn a_missing_command_or_separator_says_how_to_write_it() {
 #[test]
 fn a_rootfs_that_is_missing_a_file_or_empty_is_refused() {
     let home = Home::new();
-    refused(home.run(["--rootfs=/no/such/rootfs"], ["true"]), 125, &["/no/such/rootfs", "ENOENT"]);
+    refused(home.run(["--rootfs=/no/such/rootfs"], ["true"]), 125, &["/no/such/rootfs", "ENOENT", "hint:"]);
     let file = home.file("work/file", "x");
-    refused(home.run(["--rootfs", file.to_str().unwrap()], ["true"]), 125, &["file", "directory"]);
+    refused(home.run(["--rootfs", file.to_str().unwrap()], ["true"]), 125, &["file", "directory", "hint:"]);
     let empty = home.dir("work/empty");
     let out = home.run(["--rootfs", empty.to_str().unwrap()], ["true"]).run();
     assert!([125, 127].contains(&out.code()), "{out}");
@@ -68,7 +68,7 @@ fn a_rootfs_that_is_missing_a_file_or_empty_is_refused() {
 fn a_layer_that_does_not_exist_is_refused() {
     let home = Home::new();
     let base = small_rootfs(&home, "base");
-    refused(home.run(["--layer", &base, "--layer=/no/such/layer"], ["true"]), 125, &["/no/such/layer"]);
+    refused(home.run(["--layer", &base, "--layer=/no/such/layer"], ["true"]), 125, &["/no/such/layer", "hint:"]);
 }
 
 #[test]
