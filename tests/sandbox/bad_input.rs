@@ -68,7 +68,11 @@ fn a_rootfs_that_is_missing_a_file_or_empty_is_refused() {
 fn a_layer_that_does_not_exist_is_refused() {
     let home = Home::new();
     let base = small_rootfs(&home, "base");
-    refused(home.run(["--layer", &base, "--layer=/no/such/layer"], ["true"]), 125, &["/no/such/layer", "hint:"]);
+    refused(
+        home.run(["--layer", &base, "--layer=/no/such/layer"], ["true"]),
+        125,
+        &["/no/such/layer", "hint:"],
+    );
 }
 
 #[test]
