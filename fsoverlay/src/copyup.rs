@@ -197,10 +197,11 @@ impl Engine {
             }
         }
         if count == 0 {
-            // Unlinked while it was copied: only open descriptors know it.
-            return self.become_unlinked(node, has_record, &temp);
+            // Unlinked: open descriptors know it, and names of the layer that nobody asked for yet.
+            self.become_unlinked(node, from, has_record, &temp)?;
+        } else {
+            self.note_links(node, from, count);
         }
-        self.note_links(node, from, count);
         self.place_late_links(node, &links);
         Ok(())
     }
@@ -280,11 +281,14 @@ impl Engine {
         Ok(needed)
     }
 
-    fn become_unlinked(&self, node: &Arc<Node>, has_record: bool, temp: &Temp<'_>) -> Res<()> {
+    fn become_unlinked(&self, node: &Arc<Node>, from: &Stat, has_record: bool, temp: &Temp<'_>) -> Res<()> {
         let upper = self.upper()?;
         let fd: Fd = Arc::new(rustix::io::fcntl_dupfd_cloexec(&temp.fd, 0)?);
         let key = stat_fd(fd.as_fd())?.key;
-        let place = match self.pins.pin(fd) {
+        // Names that the layer still has of it, which must lead to the copy.
+        let more_below = (node.inner.lock().extra_links + i64::from(from.nlink)).max(0);
+        let pinned = if more_below == 0 { self.pins.pin(fd) } else { Err(fd) };
+        let place = match pinned {
             Ok(pinned) => Place::Unlinked(Arc::new(pinned)),
             Err(fd) => {
                 let ((), name) = upper.make_temp(|name| match &temp.name {
@@ -294,16 +298,20 @@ impl Engine {
                 Place::Parked(Arc::new(Parked { work: upper.work.clone(), name }))
             }
         };
+        if more_below > 0 {
+            self.note_alias(node, from, key);
+        }
         let mut inner = node.inner.lock();
         inner.origin = Some(inner.key);
         inner.key = key;
         inner.place = place;
         inner.has_record = has_record;
-        // The copy never had a name; what the layer counted does not matter any more.
-        inner.extra_links = 0;
+        // Counted again: names may have gone meanwhile.
+        inner.extra_links = (inner.extra_links + i64::from(from.nlink)).max(0);
         let old = node.file.take();
         drop(inner);
         drop(old);
+        self.keep(node);
         Ok(())
     }
 
@@ -465,25 +473,37 @@ impl Engine {
         if state.removed || !node.has_link(parent, name) {
             return Ok(());
         }
-        let first = {
+        let (place, first) = {
             let inner = node.inner.lock();
-            if !matches!(inner.place, Place::Upper) {
-                return Ok(());
-            }
-            inner.links.first().cloned().ok_or(Errno::NOENT)?
+            (inner.place.clone(), inner.links.first().cloned().ok_or(Errno::NOENT)?)
         };
         let dir = parent.upper_dir()?;
         let fd = self.fd(dir)?;
-        let from = self.upper_fd(&first.parent)?;
+        let (from, from_name) = match &place {
+            Place::Upper => (self.upper_fd(&first.parent)?, &first.name),
+            Place::Parked(parked) => (parked.work.clone(), &parked.name),
+            _ => return Ok(()),
+        };
         let before = stat_fd(fd.as_fd())?;
         self.mark_impure(dir)?;
-        match rustix::fs::linkat(&from, &*first.name, &fd, name, AtFlags::empty()) {
+        match rustix::fs::linkat(&from, &**from_name, &fd, name, AtFlags::empty()) {
             Ok(()) => {}
             Err(Errno::EXIST) => return Ok(()),
             Err(err) => return Err(err),
         }
         self.restore_times(fd.as_fd(), &before);
-        node.inner.lock().extra_links -= 1;
+        let parked = {
+            let mut inner = node.inner.lock();
+            inner.extra_links -= 1;
+            matches!(inner.place, Place::Parked(_)).then(|| {
+                if let Some(at) = inner.links.iter().position(|l| l.is(parent, name)) {
+                    inner.links.swap(0, at);
+                }
+                std::mem::replace(&mut inner.place, Place::Upper)
+            })
+        };
+        // The last of these takes the name in the work directory with it.
+        drop((place, parked));
         drop(state);
         self.keep(node);
         Ok(())

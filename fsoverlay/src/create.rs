@@ -351,7 +351,8 @@ impl Engine {
     }
 
     /// What is about to lose a name must stay reachable for those who have it open: without a
-    /// descriptor to spare it gets a name in the work directory, unless another one is known.
+    /// descriptor to spare it gets a name in the work directory, unless another one is known. So does
+    /// what is about to lose its last name in the upper and has more in a layer.
     /// `in_upper` is what stands at the name in the upper.
     pub(crate) fn park(
         &self,
@@ -362,14 +363,25 @@ impl Engine {
         held: &Held,
     ) -> Res<Option<Arc<Parked>>> {
         let Some(stat) = in_upper else { return Ok(None) };
-        let known_elsewhere = node.inner.lock().links.iter().any(|l| !l.is(parent, name));
-        if node.kind != Kind::File || known_elsewhere && stat.nlink > 1 || !matches!(held, Held::Nothing) {
+        let (known_elsewhere, more_below) = {
+            let inner = node.inner.lock();
+            (inner.links.iter().any(|l| !l.is(parent, name)), inner.extra_links > 0)
+        };
+        // A layer has further names of it, which must lead to what it is now.
+        let will_return = stat.nlink <= 1 && more_below;
+        let reachable = known_elsewhere && stat.nlink > 1 || !matches!(held, Held::Nothing);
+        if node.kind != Kind::File || reachable && !will_return {
             return Ok(None);
         }
         let upper = self.upper()?;
         let fd = self.upper_fd(parent)?;
         let link = |temp: &[u8]| rustix::fs::linkat(&fd, name, &upper.work, temp, AtFlags::empty());
-        let ((), temp) = upper.make_temp(link)?;
+        let temp = match upper.make_temp(link) {
+            Ok(((), temp)) => temp,
+            // A full disk must not stop anybody from removing files.
+            Err(_) if reachable => return Ok(None),
+            Err(err) => return Err(err),
+        };
         Ok(Some(Arc::new(Parked { work: upper.work.clone(), name: temp })))
     }
 
@@ -390,17 +402,22 @@ impl Engine {
         let Some(stat) = in_upper else {
             // A name of a layer was covered; the layer still counts it.
             inner.extra_links -= 1;
+            let gone = matches!(inner.place, Place::Parked(_)) && inner.extra_links <= 0;
+            let key = inner.key;
             drop(inner);
             drop(old);
+            if gone {
+                self.table.aliases.remove(key);
+            }
             return self.keep(node);
         };
         let last = stat.nlink <= 1;
         let no_name = inner.links.is_empty();
         let mut ended = false;
         if matches!(inner.place, Place::Upper) && (last || no_name) {
-            inner.place = match (held, parked) {
-                (Held::Pinned(pinned), _) => Place::Unlinked(pinned),
+            inner.place = match (&held, parked) {
                 (_, Some(parked)) => Place::Parked(parked),
+                (Held::Pinned(pinned), _) => Place::Unlinked(pinned.clone()),
                 _ => Place::Gone(Arc::new(Stat { nlink: stat.nlink.saturating_sub(1), ..*stat })),
             };
             if last {
@@ -408,11 +425,14 @@ impl Engine {
                 ended = true;
             }
         }
+        let gone = inner.extra_links == 0 || !matches!(inner.place, Place::Parked(_));
         let key = inner.key;
         drop(inner);
         drop(old);
         if ended {
-            self.table.aliases.remove(key);
+            if gone {
+                self.table.aliases.remove(key);
+            }
             self.keep(node);
             let slot = node.file.take();
             drop(slot);

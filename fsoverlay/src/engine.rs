@@ -144,7 +144,8 @@ impl Engine {
     }
 
     /// Keeps an object beyond the kernel's interest while it says more than the disk: a copied-up
-    /// file that has names in a layer which are not in the upper yet, and would show the old content;
+    /// file that has names in a layer which are not in the upper yet, and would show the old content (also
+    /// when all it had in the upper are gone);
     /// a layer's file of whose names some are gone, which the layer counts. Lets it go otherwise.
     pub(crate) fn keep(&self, node: &Arc<Node>) {
         let before = {
@@ -153,7 +154,7 @@ impl Engine {
             let needed = {
                 let inner = node.inner.lock();
                 match inner.place {
-                    Place::Upper => inner.extra_links > 0,
+                    Place::Upper | Place::Parked(_) => inner.extra_links > 0,
                     Place::Lower { .. } => inner.extra_links < 0 && !inner.links.is_empty(),
                     _ => false,
                 }
@@ -709,7 +710,7 @@ mod tests {
         let (engine, lower) = (&scratch.engine, scratch.dir.join("lower"));
         let kept = || engine.kept.lock().len();
         let look = |name: &str| engine.lookup(engine.root(), name.as_bytes()).expect("found");
-        for file in ["changed", "partly", "removed"] {
+        for file in ["changed", "partly", "gone", "removed"] {
             std::fs::write(lower.join(file), file).expect("written");
             std::fs::hard_link(lower.join(file), lower.join(format!("{file}2"))).expect("linked");
         }
@@ -726,6 +727,14 @@ mod tests {
         assert_eq!(kept(), 1);
         assert_eq!(look("partly2").ino, look("partly").ino);
         assert_eq!(kept(), 0);
+        // The one that was changed is gone; nobody knows the other yet.
+        assert_eq!(engine.write(&look("gone"), 0, b"N", false), Ok(1));
+        assert_eq!(engine.unlink(engine.root(), b"gone"), Ok(()));
+        assert_eq!(kept(), 1);
+        let other = look("gone2");
+        let mut byte = [0];
+        assert_eq!((engine.read(&other, 0, &mut byte), byte), (Ok(1), *b"N"));
+        assert_eq!((kept(), engine.attr(&other).map(|attr| attr.stat.nlink)), (0, Ok(1)));
         // Names that are gone without a copy-up.
         assert_eq!(look("removed").ino, look("removed2").ino);
         let file = look("removed");

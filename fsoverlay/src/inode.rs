@@ -42,13 +42,14 @@ pub(crate) enum Place {
     Generated(u32),
     /// In the upper, without a name any more.
     Unlinked(Arc<Pinned>),
-    /// In the work directory: there were too many descriptors to keep one.
+    /// In the work directory: there were too many descriptors to keep one, or a layer has further names
+    /// of it that will have to lead to it.
     Parked(Arc<Parked>),
     /// Unlinked and without content that could still be asked for.
     Gone(Arc<Stat>),
 }
 
-/// A file without a name in the merged tree, under a temporary name in the work
+/// A file without a name in the upper's tree, under a temporary name in the work
 /// directory; removed when nobody knows it any more.
 #[derive(Debug)]
 pub(crate) struct Parked {

@@ -317,6 +317,8 @@ impl Engine {
             }
             match inner.place {
                 Place::Gone(_) => false,
+                // Changed, and without a name in the upper; this is one that a layer has of it.
+                Place::Parked(_) if inner.extra_links > 0 && inner.origin == Some(key) => !single,
                 // Held open without a known name: the same file if the disk says so.
                 Place::Unlinked(_) | Place::Parked(_) => inner.key == key,
                 Place::Generated(_) => generated,
@@ -326,6 +328,7 @@ impl Engine {
         };
         let link = Link { parent: parent.clone(), name: name.into() };
         let (aliased, mut stat) = (found.aliased, found.stat);
+        let in_upper = matches!(found.place, Place::Upper);
         let node = self.table.intern(found.ino, same, || NewNode {
             kind,
             inner: Inner {
@@ -352,7 +355,7 @@ impl Engine {
             if !inner.links.iter().any(|l| l.is(parent, name)) {
                 inner.links.push(link);
                 // It had further names on disk after all.
-                if matches!(inner.place, Place::Unlinked(_) | Place::Parked(_)) {
+                if in_upper && matches!(inner.place, Place::Unlinked(_) | Place::Parked(_)) {
                     before = Some(std::mem::replace(&mut inner.place, Place::Upper));
                 }
             }

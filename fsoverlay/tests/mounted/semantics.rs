@@ -26,6 +26,7 @@ pub(crate) const CASES: &[Case] = &[
     Case { name: "numbers_used_again_stay", outside: simple, inside: reuse_numbers },
     Case { name: "copy_up_keeps_everything", outside: copy_up_source, inside: copy_up },
     Case { name: "hard_links_of_a_lower_move_together", outside: linked, inside: hard_links },
+    Case { name: "other_names_of_a_changed_file_outlive_it", outside: pairs, inside: remove_changed },
     Case { name: "links_and_symlinks", outside: with_tree, inside: links },
     Case { name: "deleted_and_recreated_directories_are_empty", outside: recreated, inside: recreate },
     Case { name: "sparse_files_and_ranges", outside: simple, inside: sparse },
@@ -460,6 +461,54 @@ fn linked(world: &mut World) -> Check {
     for name in ["two", "d/three", "d/unseen"] {
         same!(fs::metadata(world.upper().join(name))?.ino(), one.ino());
     }
+    Ok(())
+}
+
+fn pairs(world: &mut World) -> Check {
+    for (one, other) in [("a", "b"), ("c", "d"), ("e", "f"), ("g", "h"), ("i", "j")] {
+        fs::write(world.lower().join(one), "old")?;
+        fs::hard_link(world.lower().join(one), world.lower().join(other))?;
+    }
+    world.mount().run()?;
+    same!(fs::read(world.upper().join("b"))?, b"newer");
+    same!(fs::read(world.upper().join("d"))?, b"new");
+    holds!(!world.upper().join("h").exists());
+    no_leftovers(world)
+}
+
+fn remove_changed(_: &[String]) -> Check {
+    fs::write("x", "other")?;
+    for name in ["a", "c", "e", "g"] {
+        fs::write(name, "new")?;
+    }
+    let open = File::open("a")?;
+    fs::remove_file("a")?;
+    fs::rename("x", "c")?;
+    fs::remove_file("e")?;
+    fs::remove_file("g")?;
+    same!(open.metadata()?.nlink(), 1);
+    // Changed after its name was gone.
+    let late = OpenOptions::new().read(true).write(true).open("i")?;
+    fs::remove_file("i")?;
+    late.write_all_at(b"new", 0)?;
+    late.sync_all()?;
+    same!(late.metadata()?.nlink(), 1);
+    for name in ["b", "d", "f", "j"] {
+        same!(fs::read(name)?, b"new", "{name}");
+        same!(fs::metadata(name)?.nlink(), 1, "{name}");
+    }
+    same!(fs::metadata("b")?.ino(), open.metadata()?.ino());
+    fs::write("b", "newer")?;
+    same!(fs::read("b")?, b"newer");
+    let mut read = [0; 5];
+    open.read_exact_at(&mut read, 0)?;
+    same!(&read, b"newer");
+    fs::hard_link("b", "a")?;
+    same!(open.metadata()?.nlink(), 2);
+    fs::remove_file("a")?;
+    fs::remove_file("f")?;
+    holds!(!Path::new("f").exists());
+    same!(fs::read("c")?, b"other");
     Ok(())
 }
 
