@@ -9,7 +9,7 @@ use std::path::Path;
 
 use super::{BoxPlace, IdPlan, Note};
 use crate::host::HostFacts;
-use crate::spec::ValidSpec;
+use crate::spec::{UserSpec, ValidSpec};
 
 /// Not passed over the host's tree.
 const DROPPED: [&str; 34] = [
@@ -56,7 +56,29 @@ const DROPPED: [&str; 34] = [
 
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
+/// Where only root's programs are: an ordinary user's PATH lacks them, and dpkg refuses to work without.
+const DIRECTORIES_OF_ROOT: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
+
 type Env = Vec<(OsString, OsString)>;
+
+/// The caller's PATH, followed by what root needs and it lacks.
+fn with_directories_of_root(path: &OsStr) -> OsString {
+    let mut path = path.to_owned();
+    if path.is_empty() {
+        return path;
+    }
+    for directory in DIRECTORIES_OF_ROOT {
+        if !std::env::split_paths(&path).any(|known| known == Path::new(directory)) {
+            path.push(":");
+            path.push(directory);
+        }
+    }
+    path
+}
+
+fn is_root(user: &UserSpec) -> bool {
+    user.user == "root" || user.user.parse() == Ok(0_u32)
+}
 
 fn set(env: &mut Env, name: impl Into<OsString>, value: impl Into<OsString>) {
     let (name, value) = (name.into(), value.into());
@@ -103,8 +125,15 @@ pub(super) fn plan_env(
                 set(&mut env, name, value);
             }
         }
-        if !has(&env, "PATH") {
-            set(&mut env, "PATH", PATH);
+        let path = env.iter().find(|(name, _)| name == "PATH").map(|(_, value)| value.clone());
+        let root = match &spec.process.user {
+            Some(user) => is_root(user),
+            None => ids.uids.iter().any(|extent| extent.inside == 0),
+        };
+        match path {
+            None => set(&mut env, "PATH", PATH),
+            Some(path) if root => set(&mut env, "PATH", with_directories_of_root(&path)),
+            Some(_) => {}
         }
     } else {
         set(&mut env, "PATH", PATH);
@@ -114,8 +143,7 @@ pub(super) fn plan_env(
     match (&spec.process.user, &place.root.home) {
         (Some(_), Some(home)) => set(&mut env, "HOME", home.clone()),
         (Some(user), None) if !spec.process.inherit_env => {
-            let root = user.user == "root" || user.user.parse() == Ok(0_u32);
-            set(&mut env, "HOME", if root { "/root" } else { "/" });
+            set(&mut env, "HOME", if is_root(user) { "/root" } else { "/" });
         }
         (None, _) if !spec.process.inherit_env => set(&mut env, "HOME", "/root"),
         _ => {}

@@ -437,6 +437,23 @@ fn variables_of_the_session_come_back_by_name_only() {
 }
 
 #[test]
+fn root_finds_the_programs_of_root() {
+    let path = |spec: SandboxSpec, caller: &str| {
+        let facts = HostFacts { environ: vec![("PATH".into(), caller.into())], ..bob() };
+        let plan = planned(spec, &facts, &over_host());
+        plan.process.env.into_iter().find(|(name, _)| name == "PATH").map(|(_, value)| value)
+    };
+    let all = "/home/ada/bin:/usr/bin:/usr/local/sbin:/usr/sbin:/sbin";
+    assert_eq!(path(spec(), "/home/ada/bin:/usr/bin"), Some(all.into()));
+    assert_eq!(path(spec(), all), Some(all.into()));
+    assert_eq!(path(spec(), "/sbin:/bin"), Some("/sbin:/bin:/usr/local/sbin:/usr/sbin".into()));
+    assert_eq!(path(as_user("12"), "/usr/bin"), Some("/usr/bin".into()));
+    let mut asked = spec();
+    asked.process.env = vec![("PATH".into(), Some("/bin".into()))];
+    assert_eq!(path(asked, "/usr/bin"), Some("/bin".into()));
+}
+
+#[test]
 fn home_is_the_users() {
     let home = |text: &str, home: Option<&str>, host: bool| {
         let mut spec = as_user(text);

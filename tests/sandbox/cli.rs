@@ -212,6 +212,15 @@ fn the_callers_environment_passes_and_can_be_changed() {
 }
 
 #[test]
+fn programs_of_root_are_found_by_an_ordinary_users_path() {
+    let home = Home::new();
+    let out = home.run(NONE, ["ldconfig", "--version"]).env("PATH", "/usr/bin:/bin").run().ok();
+    assert!(out.text().starts_with("ldconfig "), "{out}");
+    let path = "--env=PATH=/usr/bin:/bin";
+    home.run([path], ["ldconfig", "--version"]).run().exits(127);
+}
+
+#[test]
 fn variables_that_name_the_callers_session_do_not_pass() {
     let home = Home::new();
     let left_out = [
