@@ -9,9 +9,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::attr::{Kind, Meta};
+use crate::attr::{Kind, Meta, Stat};
 use crate::config::{LayerSpec, OverlaySpec, Owners, UpperSpec};
-use crate::engine::{Content, Engine};
+use crate::engine::Engine;
 use crate::errno::{Errno, Res, missing_ok};
 use crate::inode::Node;
 use crate::layer::{RealDir, open_for_reading};
@@ -62,7 +62,8 @@ pub fn changes(upper: &Path, layers: &[PathBuf]) -> Result<Vec<Change>, Error> {
 /// Works on the disk alone; nothing needs to be mounted. `spec` is the one that the
 /// overlay was opened with (or will be).
 ///
-/// A directory that is gone is listed itself, not what was in it. Copies that are the
+/// A directory that is gone is listed itself, not what was in it. One that was renamed is gone at its old
+/// path, and at the new one it is listed with all that is in it. Copies that are the
 /// same as their originals are not listed. Times of directories are not compared: they
 /// follow from changes inside, which are listed.
 ///
@@ -89,13 +90,27 @@ fn compare(spec: &OverlaySpec, lenient: bool) -> Result<Vec<Change>, Error> {
     Ok(diff.list)
 }
 
-/// A directory of the upper still to be compared.
+/// A directory still to be compared.
 struct Todo {
-    dir: Arc<RealDir>,
-    /// The directory below that it merges with.
-    lower: Option<Arc<Node>>,
+    /// Its part in the upper.
+    dir: Option<Arc<RealDir>>,
+    /// The directory below that this merges with: usually the one of the same path, another one if it was
+    /// renamed, none if it is opaque.
+    merged: Option<Arc<Node>>,
+    /// The directory that the layers have at this path.
+    old: Option<Arc<Node>>,
     path: PathBuf,
-    opaque: bool,
+}
+
+/// An object of the merged tree.
+enum New<'a> {
+    Upper {
+        dir: &'a Arc<RealDir>,
+        name: &'a [u8],
+        seen: Box<Seen>,
+    },
+    /// One that a renamed directory brought along.
+    Below(Arc<Node>),
 }
 
 struct Diff<'a> {
@@ -106,6 +121,10 @@ struct Diff<'a> {
     /// Owners are not known for sure.
     lenient: bool,
     list: Vec<Change>,
+}
+
+fn same_node(a: Option<&Arc<Node>>, b: Option<&Arc<Node>>) -> bool {
+    a.map(|node| node.ino) == b.map(|node| node.ino)
 }
 
 impl Diff<'_> {
@@ -124,44 +143,61 @@ impl Diff<'_> {
         }
         marks.note(upper);
         self.dirs(vec![Todo {
-            dir: upper.clone(),
-            lower: lower.cloned(),
+            dir: Some(upper.clone()),
+            merged: lower.filter(|_| !marks.opaque).cloned(),
+            old: lower.cloned(),
             path: PathBuf::from("/"),
-            opaque: marks.opaque,
         }])
     }
 
     /// Compares directories, and those in them; a list of work, because trees are deep.
     fn dirs(&mut self, mut work: Vec<Todo>) -> Res<()> {
-        while let Some(Todo { dir, lower, path, opaque }) = work.pop() {
-            let fd = open_for_reading(self.top.fd(&dir)?.as_fd())?;
-            let mut names: BTreeSet<Box<[u8]>> = BTreeSet::new();
-            for_each_entry(&fd, |name, _, _| {
-                names.insert(name.into());
-                true
-            })?;
-            let mut present = BTreeSet::new();
-            for name in names {
-                let path = path.join(std::ffi::OsStr::from_bytes(&name));
-                let old = self.lower(lower.as_ref(), &name)?;
-                match self.top.probe(&dir, &name, true)? {
-                    Probe::Missing => {}
-                    Probe::Whiteout => {
-                        if old.is_some() {
-                            self.note(&path, ChangeKind::Deleted);
-                            present.insert(name);
+        while let Some(Todo { dir, merged, old, path }) = work.pop() {
+            let path_of = |name: &[u8]| path.join(std::ffi::OsStr::from_bytes(name));
+            // What the upper decides, and what is there in the merged tree.
+            let (mut decided, mut present) = (BTreeSet::new(), BTreeSet::new());
+            if let Some(dir) = &dir {
+                let fd = open_for_reading(self.top.fd(dir)?.as_fd())?;
+                for_each_entry(&fd, |name, _, _| {
+                    decided.insert(Box::<[u8]>::from(name));
+                    true
+                })?;
+                for name in &decided {
+                    let before = self.lower(old.as_ref(), name)?;
+                    match self.top.probe(dir, name, true)? {
+                        Probe::Missing => {}
+                        Probe::Whiteout => {
+                            if before.is_some() {
+                                self.note(&path_of(name), ChangeKind::Deleted);
+                                present.insert(name.clone());
+                            }
                         }
-                    }
-                    Probe::Found(seen) => {
-                        self.entry(&dir, &name, *seen, old, path, &mut work)?;
-                        present.insert(name);
+                        Probe::Found(seen) => {
+                            let new = New::Upper { dir, name, seen };
+                            self.entry(new, merged.as_ref(), before, path_of(name), &mut work)?;
+                            present.insert(name.clone());
+                        }
                     }
                 }
             }
-            if let (true, Some(engine), Some(lower)) = (opaque, self.below, &lower) {
-                for name in engine.entry_names(lower)? {
+            let Some(engine) = self.below.filter(|_| !same_node(merged.as_ref(), old.as_ref())) else {
+                continue;
+            };
+            if let Some(merged) = &merged {
+                for name in engine.entry_names(merged)? {
+                    if decided.contains(&name) {
+                        continue;
+                    }
+                    let Some(new) = self.lower(Some(merged), &name)? else { continue };
+                    let before = self.lower(old.as_ref(), &name)?;
+                    self.entry(New::Below(new), None, before, path_of(&name), &mut work)?;
+                    present.insert(name);
+                }
+            }
+            if let Some(old) = &old {
+                for name in engine.entry_names(old)? {
                     if !present.contains(&name) {
-                        self.note(&path.join(std::ffi::OsStr::from_bytes(&name)), ChangeKind::Deleted);
+                        self.note(&path_of(&name), ChangeKind::Deleted);
                     }
                 }
             }
@@ -188,79 +224,114 @@ impl Diff<'_> {
         }
     }
 
+    /// Compares an object with what the layers have at its path. `merged` is what its directory merges with.
     fn entry(
         &mut self,
-        dir: &Arc<RealDir>,
-        name: &[u8],
-        seen: Seen,
+        new: New<'_>,
+        merged: Option<&Arc<Node>>,
         old: Option<Arc<Node>>,
         path: PathBuf,
         work: &mut Vec<Todo>,
     ) -> Res<()> {
-        let real = seen.stat.kind();
+        if let (New::Below(new), Some(old)) = (&new, &old)
+            && new.ino == old.ino
+        {
+            return Ok(());
+        }
+        let meta = new.meta();
         let kind = match &old {
             None => Some(ChangeKind::Added),
-            Some(old) if old.kind != seen.meta.kind => Some(ChangeKind::Modified),
+            Some(old) if old.kind != meta.kind => Some(ChangeKind::Modified),
             Some(old) if old.kind == Kind::Dir => {
-                let same = self.same_meta(old, seen.meta) && self.same_xattrs(dir, name, old)?;
+                let same = self.same_meta(old, meta) && self.same_xattrs(&new, old)?;
                 (!same).then_some(ChangeKind::Metadata)
             }
-            Some(old) => self.compare(dir, name, &seen, old)?,
+            Some(old) => self.compare(&new, old)?,
         };
         if let Some(kind) = kind {
             self.note(&path, kind);
         }
-        if real == Some(Kind::Dir) {
-            let child = RealDir::child(dir, name, seen.stat.key);
-            seen.marks.note(&child);
-            let lower = old.filter(|old| old.kind == Kind::Dir);
-            work.push(Todo { dir: child, lower, path, opaque: seen.marks.opaque });
+        let old = old.filter(|old| old.kind == Kind::Dir);
+        match new {
+            New::Upper { dir, name, seen } if seen.stat.kind() == Some(Kind::Dir) => {
+                let child = RealDir::child(dir, name, seen.stat.key);
+                seen.marks.note(&child);
+                let merged = match (self.below, &seen.marks.redirect) {
+                    (None, _) => None,
+                    _ if seen.marks.opaque => None,
+                    (Some(engine), Some(redirect)) => engine.redirected(merged, redirect)?,
+                    (Some(_), None) => self.lower(merged, name)?.filter(|node| node.kind == Kind::Dir),
+                };
+                work.push(Todo { dir: Some(child), merged, old, path });
+            }
+            New::Below(node) if node.kind == Kind::Dir => {
+                work.push(Todo { dir: None, merged: Some(node), old, path });
+            }
+            _ => {}
         }
         Ok(())
     }
 
     /// Compares two objects of one type that is not a directory.
-    fn compare(
-        &self,
-        dir: &Arc<RealDir>,
-        name: &[u8],
-        seen: &Seen,
-        old: &Arc<Node>,
-    ) -> Res<Option<ChangeKind>> {
+    fn compare(&self, new: &New<'_>, old: &Arc<Node>) -> Res<Option<ChangeKind>> {
         let engine = self.below.ok_or(Errno::STALE)?;
-        let fd = self.top.fd(dir)?;
-        let old_stat = engine.stat(old)?;
+        let (new_stat, old_stat) = (self.stat(new)?, engine.stat(old)?);
         let same_content = match old.kind {
-            Kind::File => seen.stat.size == old_stat.size && self.same_bytes(dir, name, old)?,
+            Kind::File => new_stat.size == old_stat.size && self.same_bytes(new, old)?,
             Kind::Symlink => {
-                rustix::fs::readlinkat(&*fd, name, Vec::new())?.into_bytes() == engine.read_link(old)?
+                let target = match new {
+                    New::Upper { dir, name, .. } => {
+                        rustix::fs::readlinkat(&*self.top.fd(dir)?, *name, Vec::new())?.into_bytes()
+                    }
+                    New::Below(node) => engine.read_link(node)?,
+                };
+                target == engine.read_link(old)?
             }
-            _ => seen.meta.rdev == old.inner.lock().meta.rdev,
+            _ => new.meta().rdev == old.inner.lock().meta.rdev,
         };
         if !same_content {
             return Ok(Some(ChangeKind::Modified));
         }
-        let same_meta = self.same_meta(old, seen.meta)
-            && seen.stat.mtime == old_stat.mtime
-            && self.same_xattrs(dir, name, old)?;
+        let same_meta = self.same_meta(old, new.meta())
+            && new_stat.mtime == old_stat.mtime
+            && self.same_xattrs(new, old)?;
         Ok((!same_meta).then_some(ChangeKind::Metadata))
     }
 
-    fn same_bytes(&self, dir: &Arc<RealDir>, name: &[u8], old: &Arc<Node>) -> Res<bool> {
+    fn stat(&self, new: &New<'_>) -> Res<Stat> {
+        match new {
+            New::Upper { seen, .. } => Ok(seen.stat),
+            New::Below(node) => self.below.ok_or(Errno::STALE)?.stat(node),
+        }
+    }
+
+    fn same_bytes(&self, new: &New<'_>, old: &Arc<Node>) -> Res<bool> {
         let engine = self.below.ok_or(Errno::STALE)?;
         let flags = rustix::fs::OFlags::RDONLY
             | rustix::fs::OFlags::NOFOLLOW
             | rustix::fs::OFlags::NONBLOCK
             | rustix::fs::OFlags::CLOEXEC;
-        let new = rustix::fs::openat(&*self.top.fd(dir)?, name, flags, rustix::fs::Mode::empty())?;
+        let fd = match new {
+            New::Upper { dir, name, .. } => {
+                let mode = rustix::fs::Mode::empty();
+                Some(rustix::fs::openat(&*self.top.fd(dir)?, *name, flags, mode)?)
+            }
+            New::Below(_) => None,
+        };
+        let read = |buf: &mut [u8], offset| match (new, &fd) {
+            (New::Below(node), _) => engine.read(node, offset, buf),
+            (_, Some(fd)) => read_full(fd, buf, offset),
+            _ => Err(Errno::BADF),
+        };
         // What cannot be read any more cannot be called the same.
-        if let Err(Errno::ACCESS) = engine.open_file(old, false).map(|_: Content| ()) {
+        let unreadable = |node| matches!(engine.open_file(node, false), Err(Errno::ACCESS));
+        if unreadable(old) || matches!(new, New::Below(node) if unreadable(node)) {
             return Ok(false);
         }
         let (mut a, mut b) = (vec![0; 64 << 10], vec![0; 64 << 10]);
         let mut offset = 0;
         loop {
-            let n = read_full(&new, &mut a, offset)?;
+            let n = read(&mut a, offset)?;
             let m = engine.read(old, offset, &mut b)?;
             if n != m || a[..n] != b[..m] {
                 return Ok(false);
@@ -272,19 +343,32 @@ impl Diff<'_> {
         }
     }
 
-    fn same_xattrs(&self, dir: &Arc<RealDir>, name: &[u8], old: &Arc<Node>) -> Res<bool> {
+    fn same_xattrs(&self, new: &New<'_>, old: &Arc<Node>) -> Res<bool> {
         let engine = self.below.ok_or(Errno::STALE)?;
         if old.kind == Kind::Symlink {
             return Ok(true);
         }
-        let fd = self.top.fd(dir)?;
-        let new = crate::xattr::shown(sys::At::Name(fd.as_fd(), name), false)?;
-        let (target, of_layer) = engine.target(old)?;
-        let old = match target.at() {
-            Some(at) => crate::xattr::shown(at, of_layer)?,
-            None => Vec::new(),
+        let below = |node: &Arc<Node>| {
+            let (target, of_layer) = engine.target(node)?;
+            target.at().map_or(Ok(Vec::new()), |at| crate::xattr::shown(at, of_layer))
         };
-        Ok(new == old)
+        let new = match new {
+            New::Upper { dir, name, .. } => {
+                let fd = self.top.fd(dir)?;
+                crate::xattr::shown(sys::At::Name(fd.as_fd(), name), false)?
+            }
+            New::Below(node) => below(node)?,
+        };
+        Ok(new == below(old)?)
+    }
+}
+
+impl New<'_> {
+    fn meta(&self) -> Meta {
+        match self {
+            Self::Upper { seen, .. } => seen.meta,
+            Self::Below(node) => node.inner.lock().meta,
+        }
     }
 }
 
@@ -331,6 +415,7 @@ impl Engine {
                     Probe::Found(seen)
                         if seen.stat.kind() == Some(Kind::Dir)
                             && !seen.marks.opaque
+                            && seen.marks.redirect.is_none()
                             && (seen.marks.origin.is_some() || self.alias(seen.stat.key).is_some()) =>
                     {
                         work.push(RealDir::child(&dir, &name, seen.stat.key));

@@ -114,6 +114,8 @@ pub(crate) struct DirState {
     pub(crate) lowers: Vec<Arc<RealDir>>,
     /// The directory of the generated layer.
     pub(crate) generated: Option<u32>,
+    /// The upper's redirect: what the layers call it if not by its name. Set before the name changes.
+    pub(crate) redirect: Option<Arc<[u8]>>,
     /// rmdir has removed it.
     pub(crate) removed: bool,
     /// Its entries, if they were asked for lately.

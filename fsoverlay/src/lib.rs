@@ -13,6 +13,7 @@
 //!                │  readdir   a directory's entries, stable positions
 //!                │  create    new objects, links, unlink, rmdir
 //!                │  rename    all of rename(2)
+//!                │  redirect  directories that the layers have under another name
 //!                │  copyup    a layer's object → the upper, atomically
 //!                │  setattr   chmod, chown, truncate, utimens
 //!                │  xattr     names on disk ↔ names through the mount, ACLs
@@ -51,7 +52,8 @@
 //!   replaced file is needed the answer is `ESTALE` until its name is looked up again, which
 //!   the kernel is made to do. Nothing outside the layer is reached.
 //! - One server per upper at a time.
-//! - Renaming a directory of a layer copies it into the upper, once.
+//! - Renaming a directory of a layer copies nothing in it: the upper says where the layers have it.
+//!   The kernel's overlayfs does not read that with `userxattr`; [`export`] replaces it.
 //! - Fifos, sockets and devices are empty files with a record in the upper.
 //! - A file of a layer that the caller may not read can be seen but neither read nor
 //!   changed (`EACCES`); a directory he may not read appears empty and is writable.
@@ -65,6 +67,7 @@ mod create;
 mod data;
 mod engine;
 mod errno;
+mod export;
 mod fs;
 mod generated;
 mod handle;
@@ -72,6 +75,7 @@ mod inode;
 mod layer;
 mod lookup;
 mod readdir;
+mod redirect;
 mod rename;
 mod setattr;
 mod sidecar;
@@ -86,6 +90,7 @@ use std::sync::Arc;
 
 pub use changes::{Change, ChangeKind, changes, changes_of};
 pub use config::*;
+pub use export::export;
 
 /// setxattr(2) of this name with the value `UID:GID` (decimal, `-1` keeps) on an
 /// object of the mount records an owner that chown(2) cannot name because the

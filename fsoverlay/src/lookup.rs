@@ -18,6 +18,7 @@ use crate::errno::{Errno, Res};
 use crate::generated::GenBody;
 use crate::inode::{DirState, Inner, Link, NewNode, Node, Place};
 use crate::layer::{InodeNumbers, RealDir, UPPER, stat_at};
+use crate::redirect::{Descent, InMemory, Step};
 use crate::sys::At;
 use crate::xattr::Marks;
 
@@ -78,7 +79,8 @@ impl Engine {
         let xattr_whiteout =
             kind == Kind::File && stat.size == 0 && dir.xattr_whiteouts.load(Ordering::Relaxed);
         let wanted = match kind {
-            Kind::Dir => records || more_below,
+            // A redirect can lead to any layer below.
+            Kind::Dir => records || more_below || dir.layer > 0,
             Kind::File => records || xattr_whiteout,
             _ => false,
         };
@@ -117,6 +119,7 @@ impl Engine {
         }
         let part = parent.dir()?;
         let mut dirs = DirState::default();
+        let mut descent = Descent::new(&state.lowers, name);
         let mut top: Option<(Meta, Marks, Stat)> = None;
         let mut upper_dir = None;
         let mut upper_seen = None;
@@ -133,6 +136,10 @@ impl Engine {
                     let dir = RealDir::child(upper, name, stat.key);
                     marks.note(&dir);
                     let opaque = marks.opaque;
+                    if !opaque && let Some(redirect) = &marks.redirect {
+                        descent.turn(redirect, self.layers.len());
+                        dirs.redirect = Some(redirect[..].into());
+                    }
                     upper_dir = Some(dir);
                     upper_seen = Some(stat.key);
                     top = Some((meta, marks, stat));
@@ -143,7 +150,7 @@ impl Engine {
             }
         }
 
-        if let Some(index) = state.generated.and_then(|dir| self.generated.child(dir, name)) {
+        if let InMemory::Object(index) = descent.in_memory(&self.generated, state.generated) {
             let node = self.generated.node(index);
             if !matches!(node.body, GenBody::Dir(_)) {
                 if top.is_some() {
@@ -169,14 +176,18 @@ impl Engine {
         }
 
         let mut hidden = false;
-        for (at, lower) in state.lowers.iter().enumerate() {
+        while let Some(step) = descent.step(self)? {
+            let lower = match &step {
+                Step::Beside(at) => &state.lowers[*at],
+                Step::Along(dir) => dir,
+            };
+            let name = descent.name();
             if lower.hides(name) {
                 hidden = true;
                 continue;
             }
-            let more_below = at + 1 < state.lowers.len();
             let any_dir = top.is_some() || dirs.generated.is_some() || hidden || !dirs.lowers.is_empty();
-            match self.probe(lower, name, more_below)? {
+            match self.probe(lower, name, descent.goes_on())? {
                 Probe::Missing => {}
                 Probe::Whiteout => break,
                 Probe::Found(seen) if seen.stat.kind() != Some(Kind::Dir) => {
@@ -202,15 +213,16 @@ impl Engine {
                     let Seen { stat, meta, marks } = *seen;
                     let dir = RealDir::child(lower, name, stat.key);
                     marks.note(&dir);
+                    if marks.opaque {
+                        descent.end();
+                    } else if let Some(redirect) = &marks.redirect {
+                        descent.turn(redirect, usize::try_from(lower.layer).unwrap_or(0));
+                    }
                     dirs.lowers.push(dir);
-                    let opaque = marks.opaque;
                     // An implicit generated parent or a hidden directory says nothing
                     // about the owner if a layer does.
                     if top.is_none() {
                         top = Some((meta, marks, stat));
-                    }
-                    if opaque {
-                        break;
                     }
                 }
             }

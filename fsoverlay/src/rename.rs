@@ -1,11 +1,12 @@
 //! rename(2), with `RENAME_NOREPLACE` and `RENAME_EXCHANGE`.
 //!
-//! What moves is in the upper completely before it moves: a file is copied up, a
-//! directory with everything in it (the cost of renaming a directory of a layer is that
-//! of copying it, once). The directory becomes opaque, so that nothing of a layer can
-//! show through at its new place, and all directories in it are cut from their layers.
-//! Then one `renameat2` moves the object; where a layer has the old name,
-//! `RENAME_WHITEOUT` covers it in the same step.
+//! What moves is in the upper before it moves. A file is copied up; of a directory only itself is, with
+//! a redirect that leads to what the layers have in it ([`crate::redirect`]). A directory that has
+//! nothing below becomes opaque where a layer has its new name. Then one `renameat2` moves the object;
+//! where a layer has the old name, `RENAME_WHITEOUT` covers it in the same step.
+//!
+//! Where a redirect cannot be written, everything in the directory is copied up, once; it becomes
+//! opaque, and all directories in it are cut from their layers.
 //!
 //! A directory can replace neither a whiteout nor a directory that holds whiteouts. The
 //! first is exchanged with it; the second is emptied before.
@@ -75,6 +76,7 @@ impl DirGuards<'_> {
 pub(crate) fn cut(state: &mut DirState) {
     state.lowers.clear();
     state.generated = None;
+    state.redirect = None;
 }
 
 /// A file under a temporary name in the work directory, removed unless it was used.
@@ -139,9 +141,9 @@ impl Engine {
         if source.ino == ROOT || target.as_ref().is_some_and(|t| t.ino == ROOT) {
             return Err(Errno::BUSY);
         }
-        let mut cut_off = self.prepare(&source, parent, name)?;
+        let mut cut_off = self.prepare(&source, parent, name, new_parent)?;
         if let (How::Exchange, Some(target)) = (how, &target) {
-            cut_off.append(&mut self.prepare(target, new_parent, new_name)?);
+            cut_off.append(&mut self.prepare(target, new_parent, new_name, parent)?);
         }
         self.copy_up(parent)?;
         self.copy_up(new_parent)?;
@@ -187,15 +189,15 @@ impl Engine {
         let (fd, covers) = end(&mut guards, new_parent, new_name)?;
         let to = End { parent: new_parent, name: new_name, dir: new_parent.upper_dir()?, fd, covers };
 
-        self.make_opaque(&source, guards.get(&source).ok(), to.covers)?;
+        let cut_node = |node: &Node| cut_off.iter().any(|cut| cut.ino == node.ino);
+        self.hide_below(&source, guards.get(&source).ok(), to.covers, cut_node(&source))?;
         self.note_arrival(&source, to.dir)?;
         if let (How::Exchange, Some(target)) = (how, &target) {
-            self.make_opaque(target, guards.get(target).ok(), from.covers)?;
+            self.hide_below(target, guards.get(target).ok(), from.covers, cut_node(target))?;
             self.note_arrival(target, from.dir)?;
         }
-        // The tops are opaque now: what lies in them has nothing below any more.
         for node in &cut_off {
-            cut(guards.get(node)?);
+            self.cut_off(node, guards.get(node)?)?;
         }
         // The kernel shows whiteouts in a directory that merges with nothing.
         for node in &cut_off {
@@ -247,25 +249,45 @@ impl Engine {
         Ok(())
     }
 
-    /// Brings what is to move into the upper; gives the directories to cut.
-    fn prepare(&self, node: &Arc<Node>, parent: &Arc<Node>, name: &[u8]) -> Res<Vec<Arc<Node>>> {
+    /// Brings what is to move into the upper. A directory finds what it has below from its new place, or,
+    /// where that cannot be, everything in it comes along: then these are the directories to cut.
+    fn prepare(
+        &self,
+        node: &Arc<Node>,
+        parent: &Arc<Node>,
+        name: &[u8],
+        new_parent: &Node,
+    ) -> Res<Vec<Arc<Node>>> {
+        self.copy_up(node)?;
         if node.kind == Kind::Dir {
-            return if node.dir()?.state.read().has_lower() || !node.is_upper() {
+            let merged = node.dir()?.state.read().has_lower();
+            return if merged && !self.set_redirect(node, parent, name, parent.ino == new_parent.ino)? {
                 self.copy_up_tree(node)
             } else {
                 Ok(Vec::new())
             };
         }
-        self.copy_up(node)?;
         // A further name of a hard link may not be in the upper yet.
         self.materialise(node, parent, name)?;
         Ok(Vec::new())
     }
 
-    /// Nothing of a layer may show in a directory at its new place.
-    fn make_opaque(&self, node: &Arc<Node>, state: Option<&mut DirState>, covers: bool) -> Res<()> {
+    /// Cuts a directory from everything below, all of which is in the upper. Its lock is held.
+    pub(crate) fn cut_off(&self, node: &Node, state: &mut DirState) -> Res<()> {
+        if state.redirect.is_some() {
+            // It would lead there even from an opaque directory.
+            self.set_opaque(node.upper_dir()?)?;
+            self.drop_redirect(node.upper_dir()?);
+        }
+        cut(state);
+        Ok(())
+    }
+
+    /// Nothing of a layer may show in a directory at its new place, but what it brings along.
+    fn hide_below(&self, node: &Node, state: Option<&mut DirState>, covers: bool, cut: bool) -> Res<()> {
         let Some(state) = state else { return Ok(()) };
-        if node.kind != Kind::Dir || !(covers || state.has_lower()) {
+        let redirected = state.redirect.is_some() && state.has_lower() && !cut;
+        if node.kind != Kind::Dir || redirected || !(covers || state.has_lower()) {
             return Ok(());
         }
         self.set_opaque(node.upper_dir()?)

@@ -36,6 +36,8 @@ pub(crate) const WHITEOUT: &str = "user.overlay.whiteout";
 /// in the form of an xattr all the same, until they are swept.
 pub(crate) const WHITEOUTS: &str = "user.fsoverlay.whiteouts";
 pub(crate) const IMPURE: &str = "user.overlay.impure";
+/// See [`crate::redirect`].
+pub(crate) const REDIRECT: &str = "user.overlay.redirect";
 pub(crate) const RECORD: &str = "user.containers.override_stat";
 /// `DEV:INO` in hexadecimal of the object of a layer that was copied up.
 pub(crate) const ORIGIN: &str = "user.fsoverlay.origin";
@@ -57,6 +59,7 @@ pub(crate) struct Marks {
     pub(crate) opaque: bool,
     xattr_whiteouts: bool,
     impure: bool,
+    pub(crate) redirect: Option<Vec<u8>>,
     pub(crate) record: Option<Vec<u8>>,
     pub(crate) origin: Option<Key>,
     pub(crate) whiteout: bool,
@@ -91,6 +94,7 @@ impl Marks {
                 RECORD => marks.record = sys::get_xattr_vec(at, RECORD)?,
                 ORIGIN => marks.origin = sys::get_xattr_vec(at, ORIGIN)?.as_deref().and_then(parse_origin),
                 IMPURE => marks.impure = true,
+                REDIRECT => marks.redirect = sys::get_xattr_vec(at, REDIRECT)?,
                 WHITEOUT => marks.whiteout = true,
                 CAPABILITY => marks.capability = true,
                 _ => match name.strip_prefix(OURS) {
@@ -506,7 +510,7 @@ mod tests {
         ] {
             let disk = to_disk(name).expect("short").expect("storable");
             assert_eq!(from_disk(&disk, false).as_deref(), Some(name), "{disk}");
-            for mark in [OPAQUE, WHITEOUT, WHITEOUTS, IMPURE, RECORD, ORIGIN] {
+            for mark in [OPAQUE, WHITEOUT, WHITEOUTS, IMPURE, REDIRECT, RECORD, ORIGIN] {
                 assert_ne!(disk, mark);
                 assert_eq!(from_disk(mark, false), None);
             }
@@ -517,7 +521,7 @@ mod tests {
 
     #[test]
     fn copy_up_leaves_marks_behind() {
-        let of_the_kernel = ["user.overlay.redirect", "user.overlay.origin"];
+        let of_the_kernel = [REDIRECT, "user.overlay.origin"];
         for mark in [OPAQUE, WHITEOUT, WHITEOUTS, IMPURE, RECORD, ORIGIN].into_iter().chain(of_the_kernel) {
             assert!(!copied_up(mark), "{mark}");
         }

@@ -15,6 +15,7 @@ mod harness;
 mod limits;
 mod owners;
 mod random;
+mod redirects;
 mod semantics;
 mod steps;
 
@@ -29,6 +30,7 @@ fn cases() -> Vec<Case> {
     cases.extend(disk::CASES);
     cases.extend(limits::CASES);
     cases.extend(steps::CASES);
+    cases.extend(redirects::CASES);
     cases.extend(random::CASES);
     cases
 }

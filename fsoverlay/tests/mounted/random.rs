@@ -72,14 +72,23 @@ fn seeds(world: &mut World) -> Check {
         }
         same!(tree(&lower)?, pristine, "seed {seed} changed the lower");
         no_leftovers(world)?;
+        let in_words = |view: &str, failure| match failure {
+            Failure::Wrong(text) => Failure::Wrong(format!("seed {seed}, {view}: {text}")),
+            skip @ Failure::Skip(_) => skip,
+        };
+        // The upper as a layer, once with its redirects and once without.
+        let as_layer = || {
+            let layers = world.bare().with("--lower", &lower).with("--lower", world.upper());
+            layers.arg("0").arg("0").arg(plain.display().to_string()).run()
+        };
+        as_layer().map_err(|failure| in_words("as a layer", failure))?;
+        fsoverlay::export(&crate::disk::spec(world))?;
+        as_layer().map_err(|failure| in_words("exported, as a layer", failure))?;
         let by_kernel = world.mount().flag("--kernel").arg("0").arg("0").arg(plain.display().to_string());
         match by_kernel.run() {
             Err(failure) if no_kernel_overlay(&failure) => {}
             other => {
-                other.map_err(|failure| match failure {
-                    Failure::Wrong(text) => Failure::Wrong(format!("seed {seed}, the kernel's view: {text}")),
-                    skip @ Failure::Skip(_) => skip,
-                })?;
+                other.map_err(|failure| in_words("the kernel's view", failure))?;
             }
         }
         let _ = fs::set_permissions(world.path("work/work"), fs::Permissions::from_mode(0o700));
