@@ -46,6 +46,9 @@
 //! # Ok::<(), fsoverlay::Error>(())
 //! ```
 //!
+//! Who is root in the user namespace of the mount, or has `fusermount3`, mounts and serves in one
+//! process by [`Overlay::mount`].
+//!
 //! # What to know
 //!
 //! - A layer should not change while it is mounted. When a change shows is not defined; where a
@@ -74,6 +77,7 @@ mod handle;
 mod inode;
 mod layer;
 mod lookup;
+mod mount;
 mod readdir;
 mod redirect;
 mod rename;
@@ -91,6 +95,7 @@ use std::sync::Arc;
 pub use changes::{Change, ChangeKind, changes, changes_of};
 pub use config::*;
 pub use export::export;
+pub use mount::{MountSpec, Mounted};
 
 /// setxattr(2) of this name with the value `UID:GID` (decimal, `-1` keeps) on an
 /// object of the mount records an owner that chown(2) cannot name because the
@@ -134,6 +139,31 @@ pub enum Error {
         /// The upper directory.
         path: PathBuf,
     },
+    /// mount(2) failed.
+    #[error("cannot mount on {path}")]
+    Mount {
+        /// Where.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// umount2(2) failed.
+    #[error("cannot unmount {path}")]
+    Unmount {
+        /// Where.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// This process may not mount, and the program that mounts for it did not.
+    #[error("fusermount3 cannot mount")]
+    Helper {
+        /// What it said, or why it cannot be run.
+        #[source]
+        source: std::io::Error,
+    },
     /// The kernel's first request did not come or could not be answered.
     #[error("cannot serve the mounted file system")]
     Serve {
@@ -167,13 +197,19 @@ impl Overlay {
     /// # Errors
     /// If the mount is gone or speaks another protocol.
     pub fn serve(self, fuse: OwnedFd) -> Result<Server, Error> {
+        // A clone of the descriptor would have to be opened in the mount's user
+        // namespace, which this process is not in: the workers share one.
+        self.serve_with(fuse, false)
+    }
+
+    /// The same; with `clone_fd` each worker has a descriptor of its own, where the kernel queues what
+    /// it is to be interrupted about.
+    fn serve_with(self, fuse: OwnedFd, clone_fd: bool) -> Result<Server, Error> {
         let shared = fs::Shared::new(self.engine);
         let mut config = fuser::Config::default();
         config.acl = fuser::SessionACL::All;
         config.n_threads = Some(self.workers);
-        // A clone of the descriptor would have to be opened in the mount's user
-        // namespace, which this process is not in: the workers share one.
-        config.clone_fd = false;
+        config.clone_fd = clone_fd;
         let error = |source| Error::Serve { source };
         let file_system = fs::FuseFs { shared: shared.clone() };
         let session =

@@ -44,6 +44,8 @@ pub(super) enum Command {
     Prune(PruneArgs),
     /// Check what this machine allows and how to mend what is missing
     Doctor(DoctorArgs),
+    /// Mount an overlay of directories; also under the name fuse-overlayfs
+    Overlay(OverlayArgs),
     /// Print a completion script for a shell
     #[command(
         after_help = "Example:\n  rootlet completions bash > ~/.local/share/bash-completion/completions/rootlet"
@@ -247,4 +249,51 @@ pub(super) struct DoctorArgs {
     /// Print JSON
     #[arg(long)]
     pub(super) json: bool,
+}
+
+const OVERLAY_HELP: &str = "\
+Options (-o), separated by commas; all of fuse-overlayfs's and of mount(8)'s are known:
+  lowerdir=DIR[:DIR...]   layers, the topmost first, never changed (`\\:` for a colon in a name)
+  upperdir=DIR            where changes go; without it the mount is read-only
+  workdir=DIR             an empty directory on the same file system
+  ro, nosuid, nodev, ...  as mount(8) has them
+  threaded=0, max_threads=N
+
+Exit status: 0 once the mount can be used (with -f: when it is gone), 1 failed, 2 wrong usage.
+
+Example:
+  unshare -rm sh -c 'rootlet overlay -o lowerdir=a:b,upperdir=u,workdir=w mnt; ls mnt'";
+
+/// `rootlet overlay`
+#[derive(Debug, Args)]
+#[command(after_help = OVERLAY_HELP)]
+pub(super) struct OverlayArgs {
+    /// Options, separated by commas (repeatable)
+    #[arg(short = 'o', value_name = "OPTIONS", allow_hyphen_values = true)]
+    pub(super) options: Vec<OsString>,
+    /// Serve in the foreground
+    #[arg(short = 'f')]
+    pub(super) foreground: bool,
+    /// Log what is done, and serve in the foreground
+    #[arg(short = 'd', long)]
+    pub(super) debug: bool,
+    /// Serve with one thread
+    #[arg(short = 's')]
+    pub(super) single: bool,
+    /// Where to mount; what stands before it is shown as the source
+    #[arg(required = true, num_args = 1..=2, value_name = "[SOURCE] MOUNTPOINT")]
+    pub(super) mountpoint: Vec<OsString>,
+}
+
+/// The program by its other name.
+#[derive(Debug, Parser)]
+#[command(
+    name = "fuse-overlayfs",
+    about = "Mount an overlay of directories (rootlet overlay)",
+    version = concat!(env!("CARGO_PKG_VERSION"), " (rootlet)"),
+    max_term_width = 100
+)]
+pub(super) struct FuseOverlayfs {
+    #[command(flatten)]
+    pub(super) overlay: OverlayArgs,
 }

@@ -8,6 +8,7 @@ mod diff;
 mod docs;
 mod doctor;
 pub mod output;
+mod overlay;
 mod run;
 
 use std::ffi::{OsStr, OsString};
@@ -28,6 +29,9 @@ const WRONG_USAGE: u8 = 2;
 /// Runs the command line; gives the exit status.
 pub fn main(args: impl Iterator<Item = OsString>) -> u8 {
     let args: Vec<OsString> = args.collect();
+    if overlay::is_called_by_name(args.first()) {
+        return overlay::main_by_name(&args);
+    }
     // Not in the definitions: it is the doctor's, and would show in completions.
     if let [_, word, probe, argument @ ..] = args.as_slice()
         && word == probe::WORD
@@ -49,7 +53,12 @@ pub fn main(args: impl Iterator<Item = OsString>) -> u8 {
 }
 
 fn dispatch(cli: Cli) -> Result<u8, Failure> {
-    log::init(cli.log_level.as_deref(), cli.log_file.as_deref())
+    let mut level = cli.log_level.as_deref();
+    if let Command::Overlay(args) = &cli.command {
+        overlay::close_inherited();
+        level = level.or(overlay::is_debug(args).then_some("debug"));
+    }
+    log::init(level, cli.log_file.as_deref())
         .map_err(|error| Failure::new(&error).code(WRONG_USAGE))
         .map_err(|failure| match cli.command {
             Command::Run(_) => failure.code(RUN_FAILED),
@@ -62,6 +71,7 @@ fn dispatch(cli: Cli) -> Result<u8, Failure> {
         Command::Rm(args) => boxes::rm(&args),
         Command::Prune(args) => boxes::prune(&args),
         Command::Doctor(args) => doctor::doctor(&args),
+        Command::Overlay(args) => overlay::overlay(&args, "rootlet"),
         Command::Completions { shell } => Ok(docs::completions(shell)),
         Command::Man { subcommand } => docs::man(subcommand.as_deref()),
     }

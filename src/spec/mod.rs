@@ -4,6 +4,7 @@
 //! [`SandboxSpec`] into a [`ValidSpec`], the only type that [`crate::plan`] accepts.
 
 pub(crate) mod os;
+pub mod overlay;
 pub mod parse;
 mod validate;
 

@@ -14,5 +14,6 @@ mod kill;
 mod namespaces;
 mod nested;
 mod network;
+mod overlay;
 mod ownership;
 mod terminal;

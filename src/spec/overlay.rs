@@ -1,0 +1,352 @@
+//! What `rootlet overlay` is to mount, from the option text that fuse-overlayfs and mount(8) take.
+//!
+//! Every option is obeyed, or refused with a reason, or has no effect because there is nothing that
+//! it could change here; docs/overlay.md says which and why. None is passed over in silence.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+/// An overlay to be mounted.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct OverlayMountSpec {
+    /// Layers, the topmost first (as in `lowerdir`).
+    pub lowers: Vec<PathBuf>,
+    /// Where changes go.
+    pub upper: Option<PathBuf>,
+    /// The work directory.
+    pub work: Option<PathBuf>,
+    /// `ro`: refuse changes although there is an upper.
+    pub read_only: bool,
+    /// `suid` or `nosuid`.
+    pub suid: Option<bool>,
+    /// `dev`.
+    pub dev: bool,
+    /// `noexec`.
+    pub no_exec: bool,
+    /// `sync`.
+    pub sync: bool,
+    /// `allow_other`.
+    pub allow_other: bool,
+    /// Threads that serve; `None`: as many as are useful.
+    pub threads: Option<usize>,
+    /// The source that the table of mounts shows.
+    pub source: Option<OsString>,
+    /// The type that it shows after `fuse.`.
+    pub subtype: Option<String>,
+    /// SELinux contexts, as mount(2) takes them.
+    pub contexts: Vec<String>,
+    /// `debug`: log, and stay in the foreground.
+    pub debug: bool,
+}
+
+/// Why options cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OverlayOptionError {
+    /// Nobody knows it.
+    #[error("unknown option {name}")]
+    Unknown {
+        /// The option.
+        name: String,
+    },
+    /// What it says would not hold.
+    #[error("the option {option} is not supported: {reason}")]
+    Refused {
+        /// The option with its value.
+        option: String,
+        /// Why.
+        reason: &'static str,
+    },
+    /// Its value makes no sense, or it should have none or one.
+    #[error("wrong value {value:?} of the option {name}: {reason}")]
+    Value {
+        /// The option.
+        name: String,
+        /// Its value.
+        value: String,
+        /// What is wanted.
+        reason: &'static str,
+    },
+    /// Options that do not go together.
+    #[error("{0}")]
+    Together(&'static str),
+}
+
+/// Options that can have no effect here; docs/overlay.md has the reasons.
+#[rustfmt::skip]
+const WITHOUT_EFFECT: &[&str] = &[
+    // mount(8) and fstab(5).
+    "defaults", "atime", "noatime", "diratime", "nodiratime", "relatime", "norelatime", "strictatime",
+    "nostrictatime", "lazytime", "nolazytime", "auto", "noauto", "_netdev", "nofail", "nonempty", "silent", "loud",
+    // What the kernel always does for this file system.
+    "default_permissions", "kernel_cache", "big_writes", "async_read", "clone_fd",
+    // How bytes travel between the kernel and the server.
+    "splice_write", "no_splice_write", "splice_read", "no_splice_read", "splice_move", "no_splice_move",
+    // Of the kernel's overlayfs.
+    "userxattr",
+];
+
+/// The same, for options with a value.
+#[rustfmt::skip]
+const VALUES_WITHOUT_EFFECT: &[&str] = &[
+    "max_write", "max_read", "max_readahead", "max_background", "congestion_threshold", "max_idle_threads",
+    // Of fuse-overlayfs and the kernel's overlayfs.
+    "fast_ino", "fast_ino_check", "index", "metacopy",
+];
+
+/// Reads the arguments of `-o`, in order; later ones win.
+///
+/// # Errors
+/// At the first option that is unknown, refused or has a wrong value.
+pub fn parse(arguments: &[OsString]) -> Result<OverlayMountSpec, OverlayOptionError> {
+    let mut spec = OverlayMountSpec::default();
+    for argument in arguments {
+        for option in split(argument.as_bytes(), b',', true) {
+            one(&mut spec, &option)?;
+        }
+    }
+    if spec.lowers.is_empty() && spec.upper.is_none() {
+        return Err(OverlayOptionError::Together("an overlay needs -o lowerdir=DIR[:DIR...]"));
+    }
+    if spec.upper.is_some() && spec.work.is_none() {
+        return Err(OverlayOptionError::Together(
+            "upperdir needs workdir, an empty directory on the same file system",
+        ));
+    }
+    Ok(spec)
+}
+
+fn one(spec: &mut OverlayMountSpec, option: &[u8]) -> Result<(), OverlayOptionError> {
+    let (name, value) = match option.iter().position(|&b| b == b'=') {
+        Some(at) => (&option[..at], Some(&option[at + 1..])),
+        None => (option, None),
+    };
+    let name = String::from_utf8_lossy(name).into_owned();
+    let text = || String::from_utf8_lossy(value.unwrap_or_default()).into_owned();
+    let wrong = |reason| OverlayOptionError::Value { name: name.clone(), value: text(), reason };
+    let path = || -> Result<PathBuf, OverlayOptionError> {
+        let path = value.map(|value| unescaped(unquoted(value))).filter(|path| !path.is_empty());
+        path.map(|path| OsString::from_vec(path).into()).ok_or_else(|| wrong("a directory is wanted"))
+    };
+    let number = || text().parse::<u32>().map_err(|_| wrong("a number is wanted"));
+    let refused = |reason| {
+        let option = String::from_utf8_lossy(option).into_owned();
+        Err(OverlayOptionError::Refused { option, reason })
+    };
+    match name.as_str() {
+        "lowerdir" => {
+            let value = value.map(unquoted).unwrap_or_default();
+            let dirs = split(value, b':', false);
+            spec.lowers = dirs.iter().map(|dir| OsString::from_vec(unescaped(dir)).into()).collect();
+            if spec.lowers.is_empty() {
+                return Err(wrong("directories are wanted, the topmost first, with : between them"));
+            }
+        }
+        "upperdir" => spec.upper = Some(path()?),
+        "workdir" => spec.work = Some(path()?),
+        "fsname" => spec.source = Some(OsString::from_vec(unescaped(value.unwrap_or_default()))),
+        "subtype" => spec.subtype = Some(text()),
+        "context" | "fscontext" | "defcontext" | "rootcontext" => {
+            if value.is_none_or(<[u8]>::is_empty) {
+                return Err(wrong("an SELinux context is wanted"));
+            }
+            spec.contexts.push(String::from_utf8_lossy(option).into_owned());
+        }
+        "threaded" => match number()? {
+            0 => spec.threads = Some(1),
+            _ => spec.threads = spec.threads.filter(|&threads| threads > 1),
+        },
+        "max_threads" => match number()? {
+            0 => return Err(wrong("at least one thread is needed")),
+            // More would only wait: requests that take long have threads of their own.
+            threads => {
+                spec.threads = Some(usize::try_from(threads).map_or(MAX_THREADS, |n| n.min(MAX_THREADS)))
+            }
+        },
+        "redirect_dir" => match text().as_str() {
+            "off" | "nofollow" => {}
+            _ => return refused("a renamed directory of a layer is copied, and redirects are not followed"),
+        },
+        "xino" => match text().as_str() {
+            "off" | "auto" | "on" => {}
+            _ => return Err(wrong("off, auto or on is wanted")),
+        },
+        "nfs_export" | "verity" | "uuid" => match text().as_str() {
+            "off" | "null" => {}
+            _ => return refused("only off is possible"),
+        },
+        "noxattrs" => match number()? {
+            0 => {}
+            _ => return refused("extended attributes cannot be turned off"),
+        },
+        "writeback" => {
+            if number()? == 0 {
+                return refused("the kernel always gathers writes");
+            }
+        }
+        "plugins" => return refused("layers are directories"),
+        "ino32_t" => return refused("inode numbers have 64 bits"),
+        "allow_root" => return refused("use allow_other, or nothing for the caller alone"),
+        "auto_unmount" => return refused("the mount ends when it is unmounted or the server gets SIGTERM"),
+        _ if name.is_empty() => {}
+        _ if VALUES_WITHOUT_EFFECT.contains(&&*name) || name.starts_with("x-") => {}
+        _ if value.is_some() => {
+            return if is_known(&name) { Err(wrong("it takes no value")) } else { Err(unknown(name)) };
+        }
+        "debug" => spec.debug = true,
+        "allow_other" => spec.allow_other = true,
+        "ro" => spec.read_only = true,
+        "rw" => spec.read_only = false,
+        "suid" => spec.suid = Some(true),
+        "nosuid" => spec.suid = Some(false),
+        "dev" => spec.dev = true,
+        "nodev" => spec.dev = false,
+        "exec" => spec.no_exec = false,
+        "noexec" => spec.no_exec = true,
+        "sync" | "dirsync" => spec.sync = true,
+        "async" => spec.sync = false,
+        _ if WITHOUT_EFFECT.contains(&&*name) => {}
+        _ => return Err(unknown(name)),
+    }
+    Ok(())
+}
+
+/// More threads than this are not useful.
+const MAX_THREADS: usize = 64;
+
+fn unknown(name: String) -> OverlayOptionError {
+    OverlayOptionError::Unknown { name }
+}
+
+#[rustfmt::skip]
+fn is_known(name: &str) -> bool {
+    const SWITCHES: &[&str] = &[
+        "debug", "allow_other", "ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync", "dirsync", "async",
+    ];
+    SWITCHES.contains(&name) || WITHOUT_EFFECT.contains(&name)
+}
+
+/// Parts between separators, empty ones left out. A backslash takes the meaning from the byte after
+/// it, and stays for [`unescaped`]; with `quotes`, so do quotation marks.
+fn split(text: &[u8], separator: u8, quotes: bool) -> Vec<Vec<u8>> {
+    let mut parts = vec![Vec::new()];
+    let (mut escaped, mut quoted) = (false, false);
+    for &byte in text {
+        if byte == separator && !escaped && !quoted {
+            parts.push(Vec::new());
+            continue;
+        }
+        quoted ^= quotes && byte == b'"' && !escaped;
+        escaped = byte == b'\\' && !escaped;
+        parts.last_mut().expect("one at least").push(byte);
+    }
+    parts.retain(|part| !part.is_empty());
+    parts
+}
+
+/// A value without the quotation marks around it.
+fn unquoted(value: &[u8]) -> &[u8] {
+    value.strip_prefix(b"\"").and_then(|value| value.strip_suffix(b"\"")).unwrap_or(value)
+}
+
+/// Takes backslashes away.
+fn unescaped(text: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(text.len());
+    let mut bytes = text.iter();
+    while let Some(&byte) = bytes.next() {
+        match byte {
+            b'\\' => out.push(*bytes.next().unwrap_or(&byte)),
+            _ => out.push(byte),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::OsStr;
+
+    fn read(text: &str) -> Result<OverlayMountSpec, OverlayOptionError> {
+        parse(&[text.into()])
+    }
+
+    fn refusal(text: &str) -> String {
+        read(&format!("lowerdir=/l,{text}")).expect_err(text).to_string()
+    }
+
+    fn lowers(text: &[u8]) -> Vec<PathBuf> {
+        parse(&[OsStr::from_bytes(text).to_owned()]).expect("read").lowers
+    }
+
+    #[test]
+    fn the_usual_words() {
+        let spec = read("lowerdir=/a:b/c:/d,upperdir=/u,workdir=w,volatile,nodev").map(|spec| spec.upper);
+        assert_eq!(spec, Err(unknown("volatile".to_owned())));
+        let spec = read("lowerdir=/a:b/c:/d,upperdir=/u,workdir=w,nosuid,dev").expect("read");
+        assert_eq!(spec.lowers, [PathBuf::from("/a"), "b/c".into(), "/d".into()]);
+        assert_eq!((spec.upper, spec.work), (Some("/u".into()), Some("w".into())));
+        assert_eq!((spec.suid, spec.dev), (Some(false), true));
+    }
+
+    #[test]
+    fn colons_commas_and_backslashes_in_names() {
+        assert_eq!(
+            lowers(br"lowerdir=/a\:b:/c\,d:/e\\:/f"),
+            [r"/a:b", "/c,d", r"/e\", "/f"].map(PathBuf::from)
+        );
+        assert_eq!(lowers(b"lowerdir=\"/a,b:/c\""), ["/a,b", "/c"].map(PathBuf::from));
+        assert_eq!(lowers(b"lowerdir=/\xff")[0].as_os_str().as_bytes(), b"/\xff");
+        assert_eq!(lowers(b"lowerdir=:/a::/b:"), ["/a", "/b"].map(PathBuf::from));
+        assert_eq!(read(r"upperdir=/a\,\:b,workdir=/w").expect("read").upper, Some("/a,:b".into()));
+    }
+
+    #[test]
+    fn a_context_keeps_its_commas() {
+        let spec = read(r#"lowerdir=/l,context="system_u:object_r:t:s0:c1,c2",ro"#).expect("read");
+        assert_eq!(spec.contexts, [r#"context="system_u:object_r:t:s0:c1,c2""#]);
+        assert!(spec.read_only);
+    }
+
+    #[test]
+    fn later_options_win() {
+        let spec = parse(&["ro,lowerdir=/a".into(), "rw,lowerdir=/b,dev,nodev".into()]).expect("read");
+        assert_eq!((spec.read_only, spec.dev, spec.lowers), (false, false, vec!["/b".into()]));
+    }
+
+    #[test]
+    fn threads() {
+        let threads = |text: &str| read(&format!("lowerdir=/l,{text}")).map(|spec| spec.threads);
+        assert_eq!(threads("threaded=0"), Ok(Some(1)));
+        assert_eq!(threads("threaded=1"), Ok(None));
+        assert_eq!(threads("threaded=0,threaded=1"), Ok(None));
+        assert_eq!(threads("max_threads=3"), Ok(Some(3)));
+        assert_eq!(threads("max_threads=1000000"), Ok(Some(MAX_THREADS)));
+        assert!(threads("max_threads=0").is_err() && threads("threaded=yes").is_err());
+    }
+
+    #[test]
+    fn what_cannot_hold_is_refused() {
+        assert_eq!(refusal("frobnicate=1"), "unknown option frobnicate");
+        assert_eq!(refusal("frobnicate"), "unknown option frobnicate");
+        assert_eq!(refusal("ro=1"), "wrong value \"1\" of the option ro: it takes no value");
+        for text in ["plugins=/x", "noxattrs=1", "writeback=0", "nfs_export=on", "ino32_t", "allow_root"] {
+            assert!(refusal(text).starts_with(&format!("the option {text} is not supported: ")), "{text}");
+        }
+        assert!(read("upperdir=/u").is_err() && read("").is_err() && read("lowerdir=").is_err());
+    }
+
+    #[test]
+    fn what_changes_nothing_is_taken() {
+        let plain = read("lowerdir=/l");
+        for option in WITHOUT_EFFECT {
+            assert_eq!(read(&format!("lowerdir=/l,{option}")), plain, "{option}");
+        }
+        for option in VALUES_WITHOUT_EFFECT {
+            assert_eq!(read(&format!("lowerdir=/l,{option}=off")), plain, "{option}");
+        }
+        assert_eq!(read("lowerdir=/l,,x-systemd.automount,xino=off,redirect_dir=off,noxattrs=0"), plain);
+    }
+}
