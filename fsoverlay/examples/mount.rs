@@ -15,8 +15,14 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
-use fsoverlay::{Generated, GeneratedNode, IdExtent, LayerSpec, Overlay, OverlaySpec, Owners, UpperSpec};
+use fsoverlay::{
+    Direction, Generated, GeneratedNode, Hooks, IdExtent, LayerSpec, Overlay, OverlaySpec, Owners, RateLimit,
+    UpperSpec,
+};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -41,8 +47,10 @@ struct Args {
     user: Option<(u32, u32)>,
     /// Mount the kernel's overlayfs of the same directories instead.
     kernel: bool,
-    /// Say whether the upper was changed.
+    /// Say whether the upper was changed, and what was asked.
     report: bool,
+    /// Let so many reads wait for so long.
+    held: Option<(usize, Duration)>,
     command: Vec<String>,
 }
 
@@ -62,6 +70,11 @@ fn parse(mut words: impl Iterator<Item = String>) -> Outcome<Args> {
             "--workers" => args.workers = value()?.parse()?,
             "--kernel" => args.kernel = true,
             "--report" => args.report = true,
+            "--hold-reads" => {
+                let text = value()?;
+                let (count, seconds) = text.split_once(':').ok_or("--hold-reads wants COUNT:SECONDS")?;
+                args.held = Some((count.parse()?, Duration::from_secs(seconds.parse()?)));
+            }
             "--user" => {
                 let text = value()?;
                 let (uid, gid) = text.split_once(':').ok_or("--user wants UID:GID")?;
@@ -134,16 +147,37 @@ fn serve(args: &Args) -> Outcome<ExitCode> {
         squash: (!args.range).then_some((0, 0)),
         workers: args.workers,
     })?;
+    let mut hooks = Hooks::default();
+    if let Some((count, delay)) = args.held {
+        hooks.rate = Some(Arc::new(Held { left: count.into(), delay }));
+    }
+    let overlay = overlay.with_hooks(hooks);
     ours.write_all(b"m")?;
     let fuse = receive_fd(&ours)?;
     let server = overlay.serve(fuse)?;
     ours.write_all(b"s")?;
     let status = child.wait()?;
     if args.report {
-        std::io::stderr().write_all(format!("changed={}\n", server.changed()).as_bytes())?;
+        let text = format!("changed={}\n{:?}\n", server.changed(), server.counters());
+        std::io::stderr().write_all(text.as_bytes())?;
     }
     server.join();
     Ok(exit_code(status))
+}
+
+/// Lets the first reads wait.
+#[derive(Debug)]
+struct Held {
+    left: AtomicUsize,
+    delay: Duration,
+}
+
+impl RateLimit for Held {
+    fn delay(&self, direction: Direction, _bytes: u64) -> Duration {
+        let mine = direction == Direction::Read
+            && self.left.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1)).is_ok();
+        if mine { self.delay } else { Duration::ZERO }
+    }
 }
 
 fn exit_code(status: std::process::ExitStatus) -> ExitCode {

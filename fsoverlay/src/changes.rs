@@ -10,10 +10,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::attr::{Kind, Meta, Stat};
-use crate::config::{LayerSpec, OverlaySpec, Owners, UpperSpec};
+use crate::config::{LayerSpec, OverlaySpec, UpperSpec};
 use crate::engine::Engine;
 use crate::errno::{Errno, Res, missing_ok};
 use crate::inode::Node;
+use crate::journal::ChangedDir;
 use crate::layer::{RealDir, open_for_reading};
 use crate::lookup::{Probe, Seen};
 use crate::readdir::for_each_entry;
@@ -47,15 +48,13 @@ pub enum ChangeKind {
 /// # Errors
 /// If a layer or the upper cannot be read.
 pub fn changes(upper: &Path, layers: &[PathBuf]) -> Result<Vec<Change>, Error> {
-    let layer = |dir: &PathBuf| LayerSpec { dir: dir.clone(), owners: Owners::Numeric, hidden: Vec::new() };
+    let layer = |dir: &PathBuf| LayerSpec { dir: dir.clone(), ..LayerSpec::default() };
     let spec = OverlaySpec {
         layers: layers.iter().map(layer).collect(),
-        generated: Vec::new(),
         upper: Some(UpperSpec { dir: upper.to_owned(), work: upper.to_owned() }),
-        squash: None,
-        workers: 1,
+        ..OverlaySpec::default()
     };
-    compare(&spec, true)
+    compare(&spec, true, None)
 }
 
 /// Lists what the upper changes against the layers below, by path, parents first.
@@ -70,10 +69,19 @@ pub fn changes(upper: &Path, layers: &[PathBuf]) -> Result<Vec<Change>, Error> {
 /// # Errors
 /// If a layer or the upper cannot be read.
 pub fn changes_of(spec: &OverlaySpec) -> Result<Vec<Change>, Error> {
-    compare(spec, false)
+    compare(spec, false, None)
 }
 
-fn compare(spec: &OverlaySpec, lenient: bool) -> Result<Vec<Change>, Error> {
+/// The same, for the given directories only ([`crate::Server::journal`]). Where the upper was empty when the
+/// overlay was opened, it gives what [`changes_of`] gives.
+///
+/// # Errors
+/// If a layer or the upper cannot be read.
+pub fn changes_in(spec: &OverlaySpec, dirs: &[ChangedDir]) -> Result<Vec<Change>, Error> {
+    compare(spec, false, Some(dirs))
+}
+
+fn compare(spec: &OverlaySpec, lenient: bool, dirs: Option<&[ChangedDir]>) -> Result<Vec<Change>, Error> {
     let Some(upper) = &spec.upper else { return Ok(Vec::new()) };
     let failed = |err: Errno| Error::Open { path: upper.dir.clone(), source: err.into() };
     let top = Engine::open(&OverlaySpec { layers: Vec::new(), generated: Vec::new(), ..spec.clone() })?;
@@ -85,12 +93,25 @@ fn compare(spec: &OverlaySpec, lenient: bool) -> Result<Vec<Change>, Error> {
     let mut diff = Diff { top: &top, below: below.as_ref(), lenient, list: Vec::new() };
     let root = top.upper().map_err(failed)?.root.clone();
     let lower = below.as_ref().map(|engine| engine.root().clone());
-    diff.root(&root, lower.as_ref()).map_err(failed)?;
+    let root = diff.root(&root, lower.as_ref()).map_err(failed)?;
+    match dirs {
+        None => diff.dirs(vec![root], true).map_err(failed)?,
+        Some(dirs) => {
+            for ChangedDir { path, whole } in dirs {
+                if let Some(dir) = diff.find(&root, path).map_err(failed)? {
+                    diff.dirs(vec![dir], *whole).map_err(failed)?;
+                }
+            }
+        }
+    }
     diff.list.sort_by(|a, b| a.path.cmp(&b.path));
+    // One that is in a directory that was moved is met twice.
+    diff.list.dedup();
     Ok(diff.list)
 }
 
 /// A directory still to be compared.
+#[derive(Clone)]
 struct Todo {
     /// Its part in the upper.
     dir: Option<Arc<RealDir>>,
@@ -132,7 +153,7 @@ impl Diff<'_> {
         self.list.push(Change { path: path.to_owned(), kind });
     }
 
-    fn root(&mut self, upper: &Arc<RealDir>, lower: Option<&Arc<Node>>) -> Res<()> {
+    fn root(&mut self, upper: &Arc<RealDir>, lower: Option<&Arc<Node>>) -> Res<Todo> {
         let fd = self.top.fd(upper)?;
         let marks = crate::xattr::Marks::read(sys::At::Name(fd.as_fd(), b"."))?;
         let recorded = marks.record.as_deref().and_then(|r| Meta::from_record(r, Kind::Dir));
@@ -142,16 +163,35 @@ impl Diff<'_> {
             self.note(Path::new("/"), ChangeKind::Metadata);
         }
         marks.note(upper);
-        self.dirs(vec![Todo {
+        Ok(Todo {
             dir: Some(upper.clone()),
             merged: lower.filter(|_| !marks.opaque).cloned(),
             old: lower.cloned(),
             path: PathBuf::from("/"),
-        }])
+        })
     }
 
-    /// Compares directories, and those in them; a list of work, because trees are deep.
-    fn dirs(&mut self, mut work: Vec<Todo>) -> Res<()> {
+    /// The directory of this path, if there is still one in the upper.
+    fn find(&self, root: &Todo, path: &Path) -> Res<Option<Todo>> {
+        let mut at = root.clone();
+        for component in path.components() {
+            let std::path::Component::Normal(name) = component else { continue };
+            let name = name.as_bytes();
+            let Some(dir) = &at.dir else { return Ok(None) };
+            let Probe::Found(seen) = self.top.probe(dir, name, true)? else { return Ok(None) };
+            let before = self.lower(at.old.as_ref(), name)?;
+            let path = at.path.join(std::ffi::OsStr::from_bytes(name));
+            match self.inside(New::Upper { dir, name, seen }, at.merged.as_ref(), before, path)? {
+                Some(found) => at = found,
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(at))
+    }
+
+    /// Compares directories and, if the whole is wanted, those in them; a list of work, because trees
+    /// are deep.
+    fn dirs(&mut self, mut work: Vec<Todo>, whole: bool) -> Res<()> {
         while let Some(Todo { dir, merged, old, path }) = work.pop() {
             let path_of = |name: &[u8]| path.join(std::ffi::OsStr::from_bytes(name));
             // What the upper decides, and what is there in the merged tree.
@@ -174,7 +214,8 @@ impl Diff<'_> {
                         }
                         Probe::Found(seen) => {
                             let new = New::Upper { dir, name, seen };
-                            self.entry(new, merged.as_ref(), before, path_of(name), &mut work)?;
+                            let inside = self.entry(new, merged.as_ref(), before, path_of(name))?;
+                            work.extend(inside.filter(|_| whole));
                             present.insert(name.clone());
                         }
                     }
@@ -190,7 +231,8 @@ impl Diff<'_> {
                     }
                     let Some(new) = self.lower(Some(merged), &name)? else { continue };
                     let before = self.lower(old.as_ref(), &name)?;
-                    self.entry(New::Below(new), None, before, path_of(&name), &mut work)?;
+                    let inside = self.entry(New::Below(new), None, before, path_of(&name))?;
+                    work.extend(inside.filter(|_| whole));
                     present.insert(name);
                 }
             }
@@ -231,12 +273,11 @@ impl Diff<'_> {
         merged: Option<&Arc<Node>>,
         old: Option<Arc<Node>>,
         path: PathBuf,
-        work: &mut Vec<Todo>,
-    ) -> Res<()> {
+    ) -> Res<Option<Todo>> {
         if let (New::Below(new), Some(old)) = (&new, &old)
             && new.ino == old.ino
         {
-            return Ok(());
+            return Ok(None);
         }
         let meta = new.meta();
         let kind = match &old {
@@ -251,6 +292,17 @@ impl Diff<'_> {
         if let Some(kind) = kind {
             self.note(&path, kind);
         }
+        self.inside(new, merged, old, path)
+    }
+
+    /// What is to be compared in a directory; `None` for anything else.
+    fn inside(
+        &self,
+        new: New<'_>,
+        merged: Option<&Arc<Node>>,
+        old: Option<Arc<Node>>,
+        path: PathBuf,
+    ) -> Res<Option<Todo>> {
         let old = old.filter(|old| old.kind == Kind::Dir);
         match new {
             New::Upper { dir, name, seen } if seen.stat.kind() == Some(Kind::Dir) => {
@@ -262,14 +314,13 @@ impl Diff<'_> {
                     (Some(engine), Some(redirect)) => engine.redirected(merged, redirect)?,
                     (Some(_), None) => self.lower(merged, name)?.filter(|node| node.kind == Kind::Dir),
                 };
-                work.push(Todo { dir: Some(child), merged, old, path });
+                Ok(Some(Todo { dir: Some(child), merged, old, path }))
             }
             New::Below(node) if node.kind == Kind::Dir => {
-                work.push(Todo { dir: None, merged: Some(node), old, path });
+                Ok(Some(Todo { dir: None, merged: Some(node), old, path }))
             }
-            _ => {}
+            _ => Ok(None),
         }
-        Ok(())
     }
 
     /// Compares two objects of one type that is not a directory.

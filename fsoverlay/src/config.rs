@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-/// Everything [`crate::Overlay::open`] needs to know.
-#[derive(Debug, Clone)]
+/// Everything [`crate::Overlay::open`] needs to know. What is not said is off: fill in the rest with
+/// `..OverlaySpec::default()`.
+#[derive(Debug, Clone, Default)]
 pub struct OverlaySpec {
     /// Read-only layers, the lowest first.
     pub layers: Vec<LayerSpec>,
@@ -15,12 +16,12 @@ pub struct OverlaySpec {
     /// Report every owner as this one (uid, gid): the mount's user namespace
     /// maps no other id. Owners asked for are still recorded.
     pub squash: Option<(u32, u32)>,
-    /// Threads that serve requests, at least 1.
+    /// Threads that serve requests; 0 is 1.
     pub workers: usize,
 }
 
 /// One read-only layer.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct LayerSpec {
     /// The directory on the host.
     pub dir: PathBuf,
@@ -32,9 +33,10 @@ pub struct LayerSpec {
 }
 
 /// How the numeric owner of a file of a layer is reported.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Owners {
     /// As it is on disk: the host's own tree.
+    #[default]
     Numeric,
     /// Through the inverse of the mount's id maps: a tree that the caller
     /// unpacked for himself. An id outside the maps is reported as it is.
@@ -58,7 +60,7 @@ pub struct IdExtent {
 }
 
 /// The writable layer.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct UpperSpec {
     /// The upper directory, owned by the caller.
     pub dir: PathBuf,

@@ -25,7 +25,8 @@ use crate::attr::{Kind, Meta, Stat, Time};
 use crate::engine::{Content, Engine, Upper};
 use crate::errno::{Errno, LONG, Res, is_hurried};
 use crate::handle::{Fd, Holder};
-use crate::inode::{Link, Node, Parked, Place, ROOT};
+use crate::hooks::{blocks, most_of_copy};
+use crate::inode::{Link, Node, Place, ROOT};
 use crate::layer::{RealDir, stat_at, stat_fd};
 use crate::sys::{self, At};
 use crate::xattr::{IMPURE, ORIGIN, RECORD, format_origin};
@@ -123,10 +124,14 @@ impl Engine {
             return Err(LONG);
         }
         let meta = node.inner.lock().meta;
+        let most = if node.kind == Kind::File { most_of_copy(&stat, limit) } else { 0 };
+        let room = self.reserve(most, 1)?;
         if node.kind == Kind::Symlink {
             let target = self.read_link(node)?;
-            return self
-                .copy_up_named(node, &stat, meta, |name| rustix::fs::symlinkat(&*target, &upper.work, name));
+            self.copy_up_named(node, &stat, meta, |name| rustix::fs::symlinkat(&*target, &upper.work, name))?;
+            room.used(0, 1);
+            self.counts.copied_up(0);
+            return Ok(());
         }
         let temp = Temp::file(upper)?;
         if node.kind == Kind::File {
@@ -150,7 +155,11 @@ impl Engine {
         let has_record = self.write_record(at, &meta)?;
         self.write_origin(at, node, &stat)?;
         rustix::fs::futimens(&temp.fd, &timestamps(&stat))?;
-        self.place_copy(node, &stat, has_record, temp)
+        let copied = blocks(&stat_fd(temp.fd.as_fd())?);
+        self.place_copy(node, &stat, has_record, temp)?;
+        room.used(copied, 1);
+        self.counts.copied_up(copied);
+        Ok(())
     }
 
     /// The last steps of copying up a file: its names.
@@ -289,13 +298,16 @@ impl Engine {
         let more_below = (node.inner.lock().extra_links + i64::from(from.nlink)).max(0);
         let pinned = if more_below == 0 { self.pins.pin(fd) } else { Err(fd) };
         let place = match pinned {
-            Ok(pinned) => Place::Unlinked(Arc::new(pinned)),
+            Ok(pinned) => {
+                pinned.is_last();
+                Place::Unlinked(Arc::new(pinned))
+            }
             Err(fd) => {
                 let ((), name) = upper.make_temp(|name| match &temp.name {
                     Some(old) => rustix::fs::linkat(&upper.work, &**old, &upper.work, name, AtFlags::empty()),
                     None => link_fd(fd.as_fd(), upper.work.as_fd(), name),
                 })?;
-                Place::Parked(Arc::new(Parked { work: upper.work.clone(), name }))
+                Place::Parked(Arc::new(self.parked(upper, name)))
             }
         };
         if more_below > 0 {
@@ -401,6 +413,7 @@ impl Engine {
             (inner.meta, inner.links.first().cloned().ok_or(Errno::NOENT)?)
         };
         let (source, _) = self.target(node)?;
+        let room = self.reserve(0, 1)?;
         let ((), temp) = upper.make_temp(|name| {
             rustix::fs::mkdirat(&upper.work, name, Mode::from_raw_mode(meta.disk_perm()))
         })?;
@@ -443,8 +456,11 @@ impl Engine {
         }();
         if done.is_err() {
             let _ = rustix::fs::unlinkat(&upper.work, &*temp, AtFlags::REMOVEDIR);
+            return done;
         }
-        done
+        room.used(0, 1);
+        self.counts.copied_up(0);
+        Ok(())
     }
 
     /// Marks an upper directory as one whose entries have numbers that are not the
@@ -486,6 +502,7 @@ impl Engine {
         };
         let before = stat_fd(fd.as_fd())?;
         self.mark_impure(dir)?;
+        self.note_entry(parent);
         match rustix::fs::linkat(&from, &**from_name, &fd, name, AtFlags::empty()) {
             Ok(()) => {}
             Err(Errno::EXIST) => return Ok(()),

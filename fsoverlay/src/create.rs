@@ -11,6 +11,7 @@ use crate::copyup::make_placeholder;
 use crate::engine::{Content, Engine};
 use crate::errno::{Errno, Res, missing_ok};
 use crate::handle::{Fd, Holder};
+use crate::hooks::{blocks, released};
 use crate::inode::{DirState, Inner, Link, NewNode, Node, Parked, Place};
 use crate::layer::{RealDir, stat_at, stat_fd};
 use crate::sys::{self, At};
@@ -80,6 +81,8 @@ impl Engine {
             self.mark_impure(parent.upper_dir()?)?;
         }
 
+        let room = self.reserve(0, 1)?;
+        self.note_entry(parent);
         let mut state = parent.dir()?.state.write();
         if state.removed {
             return Err(Errno::NOENT);
@@ -97,7 +100,17 @@ impl Engine {
             other => other?,
         };
         let has_record = meta.needs_record(self.default_owner);
+        // The record came after the stat.
+        let bytes = match (&file, self.quota()) {
+            (Some(fd), Some(_)) => blocks(&stat_fd(fd.as_fd())?),
+            _ => 0,
+        };
+        room.used(bytes, 1);
         let node = self.adopt(parent, name, meta, &stat, dir, has_record, &extras);
+        if node.kind == Kind::Dir {
+            // It may hide what a layer has, which shows when its entries are compared.
+            self.note_entry(&node);
+        }
         if let Some(listing) = &mut state.listing {
             listing.insert(&self.hasher, name, node.ino, node.kind);
         }
@@ -267,6 +280,7 @@ impl Engine {
         if impure {
             self.mark_impure(parent.upper_dir()?)?;
         }
+        self.note_entry(parent);
         let mut state = parent.dir()?.state.write();
         if state.removed {
             return Err(Errno::NOENT);
@@ -305,6 +319,7 @@ impl Engine {
             return Err(Errno::ISDIR);
         }
         self.copy_up(parent)?;
+        self.note_entry(parent);
         // Taken before the name goes: an open file must go on working.
         let held = self.hold(&node);
         let mut state = parent.dir()?.state.write();
@@ -382,7 +397,12 @@ impl Engine {
             Err(_) if reachable => return Ok(None),
             Err(err) => return Err(err),
         };
-        Ok(Some(Arc::new(Parked { work: upper.work.clone(), name: temp })))
+        Ok(Some(Arc::new(self.parked(upper, temp))))
+    }
+
+    /// A file that has (also) this name in the work directory.
+    pub(crate) fn parked(&self, upper: &crate::engine::Upper, name: Box<[u8]>) -> Parked {
+        Parked { work: upper.work.clone(), name, quota: self.hooks.quota.clone() }
     }
 
     /// Notes that a name of an object is gone. `in_upper` is what stood at the name in
@@ -413,12 +433,20 @@ impl Engine {
         };
         let last = stat.nlink <= 1;
         let no_name = inner.links.is_empty();
-        let mut ended = false;
+        let (mut ended, mut freed) = (false, false);
         if matches!(inner.place, Place::Upper) && (last || no_name) {
             inner.place = match (&held, parked) {
                 (_, Some(parked)) => Place::Parked(parked),
-                (Held::Pinned(pinned), _) => Place::Unlinked(pinned.clone()),
-                _ => Place::Gone(Arc::new(Stat { nlink: stat.nlink.saturating_sub(1), ..*stat })),
+                (Held::Pinned(pinned), _) => {
+                    if last {
+                        pinned.is_last();
+                    }
+                    Place::Unlinked(pinned.clone())
+                }
+                _ => {
+                    freed = last;
+                    Place::Gone(Arc::new(Stat { nlink: stat.nlink.saturating_sub(1), ..*stat }))
+                }
             };
             if last {
                 inner.extra_links = inner.extra_links.max(0);
@@ -429,6 +457,9 @@ impl Engine {
         let key = inner.key;
         drop(inner);
         drop(old);
+        if let (true, Some(quota)) = (freed, self.quota()) {
+            released(quota, node.kind, stat);
+        }
         if ended {
             if gone {
                 self.table.aliases.remove(key);
@@ -448,6 +479,7 @@ impl Engine {
             return Err(Errno::NOTDIR);
         }
         self.copy_up(parent)?;
+        self.note_entry(parent);
         let mut guards = crate::rename::lock_dirs(&[parent, &node])?;
         let (state, child) = guards.two(parent, &node)?;
         if state.removed || child.removed || !node.has_link(parent, name) {
@@ -527,6 +559,9 @@ impl Engine {
     pub(crate) fn dir_gone(&self, node: &Arc<Node>, state: &mut DirState, stat: Stat) {
         state.removed = true;
         crate::rename::cut(state);
+        if let (true, Some(quota)) = (node.is_upper(), self.quota()) {
+            released(quota, Kind::Dir, &stat);
+        }
         state.listing = None;
         let old = {
             let mut inner = node.inner.lock();

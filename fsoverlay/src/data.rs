@@ -9,12 +9,14 @@ use std::sync::Arc;
 
 use rustix::fs::FallocateFlags;
 
-use crate::attr::Kind;
+use crate::attr::{Kind, Stat};
 use crate::copyup::{MUCH, write_all};
 use crate::engine::{Content, Engine, changed_below};
 use crate::errno::{Errno, LONG, Res, is_hurried};
 use crate::handle::Fd;
+use crate::hooks::{Space, Usage, add, most_of_write};
 use crate::inode::{Node, Place};
+use crate::layer::stat_fd;
 
 impl Engine {
     /// Reads up to `buf.len()` bytes; less only at the end of the file.
@@ -45,6 +47,7 @@ impl Engine {
     fn writable(&self, node: &Arc<Node>) -> Res<Fd> {
         self.copy_up(node)?;
         self.touch()?;
+        self.note_object(node)?;
         match self.open_file(node, true)? {
             Content::File(fd) => Ok(fd),
             Content::Memory(_) => Err(Errno::IO),
@@ -54,8 +57,13 @@ impl Engine {
     /// Writes all of `bytes`. `kill` asks to drop set*id bits.
     pub(crate) fn write(&self, node: &Arc<Node>, offset: u64, bytes: &[u8], kill: bool) -> Res<usize> {
         let fd = self.writable(node)?;
-        self.drop_privileges(node, kill)?;
-        write_all(fd.as_fd(), bytes, offset)?;
+        let length = bytes.len() as u64;
+        let change = || {
+            self.drop_privileges(node, kill)?;
+            write_all(fd.as_fd(), bytes, offset)
+        };
+        self.grow(node, &fd, |stat| most_of_write(stat, offset, length), change)?;
+        add(&self.counts.written_bytes, length);
         Ok(bytes.len())
     }
 
@@ -68,8 +76,14 @@ impl Engine {
         kill: bool,
     ) -> Res<()> {
         let fd = self.writable(node)?;
-        self.drop_privileges(node, kill)?;
-        rustix::fs::fallocate(&fd, FallocateFlags::from_bits_retain(mode), offset, length)
+        let mode = FallocateFlags::from_bits_retain(mode);
+        let takes_none = FallocateFlags::PUNCH_HOLE | FallocateFlags::COLLAPSE_RANGE;
+        let most =
+            |stat: &Stat| if mode.intersects(takes_none) { 0 } else { most_of_write(stat, offset, length) };
+        self.grow(node, &fd, most, || {
+            self.drop_privileges(node, kill)?;
+            rustix::fs::fallocate(&fd, mode, offset, length)
+        })
     }
 
     /// `SEEK_DATA` and `SEEK_HOLE`.
@@ -106,21 +120,43 @@ impl Engine {
             return Err(LONG);
         }
         let target = self.writable(to.0)?;
-        self.drop_privileges(to.0, kill)?;
         // The answer to the kernel is a 32-bit number.
         let wanted = usize::try_from(length.min(1 << 30)).unwrap_or(1 << 30);
-        match self.open_file(from.0, false)? {
-            Content::File(source) => {
-                let (mut read_at, mut write_at) = (from.1, to.1);
-                rustix::fs::copy_file_range(&source, Some(&mut read_at), &target, Some(&mut write_at), wanted)
+        let (source, from_size) = match self.open_file(from.0, false)? {
+            Content::File(fd) => {
+                let size = if self.quota().is_some() { stat_fd(fd.as_fd())?.size } else { u64::MAX };
+                (Content::File(fd), size)
             }
             Content::Memory(bytes) => {
-                let start = usize::try_from(from.1).unwrap_or(usize::MAX).min(bytes.len());
-                let end = start.saturating_add(wanted).min(bytes.len());
-                write_all(target.as_fd(), &bytes[start..end], to.1)?;
-                Ok(end - start)
+                let size = bytes.len() as u64;
+                (Content::Memory(bytes), size)
             }
-        }
+        };
+        let most = from_size.saturating_sub(from.1).min(wanted as u64);
+        let copy = || {
+            self.drop_privileges(to.0, kill)?;
+            match &source {
+                Content::File(source) => {
+                    let (mut read_at, mut write_at) = (from.1, to.1);
+                    rustix::fs::copy_file_range(
+                        source,
+                        Some(&mut read_at),
+                        &target,
+                        Some(&mut write_at),
+                        wanted,
+                    )
+                }
+                Content::Memory(bytes) => {
+                    let start = usize::try_from(from.1).unwrap_or(usize::MAX).min(bytes.len());
+                    let end = start.saturating_add(wanted).min(bytes.len());
+                    write_all(target.as_fd(), &bytes[start..end], to.1)?;
+                    Ok(end - start)
+                }
+            }
+        };
+        let copied = self.grow(to.0, &target, |stat| most_of_write(stat, to.1, most), copy)?;
+        add(&self.counts.written_bytes, copied as u64);
+        Ok(copied)
     }
 
     /// fsync(2) and fdatasync(2). What is not in the upper has nothing to sync.
@@ -178,13 +214,25 @@ impl Engine {
         }
     }
 
-    /// statfs(2) of where new data goes.
+    /// statfs(2) of where new data goes, as a quota wants it shown.
     pub(crate) fn stat_fs(&self) -> Res<rustix::fs::StatVfs> {
         let root = match &self.upper {
             Some(upper) => &upper.root,
             None => &self.layers.last().ok_or(Errno::NOSYS)?.root,
         };
-        rustix::fs::fstatvfs(&*self.fd(root)?)
+        let mut disk = rustix::fs::fstatvfs(&*self.fd(root)?)?;
+        if let (Some(quota), true) = (self.quota(), self.upper.is_some()) {
+            let unit = disk.f_frsize.max(1);
+            let usage = |blocks: u64, objects| Usage { bytes: blocks.saturating_mul(unit), objects };
+            let space = quota.space(Space {
+                total: usage(disk.f_blocks, disk.f_files),
+                free: usage(disk.f_bavail, disk.f_favail),
+            });
+            (disk.f_blocks, disk.f_files) = (space.total.bytes / unit, space.total.objects);
+            (disk.f_bavail, disk.f_favail) = (space.free.bytes / unit, space.free.objects);
+            (disk.f_bfree, disk.f_ffree) = (disk.f_bavail, disk.f_favail);
+        }
+        Ok(disk)
     }
 }
 

@@ -18,7 +18,9 @@ use crate::config::{OverlaySpec, Owners};
 use crate::errno::{Errno, Res, missing_ok};
 use crate::generated::{GENERATED_ROOT, GenTree};
 use crate::handle::{Fd, FdRing, Holder, Pins};
+use crate::hooks::{AccessKind, Counts, Hooks};
 use crate::inode::{DirState, Inner, NewNode, Node, Place, ROOT, Table};
+use crate::journal::Journal;
 use crate::layer::{
     Hidden, InodeNumbers, Layer, LayerIdx, RealDir, Tree, UPPER, open_root, stat_at, stat_fd,
 };
@@ -71,6 +73,9 @@ pub(crate) struct Engine {
     /// Keys the positions of directory entries.
     pub(crate) hasher: RandomState,
     pub(crate) opened: Time,
+    pub(crate) hooks: Hooks,
+    pub(crate) counts: Counts,
+    pub(crate) journal: Journal,
     root: Arc<Node>,
 }
 
@@ -122,8 +127,20 @@ impl Engine {
             listings: Default::default(),
             hasher: RandomState::new(),
             opened,
+            hooks: Hooks::default(),
+            counts: Counts::default(),
+            journal: Journal::default(),
             root,
         })
+    }
+
+    /// Before anything is served.
+    pub(crate) fn set_hooks(&mut self, hooks: Hooks) {
+        if let Some(quota) = &hooks.quota {
+            let _ = self.pins.quota.set(quota.clone());
+        }
+        self.journal = Journal::new(hooks.journal);
+        self.hooks = hooks;
     }
 
     pub(crate) fn root(&self) -> &Arc<Node> {
@@ -374,6 +391,7 @@ impl Engine {
                 Place::Lower { .. } if writable => return Err(Errno::ROFS),
                 Place::Lower { dir, name } => {
                     let opened = changed_below(open_lower(&*self.fd(&dir)?, &name))?;
+                    self.trace(&dir, Some(&name), AccessKind::Opened);
                     checked((opened, false))?.ok_or(Errno::STALE)?
                 }
                 Place::Generated(index) => return Ok(Content::Memory(self.generated.node(index).bytes())),
@@ -571,13 +589,23 @@ fn make_root(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
     use crate::config::{LayerSpec, UpperSpec};
     use crate::create::NewObject;
     use crate::rename::How;
+    use crate::setattr::SetAttr;
+
+    /// Numbers below the one that is asked for, the same for the same seed.
+    pub(crate) fn dice(seed: u64) -> impl FnMut(usize) -> usize {
+        let mut state = crate::layer::mix(seed);
+        move |below| {
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            usize::try_from(crate::layer::mix(state) % below as u64).unwrap_or(0)
+        }
+    }
 
     /// An overlay without a mount in a directory of its own, removed with it.
     pub(crate) struct Scratch {
@@ -591,16 +619,109 @@ mod tests {
             for part in ["lower", "upper", "work"] {
                 std::fs::create_dir_all(dir.join(part)).expect("a temporary directory");
             }
-            let layer = LayerSpec { dir: dir.join("lower"), owners: Owners::Numeric, hidden: Vec::new() };
+            let layer = LayerSpec { dir: dir.join("lower"), ..LayerSpec::default() };
             let upper = UpperSpec { dir: dir.join("upper"), work: dir.join("work") };
             let engine = Engine::open(&OverlaySpec {
                 layers: vec![layer],
-                generated: Vec::new(),
                 upper: Some(upper),
                 squash: Some((0, 0)),
-                workers: 1,
+                ..OverlaySpec::default()
             });
             Self { dir, engine: engine.expect("an overlay") }
+        }
+
+        /// The spec that the engine was opened with.
+        pub(crate) fn spec(&self) -> OverlaySpec {
+            let layer = LayerSpec { dir: self.dir.join("lower"), ..LayerSpec::default() };
+            OverlaySpec {
+                layers: vec![layer],
+                upper: Some(UpperSpec { dir: self.dir.join("upper"), work: self.dir.join("work") }),
+                squash: Some((0, 0)),
+                ..OverlaySpec::default()
+            }
+        }
+
+        /// Puts files, directories, links and hard links into the layer, four names in each of a few
+        /// directories.
+        pub(crate) fn fill_lower(&self) {
+            let lower = self.dir.join("lower");
+            for dir in ["", "a", "a/a", "b"] {
+                let dir = lower.join(dir);
+                std::fs::create_dir_all(&dir).expect("made");
+                std::fs::write(dir.join("c"), [7; 8192]).expect("written");
+                let _ = std::fs::remove_file(dir.join("d"));
+                std::os::unix::fs::symlink("c", dir.join("d")).expect("linked");
+            }
+            std::fs::hard_link(lower.join("c"), lower.join("b/b")).expect("linked");
+        }
+
+        /// Some change of something that [`Scratch::fill_lower`] put there, or of what came of it. Whether
+        /// it succeeds is up to chance.
+        pub(crate) fn change_something(&self, random: &mut dyn FnMut(usize) -> usize) {
+            const NAMES: [&[u8]; 4] = [b"a", b"b", b"c", b"d"];
+            let engine = &self.engine;
+            let mut pick = || {
+                let mut dir = engine.root().clone();
+                for _ in 0..random(3) {
+                    match engine.lookup(&dir, NAMES[random(2)]) {
+                        Ok(node) if node.kind == Kind::Dir => dir = node,
+                        _ => {}
+                    }
+                }
+                (dir, NAMES[random(4)])
+            };
+            let ((dir, name), (to, new_name)) = (pick(), pick());
+            let node = engine.lookup(&dir, name);
+            let make = |kind| {
+                let new =
+                    NewObject { kind, perm: 0o755, umask: 0, rdev: (0, 0), target: b"x", owner: (0, 0) };
+                match engine.lookup(&dir, name) {
+                    Err(Errno::NOENT) => engine.create(&dir, name, &new).map(drop),
+                    other => other.map(drop),
+                }
+            };
+            let below = |node: &Arc<Node>| {
+                let mut at = Some(to.clone());
+                while let Some(dir) = at {
+                    if dir.ino == node.ino {
+                        return true;
+                    }
+                    at = dir.first_link().map(|link| link.parent);
+                }
+                false
+            };
+            let done = match (random(12), node) {
+                (0, _) => make(Kind::Dir),
+                (1, _) => make(Kind::Symlink),
+                (2, _) => make(Kind::File),
+                (3, _) => engine.unlink(&dir, name),
+                (4, _) => engine.rmdir(&dir, name),
+                (5 | 6, Ok(node)) => {
+                    let block = random(8) as u64 * 4096;
+                    engine.write(&node, block, &[7; 4096], false).map(drop)
+                }
+                (7, Ok(node)) => {
+                    let set = SetAttr { size: Some(random(8) as u64 * 4096), ..SetAttr::default() };
+                    engine.set_attr(&node, set).map(drop)
+                }
+                (8, Ok(node)) => {
+                    let set = SetAttr { perm: Some([0o600, 0o755, 0o4711][random(3)]), ..SetAttr::default() };
+                    engine.set_attr(&node, set).map(drop)
+                }
+                (9, Ok(node)) => engine.link(&node, &to, new_name),
+                (how, Ok(node)) if !below(&node) => {
+                    let how = if how == 10 { How::Replace } else { How::Exchange };
+                    match engine.lookup(&to, new_name) {
+                        // The kernel asks for no such thing.
+                        Ok(target) if target.kind == Kind::Dir && how == How::Exchange => Ok(()),
+                        _ => engine.rename(&dir, name, &to, new_name, how),
+                    }
+                }
+                _ => Ok(()),
+            };
+            // The kernel sees to it that no directory is moved into itself, names are checked, and so on:
+            // here it is enough that nothing panics.
+            let _ = done;
         }
 
         /// Makes an object at the top; the target of a link is its name.

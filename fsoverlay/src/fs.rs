@@ -29,9 +29,9 @@ use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo,
@@ -46,7 +46,9 @@ use crate::create::NewObject;
 use crate::data::bytes_of;
 use crate::engine::Engine;
 use crate::errno::{Errno, LONG, Res, hurried};
+use crate::hooks::{Direction, add};
 use crate::inode::{Link, Node};
+use crate::later::Later;
 use crate::rename::How;
 use crate::setattr::{SetAttr, SetTime};
 use crate::sync::Mutex;
@@ -74,7 +76,8 @@ pub(crate) struct Shared {
     forgetting: AtomicUsize,
     /// Threads of requests that take long.
     aside: Mutex<Vec<std::thread::JoinHandle<()>>>,
-    panics: AtomicU64,
+    /// Requests that a limit on rates holds back.
+    later: Later,
 }
 
 /// How many names may wait for the kernel to forget them. Of those beyond, whoever meets them next
@@ -111,7 +114,7 @@ impl Shared {
             waiter: Mutex::new(None),
             forgetting: AtomicUsize::new(0),
             aside: Mutex::default(),
-            panics: AtomicU64::new(0),
+            later: Later::default(),
         })
     }
 
@@ -122,6 +125,7 @@ impl Shared {
     /// Ends the threads beside the workers, once the mount is gone: the one that waits for the kernel
     /// holds a reference to all this, and a copy-up that still goes on changes the upper.
     pub(crate) fn stop(&self) {
+        self.later.stop();
         let sender = self.waiter.lock().take();
         drop(sender);
         let aside = std::mem::take(&mut *self.aside.lock());
@@ -270,12 +274,18 @@ impl FuseFs {
         &self.shared.engine
     }
 
-    /// Runs a handler; see the module about panics.
+    /// Runs the handler of a request.
     fn run(&self, what: &str, ino: INodeNo, handler: impl FnOnce()) {
+        self.engine().counts.request(what);
+        self.guarded(what, ino, handler);
+    }
+
+    /// Runs a handler, or what is left of it; see the module about panics.
+    fn guarded(&self, what: &str, ino: INodeNo, handler: impl FnOnce()) {
         tracing::trace!(what, ino = ino.0, "request");
         if catch_unwind(AssertUnwindSafe(handler)).is_err() {
             // What the payload can bring about is counted always and logged rarely.
-            let count = self.shared.panics.fetch_add(1, Ordering::Relaxed);
+            let count = self.engine().counts.panics.fetch_add(1, Ordering::Relaxed);
             if count.is_power_of_two() || count == 0 {
                 tracing::error!(what, ino = ino.0, count = count + 1, "internal error, answered with EIO");
             }
@@ -324,7 +334,7 @@ impl FuseFs {
         let start = move || {
             let task = theirs.lock().take();
             if let Some(task) = task {
-                fs.run(what, ino, || perform(&fs, task));
+                fs.guarded(what, ino, || perform(&fs, task));
             }
         };
         match std::thread::Builder::new().name("fsoverlay-long".to_owned()).spawn(start) {
@@ -382,6 +392,42 @@ impl FuseFs {
         {
             answer_seek(self.engine(), seek);
         }
+    }
+
+    /// How long a request for bytes is to wait.
+    fn delay(&self, direction: Direction, bytes: impl FnOnce(&Self) -> u64) -> Option<Duration> {
+        let rate = self.engine().hooks.rate.as_ref()?;
+        Some(rate.delay(direction, bytes(self))).filter(|delay| !delay.is_zero())
+    }
+
+    /// Serves a request when its time has come, on a thread of its own.
+    fn delayed(
+        &self,
+        what: &'static str,
+        ino: INodeNo,
+        delay: Duration,
+        serve: impl FnOnce(&Self) + Send + 'static,
+    ) {
+        let fs = self.clone();
+        let due = Instant::now().checked_add(delay).unwrap_or_else(|| Instant::now() + TTL);
+        self.shared.later.at(due, move || fs.aside(what, ino, serve));
+    }
+
+    fn read_now(&self, ino: INodeNo, offset: u64, size: u32, reply: ReplyData) {
+        READ_BUF.with_borrow_mut(|buf| {
+            let size = size.min(MAX_IO) as usize;
+            if buf.len() < size {
+                buf.resize(size, 0);
+            }
+            let read = self.on(ino, |n| self.engine().read(n, offset, &mut buf[..size]));
+            match read {
+                Ok(n) => {
+                    add(&self.engine().counts.read_bytes, n as u64);
+                    reply.data(&buf[..n]);
+                }
+                Err(err) => reply.error(errno(err)),
+            }
+        });
     }
 
     /// Runs an operation on an object; see [`Shared::forget_names`].
@@ -663,18 +709,11 @@ impl Filesystem for FuseFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.run("read", ino, || {
-            READ_BUF.with_borrow_mut(|buf| {
-                let size = size.min(MAX_IO) as usize;
-                if buf.len() < size {
-                    buf.resize(size, 0);
-                }
-                let read = self.on(ino, |n| self.engine().read(n, offset, &mut buf[..size]));
-                match read {
-                    Ok(n) => reply.data(&buf[..n]),
-                    Err(err) => reply.error(errno(err)),
-                }
-            });
+        self.run("read", ino, || match self.delay(Direction::Read, |_| size.into()) {
+            None => self.read_now(ino, offset, size, reply),
+            Some(delay) => {
+                self.delayed("read", ino, delay, move |fs| fs.read_now(ino, offset, size, reply));
+            }
         });
     }
 
@@ -695,13 +734,19 @@ impl Filesystem for FuseFs {
         let write = move |fs: &Self, data: &[u8]| {
             fs.change_content(ino, kill, |n| fs.engine().write(n, offset, data, kill))
         };
-        self.run("write", ino, || match hurried(|| write(self, data)) {
-            Err(LONG) => {
-                // The request's buffer is the worker's.
+        self.run("write", ino, || {
+            // The request's buffer is the worker's.
+            if let Some(delay) = self.delay(Direction::Write, |_| data.len() as u64) {
                 let data = data.to_vec();
-                self.aside("write", ino, move |fs| reply_written(write(fs, &data), reply));
+                return self.delayed("write", ino, delay, move |fs| reply_written(write(fs, &data), reply));
             }
-            written => reply_written(written, reply),
+            match hurried(|| write(self, data)) {
+                Err(LONG) => {
+                    let data = data.to_vec();
+                    self.aside("write", ino, move |fs| reply_written(write(fs, &data), reply));
+                }
+                written => reply_written(written, reply),
+            }
         });
     }
 
@@ -880,13 +925,24 @@ impl Filesystem for FuseFs {
         reply: ReplyWrite,
     ) {
         let kill = takes_set_ids(req);
-        self.answer("copy_file_range", ino_out, reply, reply_written, move |fs| {
+        let copy = move |fs: &Self| {
             fs.on(ino_in, |from| {
                 fs.change_content(ino_out, kill, |to| {
                     fs.engine().copy_range((from, offset_in), (to, offset_out), len, kill)
                 })
             })
-        });
+        };
+        // Many ask for as much as there is.
+        let bytes = |fs: &Self| {
+            let size = fs.on(ino_in, |from| fs.engine().stat(from)).map_or(0, |stat| stat.size);
+            len.min(size.saturating_sub(offset_in))
+        };
+        match self.delay(Direction::Write, bytes) {
+            None => self.answer("copy_file_range", ino_out, reply, reply_written, copy),
+            Some(delay) => self.run("copy_file_range", ino_out, || {
+                self.delayed("copy_file_range", ino_out, delay, move |fs| reply_written(copy(fs), reply));
+            }),
+        }
     }
 }
 

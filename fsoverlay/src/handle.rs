@@ -10,12 +10,14 @@
 //! quarter of the soft limit, and descriptors of unlinked open files ([`Pins`]) an eighth.
 
 use std::collections::VecDeque;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
+use crate::attr::Kind;
+use crate::hooks::Quota;
 use crate::inode::Node;
-use crate::layer::RealDir;
+use crate::layer::{RealDir, stat_fd};
 use crate::sync::Mutex;
 
 /// A shared open descriptor.
@@ -111,18 +113,20 @@ impl FdRing {
 #[derive(Debug)]
 pub(crate) struct Pins {
     left: AtomicUsize,
+    /// Is told when what an unlinked file took is free.
+    pub(crate) quota: OnceLock<Arc<dyn Quota>>,
 }
 
 impl Pins {
     pub(crate) fn new(count: usize) -> Arc<Self> {
-        Arc::new(Self { left: AtomicUsize::new(count) })
+        Arc::new(Self { left: AtomicUsize::new(count), quota: OnceLock::new() })
     }
 
     /// Takes one of the descriptors allowed, if any is left.
     pub(crate) fn pin(self: &Arc<Self>, fd: Fd) -> Result<Pinned, Fd> {
         let taken = self.left.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
         match taken {
-            Ok(_) => Ok(Pinned { fd, pins: self.clone() }),
+            Ok(_) => Ok(Pinned { fd, last: AtomicBool::new(false), pins: self.clone() }),
             Err(_) => Err(fd),
         }
     }
@@ -132,11 +136,26 @@ impl Pins {
 #[derive(Debug)]
 pub(crate) struct Pinned {
     pub(crate) fd: Fd,
+    /// The file is gone when this is.
+    last: AtomicBool,
     pins: Arc<Pins>,
+}
+
+impl Pinned {
+    /// The file has lost its last name.
+    pub(crate) fn is_last(&self) {
+        self.last.store(true, Ordering::Relaxed);
+    }
 }
 
 impl Drop for Pinned {
     fn drop(&mut self) {
+        if *self.last.get_mut()
+            && let Some(quota) = self.pins.quota.get()
+            && let Ok(stat) = stat_fd(self.fd.as_fd())
+        {
+            crate::hooks::released(&**quota, Kind::File, &stat);
+        }
         self.pins.left.fetch_add(1, Ordering::AcqRel);
     }
 }

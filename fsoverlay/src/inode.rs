@@ -17,6 +17,7 @@
 //! | a shard of the table | counts of lookups |
 
 use std::collections::HashMap;
+use std::os::fd::AsFd;
 use std::sync::{Arc, OnceLock, Weak};
 
 use rustix::fs::AtFlags;
@@ -24,7 +25,8 @@ use rustix::fs::AtFlags;
 use crate::attr::{Key, Kind, Meta, Stat};
 use crate::errno::{Errno, Res};
 use crate::handle::{Fd, FdSlot, Pinned};
-use crate::layer::{InodeNumbers, RealDir};
+use crate::hooks::Quota;
+use crate::layer::{InodeNumbers, RealDir, stat_at};
 use crate::readdir::Listing;
 use crate::sync::{Mutex, RwLock};
 
@@ -55,10 +57,18 @@ pub(crate) enum Place {
 pub(crate) struct Parked {
     pub(crate) work: Fd,
     pub(crate) name: Box<[u8]>,
+    /// Is told if the file is gone with this name.
+    pub(crate) quota: Option<Arc<dyn Quota>>,
 }
 
 impl Drop for Parked {
     fn drop(&mut self) {
+        if let Some(quota) = &self.quota
+            && let Ok(stat) = stat_at(self.work.as_fd(), &self.name)
+            && stat.nlink <= 1
+        {
+            crate::hooks::released(&**quota, Kind::File, &stat);
+        }
         if let Err(err) = rustix::fs::unlinkat(&self.work, &*self.name, AtFlags::empty()) {
             tracing::debug!(?err, "cannot remove a parked file");
         }

@@ -81,6 +81,21 @@ impl RealDir {
         drop(old);
     }
 
+    /// Path below the root of the layer.
+    pub(crate) fn path(&self) -> std::path::PathBuf {
+        let mut names = Vec::new();
+        let mut next = self.position.lock().clone();
+        while let Some((parent, name)) = next {
+            names.push(name);
+            next = parent.position.lock().clone();
+        }
+        names
+            .iter()
+            .rev()
+            .map(|name| <std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(name))
+            .collect()
+    }
+
     /// Whether `name` in here is shown as an empty directory.
     pub(crate) fn hides(&self, name: &[u8]) -> bool {
         self.hidden.as_ref().and_then(|h| h.children.get(name)).is_some_and(|h| h.terminal)

@@ -22,6 +22,7 @@
 //!                │
 //!             inode, layer, handle, sidecar, attr, acl ── objects, real directories,
 //!                │            descriptors, owners of links, records
+//!                │  hooks, journal   counts, quota, rates, what was used and what changed
 //!               sys           the only unsafe lines
 //! ```
 //!
@@ -32,14 +33,14 @@
 //!
 //! ```no_run
 //! # fn passed_by_the_mounting_process() -> std::os::fd::OwnedFd { std::io::pipe().unwrap().0.into() }
-//! use fsoverlay::{LayerSpec, Overlay, OverlaySpec, Owners, UpperSpec};
+//! use fsoverlay::{LayerSpec, Overlay, OverlaySpec, UpperSpec};
 //!
 //! let overlay = Overlay::open(&OverlaySpec {
-//!     layers: vec![LayerSpec { dir: "/".into(), owners: Owners::Numeric, hidden: vec!["proc".into()] }],
-//!     generated: vec![],
+//!     layers: vec![LayerSpec { dir: "/".into(), hidden: vec!["proc".into()], ..LayerSpec::default() }],
 //!     upper: Some(UpperSpec { dir: "/home/me/box/upper".into(), work: "/home/me/box/work".into() }),
 //!     squash: Some((0, 0)),
 //!     workers: 2,
+//!     ..OverlaySpec::default()
 //! })?;
 //! let server = overlay.serve(passed_by_the_mounting_process())?;
 //! server.join();
@@ -74,7 +75,10 @@ mod export;
 mod fs;
 mod generated;
 mod handle;
+mod hooks;
 mod inode;
+mod journal;
+mod later;
 mod layer;
 mod lookup;
 mod mount;
@@ -92,9 +96,13 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-pub use changes::{Change, ChangeKind, changes, changes_of};
+pub use changes::{Change, ChangeKind, changes, changes_in, changes_of};
 pub use config::*;
 pub use export::export;
+pub use hooks::{
+    Access, AccessKind, Counters, Direction, Growth, Hooks, Quota, RateLimit, Refusal, Space, Trace, Usage,
+};
+pub use journal::ChangedDir;
 pub use mount::{MountSpec, Mounted};
 
 /// setxattr(2) of this name with the value `UID:GID` (decimal, `-1` keeps) on an
@@ -191,6 +199,13 @@ impl Overlay {
         Ok(Self { engine: engine::Engine::open(spec)?, workers: spec.workers.max(1) })
     }
 
+    /// Lets the embedder look on and have a say.
+    #[must_use]
+    pub fn with_hooks(mut self, hooks: Hooks) -> Self {
+        self.engine.set_hooks(hooks);
+        self
+    }
+
     /// Answers the kernel's INIT on `fuse`, which must be mounted, and starts the
     /// workers.
     ///
@@ -235,6 +250,18 @@ impl Server {
     /// If the upper cannot be read, the answer is true: nothing may be thrown away.
     pub fn changed(&self) -> bool {
         self.shared.engine.changed().unwrap_or(true)
+    }
+
+    /// What was asked of the overlay so far.
+    pub fn counters(&self) -> Counters {
+        self.shared.engine.counts.read()
+    }
+
+    /// The directories in which something changed since the overlay was opened, for [`changes_in`];
+    /// `None` if they are not all known ([`Hooks::journal`] is too small, or a file was changed of which
+    /// not all names are known): then [`changes_of`] must look at the whole upper.
+    pub fn journal(&self) -> Option<Vec<ChangedDir>> {
+        self.shared.engine.journal()
     }
 
     /// Waits until the mount is gone.

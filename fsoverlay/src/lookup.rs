@@ -16,6 +16,7 @@ use crate::attr::{Attr, Key, Kind, Meta, Stat};
 use crate::engine::{Engine, gone_below};
 use crate::errno::{Errno, Res};
 use crate::generated::GenBody;
+use crate::hooks::AccessKind;
 use crate::inode::{DirState, Inner, Link, NewNode, Node, Place};
 use crate::layer::{InodeNumbers, RealDir, UPPER, stat_at};
 use crate::redirect::{Descent, InMemory, Step};
@@ -399,6 +400,9 @@ impl Engine {
             let state = parent.dir()?.state.read();
             let found = self.resolve(parent, &state, name)?.ok_or(Errno::NOENT)?;
             let below = matches!(found.place, Place::Lower { .. } | Place::Generated(_));
+            if self.hooks.trace.is_some() {
+                self.trace_found(&found);
+            }
             (self.intern(parent, name, found), below)
         };
         if below && node.kind != Kind::Dir && node.is_upper() {
@@ -409,6 +413,15 @@ impl Engine {
             return Ok((node, None));
         }
         Ok((node, stat))
+    }
+
+    /// Of a directory the topmost layer counts, as for its attributes.
+    fn trace_found(&self, found: &Found) {
+        match (&found.place, found.state.lowers.first()) {
+            (Place::Lower { dir, name }, _) => self.trace(dir, Some(name), AccessKind::LookedUp),
+            (_, Some(dir)) if found.upper.is_none() => self.trace(dir, None, AccessKind::LookedUp),
+            _ => {}
+        }
     }
 
     /// Whether something of this name would show if the upper had nothing at it. The

@@ -24,6 +24,7 @@ use rustix::fs::RawDir;
 use crate::attr::{Key, Kind};
 use crate::engine::{Engine, gone_below};
 use crate::errno::{Errno, Res};
+use crate::hooks::AccessKind;
 use crate::inode::{DirState, Node, ROOT};
 use crate::layer::{InodeNumbers, RealDir, UPPER, open_for_reading, stat_at};
 use crate::sync::Mutex;
@@ -194,6 +195,7 @@ impl Engine {
             Err(err) if dir.layer != UPPER && gone_below(err) => return Ok(Vec::new()),
             Err(err) => return Err(err),
         };
+        self.trace(dir, None, AccessKind::Listed);
         let mut entries = Vec::new();
         for_each_entry(&fd, |name, kind, ino| {
             entries.push(RawEntry { name: name.into(), kind, ino });

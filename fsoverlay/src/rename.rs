@@ -147,6 +147,13 @@ impl Engine {
         }
         self.copy_up(parent)?;
         self.copy_up(new_parent)?;
+        for dir in [parent, new_parent] {
+            self.note_entry(dir);
+        }
+        self.note_moved(&source);
+        if let (How::Exchange, Some(target)) = (how, &target) {
+            self.note_moved(target);
+        }
         let held = match &target {
             Some(target) if how != How::Exchange => self.hold(target),
             _ => Held::NotNeeded,

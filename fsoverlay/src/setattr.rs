@@ -46,7 +46,7 @@ fn spec(time: Option<SetTime>) -> Timespec {
 
 impl Engine {
     pub(crate) fn set_attr(&self, node: &Arc<Node>, set: SetAttr) -> Res<Attr> {
-        let SetAttr { perm, uid, gid, size, kill, atime, mtime } = set;
+        let SetAttr { perm, uid, gid, size, atime, mtime, .. } = set;
         self.upper()?;
         if size.is_some() && node.kind != Kind::File {
             return Err(if node.kind == Kind::Dir { Errno::ISDIR } else { Errno::INVAL });
@@ -57,6 +57,13 @@ impl Engine {
         }
         self.copy_up_limited(node, size.unwrap_or(u64::MAX))?;
         self.touch_meta(node)?;
+        self.settled(node, || self.apply(node, set))?;
+        self.attr(node)
+    }
+
+    /// The same for an object of the upper.
+    fn apply(&self, node: &Arc<Node>, set: SetAttr) -> Res<()> {
+        let SetAttr { perm, uid, gid, size, kill, atime, mtime } = set;
         if let Some(size) = size {
             match self.open_file(node, true)? {
                 Content::File(fd) => rustix::fs::ftruncate(&fd, size)?,
@@ -89,16 +96,16 @@ impl Engine {
                 Target::None => {}
             }
         }
-        self.attr(node)
+        Ok(())
     }
 
     /// Notes a change that is about to happen to an object's attributes.
-    pub(crate) fn touch_meta(&self, node: &Node) -> Res<()> {
+    pub(crate) fn touch_meta(&self, node: &Arc<Node>) -> Res<()> {
         let upper = self.touch()?;
         if node.kind == Kind::Dir {
             upper.dir_meta_changed.store(true, Ordering::Release);
         }
-        Ok(())
+        self.note_object(node)
     }
 
     /// What a change of content takes away: file capabilities always, set*id bits if `kill` says so.

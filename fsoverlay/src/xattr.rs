@@ -338,7 +338,7 @@ impl Engine {
         }
         let (target, _) = self.target(node)?;
         let at = target.at().ok_or(Errno::OPNOTSUPP)?;
-        match sys::set_xattr(at, &disk, value, flags) {
+        match self.settled(node, || sys::set_xattr(at, &disk, value, flags)) {
             // A symbolic link cannot hold a record.
             Err(Errno::PERM) if node.kind == Kind::Symlink => Err(Errno::OPNOTSUPP),
             other => other,
@@ -357,7 +357,8 @@ impl Engine {
         self.copy_up(node)?;
         self.touch_meta(node)?;
         let (target, _) = self.target(node)?;
-        sys::remove_xattr(target.at().ok_or(Errno::NODATA)?, &disk)
+        let at = target.at().ok_or(Errno::NODATA)?;
+        self.settled(node, || sys::remove_xattr(at, &disk))
     }
 
     /// Stores or removes an ACL and makes the mode agree with it.
@@ -376,11 +377,17 @@ impl Engine {
         self.upper()?;
         self.copy_up(node)?;
         self.touch_meta(node)?;
+        self.settled(node, || self.apply_acl(node, name, acl.as_ref(), caller))
+    }
+
+    /// The same for an object of the upper, with an ACL that is one.
+    fn apply_acl(&self, node: &Arc<Node>, name: &str, acl: Option<&Acl>, caller: (u32, u32)) -> Res<()> {
+        let access = name == ACL_ACCESS;
         let disk = format!("{OURS}{name}");
         let (target, _) = self.target(node)?;
         let at = target.at().ok_or(Errno::OPNOTSUPP)?;
         // An access ACL that says no more than a mode is only a mode.
-        let stored = acl.as_ref().filter(|acl| !access || !acl.is_minimal());
+        let stored = acl.filter(|acl| !access || !acl.is_minimal());
         match stored {
             Some(acl) => sys::set_xattr(at, &disk, &acl.to_bytes(), XattrFlags::empty())?,
             None => match sys::remove_xattr(at, &disk) {
@@ -398,7 +405,7 @@ impl Engine {
             inner.has_acl = stored.is_some();
             inner.meta
         };
-        if let Some(acl) = &acl {
+        if let Some(acl) = acl {
             meta.perm = meta.perm & 0o7000 | acl.mode();
             if caller.0 != 0 && caller.1 != meta.gid {
                 meta.perm &= !0o2000;

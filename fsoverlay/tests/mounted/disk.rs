@@ -150,12 +150,11 @@ pub(crate) fn spec(world: &World) -> OverlaySpec {
                     count: 1,
                 }],
             },
-            hidden: Vec::new(),
+            ..LayerSpec::default()
         }],
-        generated: Vec::new(),
         upper: Some(UpperSpec { dir: world.upper(), work: world.path("work") }),
         squash: Some((0, 0)),
-        workers: 1,
+        ..OverlaySpec::default()
     }
 }
 

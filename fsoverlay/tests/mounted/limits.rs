@@ -22,6 +22,8 @@ pub(crate) const CASES: &[Case] = &[
     Case { name: "large_copy_ups_hold_up_nobody_else", outside: large_files, inside: stop_below },
     Case { name: "a_seek_holds_up_no_other", outside: sparse_files, inside: seek_above },
     Case { name: "syncs_hold_up_nobody_else", outside: files_to_sync, inside: sync_above },
+    Case { name: "a_limit_on_rates_holds_up_nobody_else", outside: held_files, inside: read_held },
+    Case { name: "what_is_asked_is_counted", outside: counted, inside: ask },
     Case { name: "concurrent_copy_ups_are_one", outside: shared_file, inside: race },
     Case { name: "threads_in_one_tree", outside: storm_over, inside: storm },
 ];
@@ -300,6 +302,74 @@ fn sync_above(args: &[String]) -> Check {
     let mut read = [0; 5];
     beside_long(server, |i| files[i].sync_all(), || small.read_exact_at(&mut read, 0))?;
     same!(&read, b"small");
+    Ok(())
+}
+
+/// As many files as reads are held, which is more than there are workers.
+fn held_files(world: &mut World) -> Check {
+    for i in 0..LARGE {
+        fs::write(world.lower().join(format!("file{i}")), format!("content{i}"))?;
+    }
+    world.mount().with("--hold-reads", format!("{LARGE}:5")).run()?;
+    no_leftovers(world)
+}
+
+fn read_held(_: &[String]) -> Check {
+    let files = (0..LARGE).map(|i| File::open(format!("file{i}"))).collect::<Result<Vec<_>, _>>()?;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> =
+            files.iter().map(|file| scope.spawn(move || std::io::read_to_string(file))).collect();
+        // Each asks the server, which begins with what was asked first.
+        for i in 0..20 {
+            fs::create_dir(format!("made{i}"))?;
+        }
+        holds!(threads.iter().all(|thread| !thread.is_finished()));
+        for (i, thread) in threads.into_iter().enumerate() {
+            let text = thread.join().map_err(|_| "a thread panicked")??;
+            same!(text, format!("content{i}"));
+        }
+        Ok(())
+    })
+}
+
+fn counted(world: &mut World) -> Check {
+    fs::write(world.lower().join("read"), vec![b'r'; 1 << 20])?;
+    fs::write(world.lower().join("changed"), vec![b'c'; 64 << 10])?;
+    let output = world.mount().output()?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    holds!(output.status.success(), "{text}");
+    let count = |name: &str| -> Result<u64, Failure> {
+        let (_, rest) = text.split_once(&format!(" {name}: ")).ok_or(format!("no {name} in {text}"))?;
+        Ok(rest.split(|c: char| !c.is_ascii_digit()).next().unwrap_or_default().parse()?)
+    };
+    same!(count("read_bytes")?, 1 << 20);
+    same!(count("written_bytes")?, 12288);
+    same!((count("copied_up")?, count("copied_bytes")?), (1, 64 << 10));
+    // Three names made or removed, and a mode; and the kernel's own setting of times.
+    holds!(
+        count("changes")? >= 4 && count("lookups")? >= 4 && count("reads")? >= 1 && count("listings")? >= 1,
+        "{text}"
+    );
+    holds!(count("writes")? >= 2 && count("writes")? <= 4, "{text}");
+    same!(count("panics")?, 0);
+    Ok(())
+}
+
+fn ask(_: &[String]) -> Check {
+    same!(fs::read("read")?.len(), 1 << 20);
+    // From the kernel's cache.
+    same!(fs::read("read")?.len(), 1 << 20);
+    let file = OpenOptions::new().write(true).open("changed")?;
+    file.write_all_at(&[b'x'; 4096], 0)?;
+    file.sync_all()?;
+    drop(file);
+    fs::create_dir("dir")?;
+    let new = File::create("dir/new")?;
+    new.write_all_at(&[b'x'; 8192], 0)?;
+    new.sync_all()?;
+    new.set_permissions(fs::Permissions::from_mode(0o600))?;
+    fs::read_dir("dir")?.count();
+    fs::remove_file("dir/new")?;
     Ok(())
 }
 
