@@ -476,7 +476,7 @@ impl Engine {
     }
 
     /// Puts back the times of a directory that was changed for our own ends.
-    fn restore_times(&self, dir: BorrowedFd<'_>, before: &Stat) {
+    pub(crate) fn restore_times(&self, dir: BorrowedFd<'_>, before: &Stat) {
         if let Err(err) = rustix::fs::utimensat(dir, c".", &timestamps(before), AtFlags::SYMLINK_NOFOLLOW) {
             tracing::debug!(?err, "cannot put a directory's times back");
         }

@@ -14,7 +14,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, XattrFlags};
 use crate::attr::Kind;
 use crate::engine::{Engine, Upper};
 use crate::errno::{Errno, Res};
-use crate::layer::{RealDir, open_for_reading, stat_at};
+use crate::layer::{RealDir, open_for_reading, stat_at, stat_fd};
 use crate::sys::{self, At};
 use crate::xattr::{OPAQUE, WHITEOUT, WHITEOUTS};
 
@@ -172,12 +172,20 @@ impl Engine {
             }
             true
         })?;
-        for name in suspects {
-            if self.is_whiteout(dir, &name)? {
-                rustix::fs::unlinkat(&fd, &*name, AtFlags::empty())?;
-            }
+        if suspects.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        // Nothing that shows has changed.
+        let before = stat_fd(fd.as_fd())?;
+        let removed = suspects.iter().try_for_each(|name| {
+            if self.is_whiteout(dir, name)? {
+                rustix::fs::unlinkat(&fd, &**name, AtFlags::empty())
+            } else {
+                Ok(())
+            }
+        });
+        self.restore_times(fd.as_fd(), &before);
+        removed
     }
 
     /// Removes a directory that holds nothing but whiteouts, after it was moved into the

@@ -472,11 +472,11 @@ fn storm(_: &[String]) -> Check {
 }
 
 fn storm_thread(seed: u64) -> Check {
-    let mut random = crate::random::Random::new(seed);
+    let mut random = crate::operation::Random::new(seed);
     let names =
         ["dir", "dir/sub", "dir/sub/deep", "dir/a", "dir/b", "file", "dir/sub/c", "empty", "new", "dir/new"];
     for _ in 0..400 {
-        let path = |random: &mut crate::random::Random| {
+        let path = |random: &mut crate::operation::Random| {
             format!("t{}/{}", random.below(6), names[random.below(names.len())])
         };
         let (a, b) = (path(&mut random), path(&mut random));

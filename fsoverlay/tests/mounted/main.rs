@@ -13,6 +13,7 @@
 mod disk;
 mod harness;
 mod limits;
+mod operation;
 mod owners;
 mod random;
 mod redirects;

@@ -977,23 +977,23 @@ fn deep(_: &[String]) -> Check {
 }
 
 /// A shared mapping of the beginning of a file.
-struct Mapping {
+pub(crate) struct Mapping {
     address: *mut core::ffi::c_void,
     length: usize,
 }
 
 #[expect(unsafe_code, reason = "mappings are what is tested")]
 impl Mapping {
-    fn new(file: &File, length: usize) -> Result<Self, Failure> {
+    fn new(file: &File, length: usize) -> std::io::Result<Self> {
         Self::map(file, length, nix::sys::mman::ProtFlags::PROT_READ)
     }
 
-    fn new_writable(file: &File, length: usize) -> Result<Self, Failure> {
+    pub(crate) fn new_writable(file: &File, length: usize) -> std::io::Result<Self> {
         Self::map(file, length, nix::sys::mman::ProtFlags::PROT_READ | nix::sys::mman::ProtFlags::PROT_WRITE)
     }
 
-    fn map(file: &File, length: usize, protection: nix::sys::mman::ProtFlags) -> Result<Self, Failure> {
-        let size = std::num::NonZeroUsize::new(length).ok_or("an empty mapping")?;
+    fn map(file: &File, length: usize, protection: nix::sys::mman::ProtFlags) -> std::io::Result<Self> {
+        let size = std::num::NonZeroUsize::new(length).ok_or(std::io::ErrorKind::InvalidInput)?;
         // SAFETY: a new mapping at an address of the kernel's choice; no Rust object is
         // there.
         let address = unsafe {
@@ -1009,7 +1009,15 @@ impl Mapping {
         (0..self.length).map(|i| unsafe { start.add(i).read_volatile() }).collect()
     }
 
-    fn bytes_mut(&mut self) -> &mut [u8] {
+    /// Waits until what was written is in the file (msync).
+    pub(crate) fn sync(&self) -> std::io::Result<()> {
+        let start = std::ptr::NonNull::new(self.address).ok_or(std::io::ErrorKind::InvalidInput)?;
+        // SAFETY: the mapping is that long, and stays.
+        unsafe { nix::sys::mman::msync(start, self.length, nix::sys::mman::MsFlags::MS_SYNC)? };
+        Ok(())
+    }
+
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: the mapping is that long, writable, and borrowed mutably for as long.
         unsafe { std::slice::from_raw_parts_mut(self.address.cast(), self.length) }
     }
