@@ -84,7 +84,7 @@ fn open_error(path: &std::path::Path, source: Errno) -> Error {
 }
 
 impl Engine {
-    /// Opens what the spec names. No directory is read and no thread started.
+    /// Opens what the spec names. No directory but the work directory is read, and no thread started.
     pub(crate) fn open(spec: &OverlaySpec) -> Result<Self, Error> {
         let mut layers = Vec::with_capacity(spec.layers.len());
         for (index, layer) in spec.layers.iter().enumerate() {
@@ -478,6 +478,10 @@ impl Upper {
             Err(err) => return Err(open_error(&spec.dir, err)),
         }
         let work = Arc::new(work);
+        if let Err(err) = remove_leftovers(work.as_fd()) {
+            // They take room, and nothing looks at them.
+            tracing::debug!(?err, "the work directory cannot be cleaned");
+        }
         Ok(Self {
             root: RealDir::root(UPPER, Arc::new(dir), stat.key, None),
             sidecar: Sidecar::new(work.clone()),
@@ -514,6 +518,33 @@ impl Upper {
     pub(crate) fn held_something(&self) -> bool {
         self.held_something.load(Ordering::Acquire)
     }
+}
+
+/// Removes what a killed server left in the work directory: files on their way into the upper or out of
+/// it, and directories with whiteouts at most.
+fn remove_leftovers(work: BorrowedFd<'_>) -> Res<()> {
+    let mut names: Vec<Box<[u8]>> = Vec::new();
+    crate::readdir::for_each_entry(&crate::layer::open_for_reading(work)?, |name, _, _| {
+        if is_temp_name(name) {
+            names.push(name.into());
+        }
+        true
+    })?;
+    for name in names {
+        let removed = match rustix::fs::unlinkat(work, &*name, AtFlags::empty()) {
+            Err(Errno::ISDIR) => crate::whiteout::remove_flat_dir(work, &name),
+            other => other,
+        };
+        if let Err(err) = removed {
+            tracing::debug!(?err, "a left-over stays in the work directory");
+        }
+    }
+    Ok(())
+}
+
+/// Whether [`Upper::temp_name`] can have made this name.
+fn is_temp_name(name: &[u8]) -> bool {
+    name.split_first().is_some_and(|(first, rest)| *first == b'#' && rest.iter().all(u8::is_ascii_hexdigit))
 }
 
 /// The root directory. Its owner and mode are those of the topmost layer until they are

@@ -189,8 +189,8 @@ pub struct Overlay {
 }
 
 impl Overlay {
-    /// Opens the layers and the upper and checks them. Reads no directory and starts no
-    /// thread: it can run before or beside the mount.
+    /// Opens the layers and the upper and checks them, and removes what a killed server left in the work
+    /// directory. Reads no other directory and starts no thread: it can run before or beside the mount.
     ///
     /// # Errors
     /// If a directory cannot be opened, the upper cannot hold xattrs, or work and upper

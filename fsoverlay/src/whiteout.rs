@@ -5,7 +5,7 @@
 //! kernel reads since 6.8: an empty file with the xattr `user.overlay.whiteout`, in a
 //! directory marked `user.overlay.opaque=x`.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -191,22 +191,24 @@ impl Engine {
     /// Removes a directory that holds nothing but whiteouts, after it was moved into the
     /// work directory. A failure leaves garbage there only.
     pub(crate) fn discard_temp_dir(&self, name: &[u8]) {
-        let discard = || -> Res<()> {
-            let upper = self.upper()?;
-            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let fd = rustix::fs::openat(&upper.work, name, flags, Mode::empty())?;
-            let mut names: Vec<Box<[u8]>> = Vec::new();
-            crate::readdir::for_each_entry(&fd, |name, _, _| {
-                names.push(name.into());
-                true
-            })?;
-            for entry in names {
-                rustix::fs::unlinkat(&fd, &*entry, AtFlags::empty())?;
-            }
-            rustix::fs::unlinkat(&upper.work, name, AtFlags::REMOVEDIR)
-        };
+        let discard = || remove_flat_dir(self.upper()?.work.as_fd(), name);
         if let Err(err) = discard() {
             tracing::debug!(?err, "cannot remove a replaced directory from the work directory");
         }
     }
+}
+
+/// Removes a directory in which there is no other.
+pub(crate) fn remove_flat_dir(parent: BorrowedFd<'_>, name: &[u8]) -> Res<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = rustix::fs::openat(parent, name, flags, Mode::empty())?;
+    let mut names: Vec<Box<[u8]>> = Vec::new();
+    crate::readdir::for_each_entry(&fd, |name, _, _| {
+        names.push(name.into());
+        true
+    })?;
+    for entry in names {
+        rustix::fs::unlinkat(&fd, &*entry, AtFlags::empty())?;
+    }
+    rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)
 }

@@ -11,6 +11,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a test runner reports on its output")]
 
 mod disk;
+mod durability;
 mod harness;
 mod limits;
 mod operation;
@@ -33,6 +34,7 @@ fn cases() -> Vec<Case> {
     cases.extend(steps::CASES);
     cases.extend(redirects::CASES);
     cases.extend(random::CASES);
+    cases.extend(durability::CASES);
     cases
 }
 

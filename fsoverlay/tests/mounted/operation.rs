@@ -188,6 +188,41 @@ impl Operation {
         self.what == What::Link
     }
 
+    /// Whether it is about a descriptor that is kept.
+    pub(crate) fn keeps(&self) -> bool {
+        use What::{
+            Allocate, ChangeKept, Close, CopyRange, Map, Open, ReadKept, Seek, StatKept, Sync, TruncateKept,
+            WriteKept,
+        };
+        matches!(
+            self.what,
+            Allocate
+                | ChangeKept
+                | Close
+                | CopyRange
+                | Map
+                | Open
+                | ReadKept
+                | Seek
+                | StatKept
+                | Sync
+                | TruncateKept
+                | WriteKept
+        )
+    }
+
+    /// Whether it changes what names there are.
+    pub(crate) fn counts_names(&self) -> bool {
+        use What::{Exchange, Link, Rename, RenameNoReplace, Unlink};
+        matches!(self.what, Exchange | Link | Rename | RenameNoReplace | Unlink)
+    }
+
+    /// The two names of a rename, if none of them is a way through a link.
+    pub(crate) fn renames(&self) -> Option<(PathBuf, PathBuf)> {
+        let plain = |path: &Path| path.components().filter(|c| *c != std::path::Component::CurDir).collect();
+        matches!(self.what, What::Rename | What::RenameNoReplace).then(|| (plain(&self.a), plain(&self.b)))
+    }
+
     /// Does it; the text is what it has shown.
     pub(crate) fn run(&self, site: &mut Site) -> std::io::Result<String> {
         let (a, b) = (site.base.join(&self.a), site.base.join(&self.b));

@@ -225,9 +225,9 @@ fn set_old_times(dir: &Path) -> Check {
 }
 
 /// What is compared of each object, by its path.
-type Tree = BTreeMap<PathBuf, String>;
+pub(crate) type Tree = BTreeMap<PathBuf, String>;
 
-fn tree(dir: &Path) -> Result<Tree, Failure> {
+pub(crate) fn tree(dir: &Path) -> Result<Tree, Failure> {
     fn add(dir: &Path, at: &Path, all: &mut Tree) -> Check {
         for entry in fs::read_dir(dir)? {
             let path = entry?.path();
@@ -476,14 +476,14 @@ fn look(at: &Path, reference: Reference, whose: &str) -> Check {
 }
 
 /// The text about an object without some words.
-fn without(what: &str, words: std::ops::Range<usize>) -> String {
+pub(crate) fn without(what: &str, words: std::ops::Range<usize>) -> String {
     let left = what.split(' ').enumerate().filter(|(at, _)| !words.contains(at));
     left.map(|(_, word)| word).collect::<Vec<_>>().join(" ")
 }
 
 /// The text about an object without our marks, which are attributes to others, and perhaps without mode and
 /// owner, which they record.
-fn kernels_view(what: &str, recorded: bool) -> String {
+pub(crate) fn kernels_view(what: &str, recorded: bool) -> String {
     let mut text = if recorded { without(what, 1..3) } else { what.to_owned() };
     if let Some((start, marks)) = text.rsplit_once('{') {
         let marks = marks.trim_end_matches('}').split("\", \"").map(|mark| mark.trim_matches('"'));
