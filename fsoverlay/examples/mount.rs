@@ -49,6 +49,8 @@ struct Args {
     kernel: bool,
     /// Say whether the upper was changed, and what was asked.
     report: bool,
+    /// How soon changes of the layers show.
+    live: Option<Duration>,
     /// Let so many reads wait for so long.
     held: Option<(usize, Duration)>,
     command: Vec<String>,
@@ -70,6 +72,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Outcome<Args> {
             "--workers" => args.workers = value()?.parse()?,
             "--kernel" => args.kernel = true,
             "--report" => args.report = true,
+            "--live" => args.live = Some(Duration::from_millis(value()?.parse()?)),
             "--hold-reads" => {
                 let text = value()?;
                 let (count, seconds) = text.split_once(':').ok_or("--hold-reads wants COUNT:SECONDS")?;
@@ -145,6 +148,7 @@ fn serve(args: &Args) -> Outcome<ExitCode> {
         generated: args.generated.clone(),
         upper,
         squash: (!args.range).then_some((0, 0)),
+        live: args.live,
         workers: args.workers,
     })?;
     let mut hooks = Hooks::default();

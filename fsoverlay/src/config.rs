@@ -1,6 +1,7 @@
 //! What an overlay is made of: plain data, checked by [`crate::Overlay::open`].
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Everything [`crate::Overlay::open`] needs to know. What is not said is off: fill in the rest with
 /// `..OverlaySpec::default()`.
@@ -16,6 +17,10 @@ pub struct OverlaySpec {
     /// Report every owner as this one (uid, gid): the mount's user namespace
     /// maps no other id. Owners asked for are still recorded.
     pub squash: Option<(u32, u32)>,
+    /// Others change the layers while they are mounted, and are to be seen doing so after this time.
+    /// It costs the kernel's gathering of writes, and a request for each listing and each name that is
+    /// used again later. `None`: layers do not change, and the kernel keeps what it knows for ever.
+    pub live: Option<Duration>,
     /// Threads that serve requests; 0 is 1.
     pub workers: usize,
 }

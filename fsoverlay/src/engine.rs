@@ -9,7 +9,7 @@ use std::hash::RandomState;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::{AtFlags, Mode, OFlags};
 
@@ -73,6 +73,8 @@ pub(crate) struct Engine {
     /// Keys the positions of directory entries.
     pub(crate) hasher: RandomState,
     pub(crate) opened: Time,
+    /// See [`crate::live`].
+    pub(crate) live: Option<Duration>,
     pub(crate) hooks: Hooks,
     pub(crate) counts: Counts,
     pub(crate) journal: Journal,
@@ -127,6 +129,7 @@ impl Engine {
             listings: Default::default(),
             hasher: RandomState::new(),
             opened,
+            live: spec.live,
             hooks: Hooks::default(),
             counts: Counts::default(),
             journal: Journal::default(),

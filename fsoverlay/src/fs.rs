@@ -2,7 +2,7 @@
 //!
 //! What the kernel is told to do by itself, because each request costs as much as a dozen
 //! system calls (all of it needs one fact: nobody but this mount changes the upper, and
-//! layers do not change):
+//! layers do not change; where they do, see [`crate::live`]):
 //!
 //! - names, missing names and attributes are valid for ever;
 //! - OPEN, OPENDIR, CREATE, FLUSH are answered `ENOSYS` once and never come again: a file
@@ -34,10 +34,10 @@ use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
-    BsdFileFlags, CopyFileRangeFlags, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo,
-    InitFlags, KernelConfig, LockOwner, Notifier, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
-    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, CopyFileRangeFlags, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, KernelConfig, LockOwner, Notifier, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use rustix::fs::XattrFlags;
 
@@ -347,17 +347,28 @@ impl FuseFs {
         Ok(())
     }
 
+    /// How long the kernel may keep what it is told of a node.
+    fn ttl(&self, node: &Node) -> Duration {
+        self.engine().lasting(node).unwrap_or(TTL)
+    }
+
+    /// How long it may keep that a name is missing in a directory.
+    fn ttl_of_missing(&self, dir: INodeNo) -> Duration {
+        let lasting = || self.engine().lasting_names(&*self.engine().node(dir.0).ok()?);
+        self.engine().live.and_then(|_| lasting()).unwrap_or(TTL)
+    }
+
     /// Attributes for a reply that lets the kernel know the node.
     fn known(&self, node: &Arc<Node>, attr: &Attr) -> FileAttr {
         self.engine().table.remember(node);
         file_attr(attr)
     }
 
-    fn make(&self, parent: INodeNo, name: &OsStr, new: &NewObject<'_>) -> Res<FileAttr> {
+    fn make(&self, parent: INodeNo, name: &OsStr, new: &NewObject<'_>) -> Res<(FileAttr, Duration)> {
         let parent = self.engine().node(parent.0)?;
         let node = self.engine().create(&parent, bytes_of(name), new)?;
         let attr = self.engine().attr(&node)?;
-        Ok(self.known(&node, &attr))
+        Ok((self.known(&node, &attr), self.ttl(&node)))
     }
 
     /// Runs a change of a file's content. Its reply holds no attributes: if the mode changed with it,
@@ -479,16 +490,19 @@ impl Filesystem for FuseFs {
             InitFlags::FUSE_DO_READDIRPLUS,
             InitFlags::FUSE_READDIRPLUS_AUTO,
             InitFlags::FUSE_ASYNC_DIO,
-            InitFlags::FUSE_WRITEBACK_CACHE,
             InitFlags::FUSE_NO_OPEN_SUPPORT,
             InitFlags::FUSE_PARALLEL_DIROPS,
             InitFlags::FUSE_POSIX_ACL,
             InitFlags::FUSE_MAX_PAGES,
-            InitFlags::FUSE_CACHE_SYMLINKS,
             InitFlags::FUSE_NO_OPENDIR_SUPPORT,
             InitFlags::FUSE_HANDLE_KILLPRIV_V2,
         ];
-        for flag in wanted {
+        // See `live`.
+        let more: &[_] = match self.engine().live {
+            None => &[InitFlags::FUSE_WRITEBACK_CACHE, InitFlags::FUSE_CACHE_SYMLINKS],
+            Some(_) => &[InitFlags::FUSE_AUTO_INVAL_DATA],
+        };
+        for flag in wanted.into_iter().chain(more.iter().copied()) {
             if config.add_capabilities(flag).is_err() {
                 tracing::debug!(?flag, "not offered by the kernel");
             }
@@ -512,8 +526,8 @@ impl Filesystem for FuseFs {
                 .node(parent.0)
                 .and_then(|parent| self.engine().lookup_attr(&parent, bytes_of(name)));
             match found {
-                Ok((node, attr)) => reply.entry(&TTL, &self.known(&node, &attr), GENERATION),
-                Err(Errno::NOENT) => reply.entry(&TTL, &no_entry(), GENERATION),
+                Ok((node, attr)) => reply.entry(&self.ttl(&node), &self.known(&node, &attr), GENERATION),
+                Err(Errno::NOENT) => reply.entry(&self.ttl_of_missing(parent), &no_entry(), GENERATION),
                 Err(err) => reply.error(errno(err)),
             }
         });
@@ -524,8 +538,9 @@ impl Filesystem for FuseFs {
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        self.run("getattr", ino, || match self.on(ino, |n| self.engine().attr(n)) {
-            Ok(attr) => reply.attr(&TTL, &file_attr(&attr)),
+        let ask = |node: &Arc<Node>| Ok((self.engine().attr_now(node)?, self.ttl(node)));
+        self.run("getattr", ino, || match self.on(ino, ask) {
+            Ok((attr, ttl)) => reply.attr(&ttl, &file_attr(&attr)),
             Err(err) => reply.error(errno(err)),
         });
     }
@@ -660,7 +675,7 @@ impl Filesystem for FuseFs {
                 let parent = fs.engine().node(newparent.0)?;
                 fs.engine().link(node, &parent, bytes_of(&newname))?;
                 let attr = fs.engine().attr(node)?;
-                Ok(fs.known(node, &attr))
+                Ok((fs.known(node, &attr), fs.ttl(node)))
             })
         });
     }
@@ -694,8 +709,19 @@ impl Filesystem for FuseFs {
         reply.error(fuser::Errno::ENOSYS);
     }
 
-    fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        reply.error(fuser::Errno::ENOSYS);
+    fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        if self.engine().live.is_none() {
+            return reply.error(fuser::Errno::ENOSYS);
+        }
+        self.run("opendir", ino, || match self.engine().node(ino.0) {
+            Ok(node) if self.engine().lasting_names(&node).is_some() => {
+                reply.opened(FileHandle(0), FopenFlags::empty());
+            }
+            Ok(_) => {
+                reply.opened(FileHandle(0), FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE);
+            }
+            Err(err) => reply.error(errno(err)),
+        });
     }
 
     fn read(
@@ -964,7 +990,7 @@ impl FuseFs {
         match self.engine().lookup_attr(dir, &entry.name) {
             Ok((node, attr)) => {
                 let attr = self.known(&node, &attr);
-                let full = reply.add(INodeNo(attr.ino.0), next, name, &TTL, &attr, GENERATION);
+                let full = reply.add(INodeNo(attr.ino.0), next, name, &self.ttl(&node), &attr, GENERATION);
                 if full {
                     self.engine().table.forget(node.ino, 1);
                 }
@@ -979,9 +1005,9 @@ impl FuseFs {
     }
 }
 
-fn reply_made(made: Res<FileAttr>, reply: ReplyEntry) {
+fn reply_made(made: Res<(FileAttr, Duration)>, reply: ReplyEntry) {
     match made {
-        Ok(attr) => reply.entry(&TTL, &attr, GENERATION),
+        Ok((attr, ttl)) => reply.entry(&ttl, &attr, GENERATION),
         Err(err) => reply.error(errno(err)),
     }
 }

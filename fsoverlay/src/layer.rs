@@ -81,6 +81,11 @@ impl RealDir {
         drop(old);
     }
 
+    /// The directory that it is in, and its name there; `None` for the root.
+    pub(crate) fn position(&self) -> Option<(Arc<Self>, Arc<[u8]>)> {
+        self.position.lock().as_ref().map(|(parent, name)| (parent.clone(), Arc::from(&**name)))
+    }
+
     /// Path below the root of the layer.
     pub(crate) fn path(&self) -> std::path::PathBuf {
         let mut names = Vec::new();

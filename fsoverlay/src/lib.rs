@@ -52,7 +52,8 @@
 //!
 //! # What to know
 //!
-//! - A layer should not change while it is mounted. When a change shows is not defined; where a
+//! - A layer should not change while it is mounted, unless [`OverlaySpec::live`] says how soon that is
+//!   to show. Otherwise when a change shows is not defined; where a
 //!   replaced file is needed the answer is `ESTALE` until its name is looked up again, which
 //!   the kernel is made to do. Nothing outside the layer is reached.
 //! - One server per upper at a time.
@@ -80,6 +81,7 @@ mod inode;
 mod journal;
 mod later;
 mod layer;
+mod live;
 mod lookup;
 mod mount;
 mod readdir;

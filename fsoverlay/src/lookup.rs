@@ -19,6 +19,7 @@ use crate::generated::GenBody;
 use crate::hooks::AccessKind;
 use crate::inode::{DirState, Inner, Link, NewNode, Node, Place};
 use crate::layer::{InodeNumbers, RealDir, UPPER, stat_at};
+use crate::live::Fresh;
 use crate::redirect::{Descent, InMemory, Step};
 use crate::sys::At;
 use crate::xattr::Marks;
@@ -403,7 +404,18 @@ impl Engine {
             if self.hooks.trace.is_some() {
                 self.trace_found(&found);
             }
-            (self.intern(parent, name, found), below)
+            let fresh = self.live.map(|_| Fresh {
+                meta: found.meta,
+                key: found.key,
+                place: found.place.clone(),
+                lowers: found.state.lowers.clone(),
+                in_upper: found.upper.is_some(),
+            });
+            let known = self.intern(parent, name, found);
+            if let Some(fresh) = fresh {
+                self.renew(&known.0, fresh);
+            }
+            (known, below)
         };
         if below && node.kind != Kind::Dir && node.is_upper() {
             // A further name of a file that was copied up under another one.

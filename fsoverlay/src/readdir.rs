@@ -290,8 +290,8 @@ impl Engine {
     /// Whether a merged directory has no entry. The caller holds its lock.
     pub(crate) fn is_empty(&self, node: &Node, state: &DirState) -> Res<bool> {
         match &state.listing {
-            Some(listing) => Ok(listing.len() == 0),
-            None => Ok(self.build_listing(node, state)?.len() == 0),
+            Some(listing) if self.live.is_none() => Ok(listing.len() == 0),
+            _ => Ok(self.build_listing(node, state)?.len() == 0),
         }
     }
 
@@ -305,6 +305,10 @@ impl Engine {
         if offset < 2 {
             let parent = node.first_link().map_or(ROOT, |l| l.parent.ino);
             batch.push((2, Entry { name: b".."[..].into(), ino: parent, kind: Kind::Dir }));
+        }
+        if offset < 1 && self.lasting_names(node).is_some() {
+            let old = part.state.write().listing.take();
+            drop(old);
         }
         if let Some(listing) = &part.state.read().listing {
             batch.append(&mut listing.after(offset, count));

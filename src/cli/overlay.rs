@@ -197,6 +197,7 @@ fn overlay_spec(spec: &OverlayMountSpec, mountpoint: &Path) -> Result<OverlaySpe
         generated: Vec::new(),
         upper: upper.filter(|_| !spec.read_only),
         squash: None,
+        live: spec.live,
         workers: spec.threads.unwrap_or_else(default_threads),
     })
 }

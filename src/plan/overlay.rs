@@ -37,6 +37,7 @@ impl RootPlan {
             upper: self.upper.as_ref().map(|u| UpperSpec { dir: u.dir.clone(), work: u.work.clone() }),
             squash: ids.single(),
             workers,
+            ..OverlaySpec::default()
         }
     }
 }

@@ -6,6 +6,7 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -30,6 +31,8 @@ pub struct OverlayMountSpec {
     pub sync: bool,
     /// `allow_other`.
     pub allow_other: bool,
+    /// `timeout`: others change the layers, and that shows after this time.
+    pub live: Option<Duration>,
     /// Threads that serve; `None`: as many as are useful.
     pub threads: Option<usize>,
     /// The source that the table of mounts shows.
@@ -154,6 +157,11 @@ fn one(spec: &mut OverlayMountSpec, option: &[u8]) -> Result<(), OverlayOptionEr
             }
             spec.contexts.push(String::from_utf8_lossy(option).into_owned());
         }
+        "timeout" => {
+            let time = text().parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+            let time = time.ok_or_else(|| wrong("a number of seconds is wanted"))?;
+            spec.live = Some(time).filter(|time| *time < NEVER);
+        }
         "threaded" => match number()? {
             0 => spec.threads = Some(1),
             _ => spec.threads = spec.threads.filter(|&threads| threads > 1),
@@ -212,6 +220,9 @@ fn one(spec: &mut OverlayMountSpec, option: &[u8]) -> Result<(), OverlayOptionEr
     }
     Ok(())
 }
+
+/// A `timeout` as long as this says that layers do not change; fuse-overlayfs's default is 30 years.
+const NEVER: Duration = Duration::from_secs(24 * 3600);
 
 /// More threads than this are not useful.
 const MAX_THREADS: usize = 64;
@@ -314,6 +325,18 @@ mod tests {
     fn later_options_win() {
         let spec = parse(&["ro,lowerdir=/a".into(), "rw,lowerdir=/b,dev,nodev".into()]).expect("read");
         assert_eq!((spec.read_only, spec.dev, spec.lowers), (false, false, vec!["/b".into()]));
+    }
+
+    #[test]
+    fn timeouts() {
+        let live = |text: &str| read(&format!("lowerdir=/l,{text}")).map(|spec| spec.live);
+        assert_eq!(live("timeout=1"), Ok(Some(Duration::from_secs(1))));
+        assert_eq!(live("timeout=0.25"), Ok(Some(Duration::from_millis(250))));
+        assert_eq!(live("timeout=0"), Ok(Some(Duration::ZERO)));
+        assert_eq!(live("timeout=1000000000"), Ok(None));
+        for wrong in ["timeout", "timeout=", "timeout=-1", "timeout=nan", "timeout=1s"] {
+            assert!(live(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

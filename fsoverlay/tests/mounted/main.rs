@@ -13,6 +13,7 @@
 mod disk;
 mod durability;
 mod harness;
+mod layers;
 mod limits;
 mod operation;
 mod owners;
@@ -30,6 +31,7 @@ fn cases() -> Vec<Case> {
     cases.extend(semantics::CASES);
     cases.extend(owners::CASES);
     cases.extend(disk::CASES);
+    cases.extend(layers::CASES);
     cases.extend(limits::CASES);
     cases.extend(steps::CASES);
     cases.extend(redirects::CASES);
