@@ -467,7 +467,7 @@ impl Engine {
                         if seen.stat.kind() == Some(Kind::Dir)
                             && !seen.marks.opaque
                             && seen.marks.redirect.is_none()
-                            && (seen.marks.origin.is_some() || self.alias(seen.stat.key).is_some()) =>
+                            && seen.marks.origin.is_some() =>
                     {
                         work.push(RealDir::child(&dir, &name, seen.stat.key));
                     }

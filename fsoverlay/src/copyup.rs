@@ -29,7 +29,7 @@ use crate::hooks::{blocks, most_of_copy};
 use crate::inode::{Link, Node, Place, ROOT};
 use crate::layer::{RealDir, stat_at, stat_fd};
 use crate::sys::{self, At};
-use crate::xattr::{IMPURE, ORIGIN, RECORD, format_origin};
+use crate::xattr::{IMPURE, ORIGIN, RECORD};
 
 /// Copying this many bytes is more than others are made to wait for.
 pub(crate) const MUCH: u64 = 4 << 20;
@@ -153,7 +153,9 @@ impl Engine {
         rustix::fs::fchmod(&temp.fd, Mode::from_raw_mode(meta.disk_perm()))?;
         let at = At::Fd(temp.fd.as_fd());
         let has_record = self.write_record(at, &meta)?;
-        self.write_origin(at, node, &stat)?;
+        if stat.nlink <= 1 {
+            self.write_origin(at, node)?;
+        }
         rustix::fs::futimens(&temp.fd, &timestamps(&stat))?;
         let copied = blocks(&stat_fd(temp.fd.as_fd())?);
         self.place_copy(node, &stat, has_record, temp)?;
@@ -241,7 +243,7 @@ impl Engine {
         self.note_alias(node, from, key);
         let (old, queue) = {
             let mut inner = node.inner.lock();
-            inner.origin = Some(inner.key);
+            inner.origin = Some(node.ino);
             inner.key = key;
             inner.place = Place::Upper;
             inner.has_record = has_record;
@@ -259,26 +261,17 @@ impl Engine {
         Ok(())
     }
 
-    /// Where the origin mark cannot say the number, memory must.
+    /// Where nothing on disk says the number, memory must: after a remount the names of a hard link are
+    /// separate files again and must not share one.
     fn note_alias(&self, node: &Node, from: &Stat, key: crate::attr::Key) {
-        if !self.origin_says_number(node, from) {
+        if from.nlink > 1 {
             self.table.aliases.insert(key, node.ino);
         }
     }
 
-    fn origin_says_number(&self, node: &Node, from: &Stat) -> bool {
-        let can_hold = !matches!(node.kind, Kind::Symlink) && from.key.dev != 0;
-        // After a remount the names of a hard link are separate files again and must
-        // not share a number: so no mark for them.
-        let single = node.kind == Kind::Dir || from.nlink <= 1;
-        can_hold && single && self.numbers.number(from.key) == node.ino
-    }
-
-    pub(crate) fn write_origin(&self, at: At<'_>, node: &Node, from: &Stat) -> Res<()> {
-        if self.origin_says_number(node, from) {
-            sys::set_xattr(at, ORIGIN, format_origin(from.key).as_bytes(), XattrFlags::empty())?;
-        }
-        Ok(())
+    /// Notes the number that a copy goes on with.
+    fn write_origin(&self, at: At<'_>, node: &Node) -> Res<()> {
+        sys::set_xattr(at, ORIGIN, self.numbers.describe(node.ino).as_bytes(), XattrFlags::empty())
     }
 
     /// Writes the record of a new object if it needs one.
@@ -314,7 +307,7 @@ impl Engine {
             self.note_alias(node, from, key);
         }
         let mut inner = node.inner.lock();
-        inner.origin = Some(inner.key);
+        inner.origin = Some(node.ino);
         inner.key = key;
         inner.place = place;
         inner.has_record = has_record;
@@ -343,6 +336,9 @@ impl Engine {
             if meta.needs_record(self.default_owner) {
                 upper.sidecar.set_owner(&copy, Some((meta.uid, meta.gid)))?;
             }
+            if stat.nlink <= 1 {
+                upper.sidecar.set_number(&copy, &self.numbers.describe(node.ino))?;
+            }
             let mut placed = 0;
             let links = node.inner.lock().links.clone();
             for link in &links {
@@ -360,7 +356,7 @@ impl Engine {
                     self.mark_impure(dir)?;
                     self.note_alias(node, stat, copy.key);
                     let mut inner = node.inner.lock();
-                    inner.origin = Some(inner.key);
+                    inner.origin = Some(node.ino);
                     inner.key = copy.key;
                     inner.place = Place::Upper;
                     if let Some(at) = inner.links.iter().position(|l| l.is(&link.parent, &link.name)) {
@@ -428,11 +424,7 @@ impl Engine {
                 self.copy_xattrs(from, at)?;
             }
             let has_record = self.write_record(at, &meta)?;
-            let lower_stat = node.dir()?.state.read().lowers.first().map(|d| Stat { key: d.key, ..stat });
-            if let Some(from) = &lower_stat {
-                self.write_origin(at, node, from)?;
-            }
-            self.note_alias(node, &lower_stat.unwrap_or_default(), made.key);
+            self.write_origin(at, node)?;
             rustix::fs::futimens(&fd, &timestamps(&stat))?;
 
             let state = link.parent.dir()?.state.write();
@@ -449,6 +441,7 @@ impl Engine {
                 let mut inner = node.inner.lock();
                 inner.has_record = has_record;
                 inner.key = made.key;
+                inner.origin = Some(node.ino);
             }
             let _ = node.dir()?.upper.set(RealDir::child(parent, &link.name, made.key));
             drop(state);

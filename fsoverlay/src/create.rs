@@ -15,7 +15,7 @@ use crate::hooks::{blocks, released};
 use crate::inode::{DirState, Inner, Link, NewNode, Node, Parked, Place};
 use crate::layer::{RealDir, stat_at, stat_fd};
 use crate::sys::{self, At};
-use crate::xattr::OPAQUE;
+use crate::xattr::{NUMBER, OPAQUE};
 
 /// An object to be made.
 #[derive(Debug)]
@@ -107,6 +107,9 @@ impl Engine {
         };
         room.used(bytes, 1);
         let node = self.adopt(parent, name, meta, &stat, dir, has_record, &extras);
+        if node.inner.lock().origin.is_some() {
+            self.note_number(&node, dir, fd.as_fd(), name, &stat);
+        }
         if node.kind == Kind::Dir {
             // It may hide what a layer has, which shows when its entries are compared.
             self.note_entry(&node);
@@ -188,8 +191,21 @@ impl Engine {
             // The kernel has not yet forgotten what had this number before; the new
             // object keeps the one that it was given instead.
             self.table.aliases.insert(stat.key, node.ino);
+            node.inner.lock().origin = Some(node.ino);
         }
         node
+    }
+
+    /// Writes down the number of a new object that is not the disk's.
+    fn note_number(&self, node: &Node, dir: &Arc<RealDir>, fd: BorrowedFd<'_>, name: &[u8], stat: &Stat) {
+        let number = self.numbers.describe(node.ino);
+        let noted = self.mark_impure(dir).and_then(|()| match node.kind {
+            Kind::Symlink => self.upper()?.sidecar.set_number(stat, &number),
+            _ => sys::set_xattr(At::Name(fd, name), NUMBER, number.as_bytes(), XattrFlags::empty()),
+        });
+        if let Err(err) = noted {
+            tracing::debug!(?err, "an object will have another number after a remount");
+        }
     }
 
     /// Makes an object with its record at a name of the upper or the work directory;

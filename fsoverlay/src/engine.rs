@@ -21,9 +21,8 @@ use crate::handle::{Fd, FdRing, Holder, Pins};
 use crate::hooks::{AccessKind, Counts, Hooks};
 use crate::inode::{DirState, Inner, NewNode, Node, Place, ROOT, Table};
 use crate::journal::Journal;
-use crate::layer::{
-    Hidden, InodeNumbers, Layer, LayerIdx, RealDir, Tree, UPPER, open_root, stat_at, stat_fd,
-};
+use crate::layer::{Hidden, Layer, LayerIdx, RealDir, Tree, UPPER, open_root, stat_at, stat_fd};
+use crate::numbers::InodeNumbers;
 use crate::sidecar::Sidecar;
 use crate::sync::Mutex;
 use crate::whiteout::WhiteoutForm;
@@ -114,13 +113,19 @@ impl Engine {
         let generated = GenTree::new(&spec.generated);
         let opened = Time::from_system(SystemTime::now());
         let root = make_root(&table, &layers, upper.as_ref(), &generated, default_owner)?;
+        let numbers = InodeNumbers::default();
+        for dir in upper.iter().map(|upper| &upper.root).chain(layers.iter().map(|layer| &layer.root)) {
+            if let Some(fd) = dir.slot.get(false) {
+                numbers.meet(dir.key.dev, fd.as_fd());
+            }
+        }
         Ok(Self {
             layers,
             generated,
             upper,
             tree: Tree { ring: FdRing::new((limit / 4).clamp(32, 4096)), topology: Default::default() },
             table,
-            numbers: InodeNumbers::default(),
+            numbers,
             pins: Pins::new((limit / 8).clamp(16, 2048)),
             squash: spec.squash,
             default_owner,

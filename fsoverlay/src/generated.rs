@@ -20,6 +20,8 @@ pub(crate) struct GenNode {
     /// Asked for itself, not made as the parent of something: its mode counts even
     /// where a layer below has a directory of that name.
     pub(crate) explicit: bool,
+    /// Its inode number, which depends on its path only.
+    pub(crate) number: u64,
 }
 
 /// What a generated object holds.
@@ -58,16 +60,19 @@ impl GenTree {
     /// Builds the tree. Of two objects with one path the later counts; a path below
     /// something that is not a directory turns that into a directory.
     pub(crate) fn new(objects: &[Generated]) -> Self {
-        let dir = |explicit| GenNode { perm: 0o755, body: GenBody::Dir(BTreeMap::new()), explicit };
-        let mut tree = Self { nodes: vec![dir(false)] };
+        let dir =
+            |explicit, number| GenNode { perm: 0o755, body: GenBody::Dir(BTreeMap::new()), explicit, number };
+        let mut tree = Self { nodes: vec![dir(false, crate::inode::ROOT)] };
         for object in objects {
             let mut at = GENERATED_ROOT;
             for component in object.path.components() {
                 let Component::Normal(name) = component else { continue };
+                let number = tree.node(at).number;
                 if !matches!(tree.node(at).body, GenBody::Dir(_)) {
-                    tree.nodes[at as usize] = dir(false);
+                    tree.nodes[at as usize] = dir(false, number);
                 }
-                at = tree.child_or_insert(at, name.as_bytes(), dir(false));
+                let number = crate::numbers::generated(number, name.as_bytes());
+                at = tree.child_or_insert(at, name.as_bytes(), dir(false, number));
             }
             let body = match &object.node {
                 GeneratedNode::Dir => {
@@ -84,7 +89,8 @@ impl GenTree {
             };
             // The root of the mount can only be a directory.
             if at != GENERATED_ROOT {
-                tree.nodes[at as usize] = GenNode { perm: object.mode & 0o7777, body, explicit: true };
+                let node = &mut tree.nodes[at as usize];
+                *node = GenNode { perm: object.mode & 0o7777, body, explicit: true, number: node.number };
             }
         }
         tree

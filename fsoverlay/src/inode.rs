@@ -18,6 +18,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
 use rustix::fs::AtFlags;
@@ -26,7 +27,8 @@ use crate::attr::{Key, Kind, Meta, Stat};
 use crate::errno::{Errno, Res};
 use crate::handle::{Fd, FdSlot, Pinned};
 use crate::hooks::Quota;
-use crate::layer::{InodeNumbers, RealDir, stat_at};
+use crate::layer::{RealDir, stat_at};
+use crate::numbers::InodeNumbers;
 use crate::readdir::Listing;
 use crate::sync::{Mutex, RwLock};
 
@@ -94,8 +96,8 @@ pub(crate) struct Inner {
     pub(crate) meta: Meta,
     /// What the object is on disk now.
     pub(crate) key: Key,
-    /// What it was before it was copied up.
-    pub(crate) origin: Option<Key>,
+    /// The number, if it is not that of the object on disk: of what was copied up.
+    pub(crate) origin: Option<u64>,
     pub(crate) place: Place,
     /// Known names; a directory has one, the root none.
     pub(crate) links: Vec<Link>,
@@ -220,8 +222,8 @@ struct Entry {
     lookups: u64,
 }
 
-/// Inode numbers of upper objects that the disk cannot tell: of copied-up symbolic links, hard links
-/// and generated objects, and of those whose own number is in use.
+/// Inode numbers that the disk does not tell: of copied-up hard links, and of objects whose own number is
+/// in use.
 ///
 /// While an object is known its alias must be: without it a second node would be made. So that the
 /// number stays the same when the kernel asks again later, aliases outlive their objects, up to a
@@ -229,15 +231,21 @@ struct Entry {
 #[derive(Debug)]
 pub(crate) struct Aliases {
     by_key: Mutex<HashMap<Key, u64>>,
+    /// There never was one: nobody needs to look.
+    none: AtomicBool,
     capacity: usize,
 }
 
 impl Aliases {
     pub(crate) fn get(&self, key: Key) -> Option<u64> {
+        if self.none.load(Ordering::Acquire) {
+            return None;
+        }
         self.by_key.lock().get(&key).copied()
     }
 
     pub(crate) fn insert(&self, key: Key, ino: u64) {
+        self.none.store(false, Ordering::Release);
         self.by_key.lock().insert(key, ino);
     }
 
@@ -267,7 +275,10 @@ impl Table {
     /// A table that keeps up to `aliases` numbers of objects that nobody knows any more.
     pub(crate) fn new(aliases: usize) -> Arc<Self> {
         let shards = (0..SHARDS).map(|_| Mutex::default()).collect();
-        Arc::new(Self { shards, aliases: Aliases { by_key: Mutex::default(), capacity: aliases } })
+        Arc::new(Self {
+            shards,
+            aliases: Aliases { by_key: Mutex::default(), none: true.into(), capacity: aliases },
+        })
     }
 
     fn shard(&self, ino: u64) -> &Mutex<HashMap<u64, Entry>> {

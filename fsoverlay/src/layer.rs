@@ -255,48 +255,6 @@ impl HiddenBuilder {
     }
 }
 
-/// Gives objects of several real file systems inode numbers of one.
-///
-/// The first file system seen keeps its numbers; each further one gets the next prefix
-/// of 14 bits. Numbers of 48 bits or more (a FUSE file system below, say) are mixed
-/// into a range of their own. Uniqueness does not rest on this alone: the inode table
-/// compares what a number stands for and takes another one if it is in use.
-#[derive(Debug, Default)]
-pub(crate) struct InodeNumbers {
-    devs: RwLock<Vec<u64>>,
-}
-
-/// Bits 60..63 say who made a number that is not simply (device, number).
-const MIXED: u64 = 1 << 62;
-const GENERATED: u64 = 1 << 61;
-const CLASHED: u64 = 3 << 61;
-
-impl InodeNumbers {
-    pub(crate) fn number(&self, key: Key) -> u64 {
-        let known = self.devs.read().iter().position(|&d| d == key.dev);
-        let index = known.unwrap_or_else(|| {
-            let mut devs = self.devs.write();
-            devs.iter().position(|&d| d == key.dev).unwrap_or_else(|| {
-                devs.push(key.dev);
-                devs.len() - 1
-            })
-        });
-        // 0 means "none" to FUSE and 1 the root of the mount.
-        let plain = key.ino < 1 << 48 && index < 0x1fff && !(index == 0 && key.ino < 2);
-        if plain { (index as u64) << 48 | key.ino } else { MIXED | mix(key.ino ^ mix(key.dev)) >> 3 }
-    }
-
-    /// The number of a generated object.
-    pub(crate) fn generated(index: u32) -> u64 {
-        GENERATED | u64::from(index)
-    }
-
-    /// Another number for an object whose own is in use.
-    pub(crate) fn clashed(number: u64, attempt: u64) -> u64 {
-        CLASHED | mix(number.wrapping_add(mix(attempt))) >> 3
-    }
-}
-
 /// The finaliser of splitmix64: a bijection that spreads every bit.
 pub(crate) fn mix(mut x: u64) -> u64 {
     x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -318,18 +276,6 @@ mod tests {
         assert_eq!(inside(&map, 100_032), 33);
         assert_eq!(inside(&map, 7), 7);
         assert_eq!(inside(&map, 165_536), 165_536);
-    }
-
-    #[test]
-    fn numbers_of_two_file_systems_differ() {
-        let numbers = InodeNumbers::default();
-        let a = numbers.number(Key { dev: 5, ino: 77 });
-        let b = numbers.number(Key { dev: 6, ino: 77 });
-        let c = numbers.number(Key { dev: 5, ino: 1 << 60 });
-        let root = numbers.number(Key { dev: 5, ino: 1 });
-        assert_eq!(a, 77);
-        assert!(b != a && c != a && c != b && root != 1);
-        assert_eq!(numbers.number(Key { dev: 6, ino: 77 }), b);
     }
 
     #[test]

@@ -84,6 +84,7 @@ mod layer;
 mod live;
 mod lookup;
 mod mount;
+mod numbers;
 mod readdir;
 mod redirect;
 mod rename;

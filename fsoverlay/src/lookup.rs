@@ -18,8 +18,9 @@ use crate::errno::{Errno, Res};
 use crate::generated::GenBody;
 use crate::hooks::AccessKind;
 use crate::inode::{DirState, Inner, Link, NewNode, Node, Place};
-use crate::layer::{InodeNumbers, RealDir, UPPER, stat_at};
+use crate::layer::{RealDir, UPPER, stat_at};
 use crate::live::Fresh;
+use crate::numbers::InodeNumbers;
 use crate::redirect::{Descent, InMemory, Step};
 use crate::sys::At;
 use crate::xattr::Marks;
@@ -50,7 +51,7 @@ pub(crate) struct Found {
     key: Key,
     /// `ino` is an alias of `key`.
     aliased: bool,
-    origin: Option<Key>,
+    origin: Option<u64>,
     place: Place,
     marks: Marks,
     upper: Option<Arc<RealDir>>,
@@ -75,6 +76,9 @@ impl Engine {
         };
         if stat.is_whiteout() {
             return Ok(Probe::Whiteout);
+        }
+        if stat.key.dev != dir.key.dev {
+            self.numbers.meet_name(stat.key.dev, fd.as_fd(), name);
         }
         let kind = stat.kind().ok_or(Errno::IO)?;
         let records = dir.layer == UPPER || self.layers[dir.layer as usize].records;
@@ -131,7 +135,7 @@ impl Engine {
                 Probe::Missing => {}
                 Probe::Whiteout => return Ok(None),
                 Probe::Found(seen) if seen.stat.kind() != Some(Kind::Dir) => {
-                    return Ok(Some(self.found_in_upper(*seen)));
+                    return self.found_in_upper(*seen).map(Some);
                 }
                 Probe::Found(seen) => {
                     let Seen { stat, meta, marks } = *seen;
@@ -159,7 +163,7 @@ impl Engine {
                     return Ok(Some(self.found_dir(parent, name, top, upper_dir, upper_seen, dirs)));
                 }
                 return Ok(Some(Found {
-                    ino: InodeNumbers::generated(index),
+                    ino: node.number,
                     meta: self.generated_meta(index),
                     stat: Some(self.generated_stat(index)),
                     key: Key { dev: u64::MAX, ino: u64::from(index) },
@@ -199,7 +203,7 @@ impl Engine {
                     let Seen { stat, meta, .. } = *seen;
                     let place = Place::Lower { dir: lower.clone(), name: name.into() };
                     return Ok(Some(Found {
-                        ino: self.numbers.number(stat.key),
+                        ino: self.alias(stat.key).unwrap_or_else(|| self.numbers.number(stat.key)),
                         meta,
                         stat: Some(stat),
                         key: stat.key,
@@ -235,22 +239,27 @@ impl Engine {
         Ok(Some(self.found_dir(parent, name, top, upper_dir, upper_seen, dirs)))
     }
 
-    fn found_in_upper(&self, seen: Seen) -> Found {
+    fn found_in_upper(&self, seen: Seen) -> Res<Found> {
         let Seen { stat, meta, marks } = seen;
         let alias = self.alias(stat.key);
-        let ino = alias.unwrap_or_else(|| self.numbers.number(marks.origin.unwrap_or(stat.key)));
-        Found {
+        let written = match meta.kind {
+            Kind::Symlink => self.upper()?.sidecar.number(&stat)?,
+            _ => marks.origin.or(marks.number),
+        };
+        let origin = written.map(|origin| self.numbers.of(origin));
+        let ino = alias.or(origin).unwrap_or_else(|| self.numbers.number(stat.key));
+        Ok(Found {
             ino,
             meta,
             stat: Some(stat),
             key: stat.key,
             aliased: alias.is_some(),
-            origin: marks.origin,
+            origin,
             place: Place::Upper,
             marks,
             upper: None,
             state: DirState::default(),
-        }
+        })
     }
 
     pub(crate) fn alias(&self, key: Key) -> Option<u64> {
@@ -281,12 +290,14 @@ impl Engine {
         }
         // The number stays what it was before a copy-up: that of the topmost layer.
         let lower_key = state.lowers.first().map(|d| d.key);
-        let origin = marks.origin.filter(|_| upper.is_some()).or(lower_key);
+        let written = marks.origin.or(marks.number).filter(|_| upper.is_some());
+        let number = |key| self.numbers.number(key);
+        let origin = written.map(|origin| self.numbers.of(origin)).or_else(|| lower_key.map(number));
         let alias = upper_key.and_then(|key| self.alias(key));
-        let ino = match (alias, origin.or(upper_key), state.generated) {
+        let ino = match (alias.or(origin), upper_key, state.generated) {
             (Some(ino), ..) => ino,
-            (None, Some(key), _) => self.numbers.number(key),
-            (None, None, Some(index)) => InodeNumbers::generated(index),
+            (None, Some(key), _) => number(key),
+            (None, None, Some(index)) => self.generated.node(index).number,
             (None, None, None) => self.synthetic_number(parent, name),
         };
         Found {
@@ -305,8 +316,7 @@ impl Engine {
 
     /// The number of a hidden directory.
     pub(crate) fn synthetic_number(&self, parent: &Node, name: &[u8]) -> u64 {
-        let hash = name.iter().fold(0u64, |h, &b| crate::layer::mix(h ^ u64::from(b)));
-        InodeNumbers::clashed(parent.ino, hash)
+        InodeNumbers::clashed(parent.ino, crate::numbers::hash(0, name))
     }
 
     /// The node of what a lookup found, made if it is not known, and the stat that was found if it
@@ -314,11 +324,12 @@ impl Engine {
     /// can have changed since.
     fn intern(&self, parent: &Arc<Node>, name: &[u8], found: Found) -> (Arc<Node>, Option<Stat>) {
         let kind = found.meta.kind;
-        let key = found.key;
+        let (key, number) = (found.key, found.ino);
         let generated = matches!(found.place, Place::Generated(_));
         // What a layer has under one name only cannot be a further name of what is known: its number
         // was used again, for a file that somebody put there since.
-        let single = matches!(found.place, Place::Lower { .. }) && found.stat.is_some_and(|s| s.nlink <= 1);
+        let below = matches!(found.place, Place::Lower { .. });
+        let single = below && found.stat.is_some_and(|s| s.nlink <= 1);
         let same = |node: &Node| {
             if node.kind != kind {
                 return false;
@@ -332,17 +343,19 @@ impl Engine {
             match inner.place {
                 Place::Gone(_) => false,
                 // Changed, and without a name in the upper; this is one that a layer has of it.
-                Place::Parked(_) if inner.extra_links > 0 && inner.origin == Some(key) => !single,
+                Place::Parked(_) if inner.extra_links > 0 && below && inner.origin == Some(number) => !single,
                 // Held open without a known name: the same file if the disk says so.
                 Place::Unlinked(_) | Place::Parked(_) => inner.key == key,
                 Place::Generated(_) => generated,
                 _ if single && !inner.links.iter().any(|l| l.is(parent, name)) => false,
-                _ => inner.key == key || inner.origin == Some(key),
+                _ => inner.key == key || below && inner.origin == Some(number),
             }
         };
         let link = Link { parent: parent.clone(), name: name.into() };
         let (aliased, mut stat) = (found.aliased, found.stat);
         let in_upper = matches!(found.place, Place::Upper);
+        // One directory of a layer can be mounted in two places: the key does not tell which.
+        let unique = kind != Kind::Dir || found.upper.is_some();
         let node = self.table.intern(found.ino, same, || NewNode {
             kind,
             inner: Inner {
@@ -359,8 +372,8 @@ impl Engine {
             upper: found.upper,
             state: DirState { default_acl: (!found.marks.default_acl).then_some(None), ..found.state },
         });
-        if aliased {
-            // It may have gone with the node that was known before.
+        if aliased || node.ino != number && unique {
+            // It may have gone with the node that was known before; or the number is in use.
             self.table.aliases.insert(key, node.ino);
         }
         if kind != Kind::Dir {

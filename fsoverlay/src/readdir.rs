@@ -26,7 +26,7 @@ use crate::engine::{Engine, gone_below};
 use crate::errno::{Errno, Res};
 use crate::hooks::AccessKind;
 use crate::inode::{DirState, Node, ROOT};
-use crate::layer::{InodeNumbers, RealDir, UPPER, open_for_reading, stat_at};
+use crate::layer::{RealDir, UPPER, open_for_reading, stat_at};
 use crate::sync::Mutex;
 
 /// Entries kept in all listings together.
@@ -240,9 +240,9 @@ impl Engine {
             self.add_real(&mut merge, node, dir)?;
         }
         for (name, index) in state.generated.into_iter().flat_map(|dir| self.generated.children(dir)) {
-            let kind = self.generated.node(index).kind();
+            let (kind, number) = (self.generated.node(index).kind(), self.generated.node(index).number);
             // A directory may merge with one of a layer, whose number it has then.
-            merge.add(name.into(), Some(kind), InodeNumbers::generated(index), kind != Kind::Dir);
+            merge.add(name.into(), Some(kind), number, kind != Kind::Dir);
         }
         for dir in &state.lowers {
             self.add_real(&mut merge, node, dir)?;
@@ -277,8 +277,7 @@ impl Engine {
                 Err(err) => return Err(err),
             };
             let key = Key { dev: dir.key.dev, ino: entry.ino };
-            let alias = if dir.layer == UPPER { self.alias(key) } else { None };
-            let ino = alias.unwrap_or_else(|| self.numbers.number(key));
+            let ino = self.alias(key).unwrap_or_else(|| self.numbers.number(key));
             merge.add(entry.name, kind, ino, !impure);
         }
         for name in dir.hidden.iter().flat_map(|h| h.names()) {

@@ -4,7 +4,8 @@
 //! A link whose owner is not the default one gets a line in the file `owners` of the
 //! work directory: `INO BTIME UID GID`, the inode number and the time of birth of the
 //! link in the upper, in hexadecimal and decimal. Later lines win; an owner of `-`
-//! takes a line back. A number that the file system used again for another link is
+//! takes a line back. One that was copied up, whose number is not the disk's, gets a line
+//! `INO BTIME = ORIGIN` ([`crate::numbers`]). A number that the file system used again for another link is
 //! told apart by the time of birth. The upper itself stays as the kernel's overlayfs
 //! wants it; without the file (the work directory was emptied, the upper copied
 //! elsewhere) links belong to the default owner again.
@@ -13,7 +14,6 @@
 //! to while mounted: one `write` per line, so that a killed server leaves whole lines.
 
 use std::collections::HashMap;
-use std::fmt::Write as _;
 use std::io::{Read, Write as _};
 use std::os::fd::AsFd;
 
@@ -22,6 +22,7 @@ use rustix::fs::{Mode, OFlags};
 use crate::attr::Stat;
 use crate::errno::{Errno, Res};
 use crate::handle::Fd;
+use crate::numbers::Origin;
 use crate::sync::Mutex;
 
 const NAME: &str = "owners";
@@ -35,11 +36,34 @@ fn id(stat: &Stat) -> LinkId {
     (stat.key.ino, stat.btime.sec, stat.btime.nsec)
 }
 
+/// What lines say of a link.
+#[derive(Debug, Default, Clone, Copy)]
+struct Said {
+    owner: Option<(u32, u32)>,
+    number: Option<Origin>,
+}
+
+/// What one line says.
+#[derive(Debug, PartialEq, Eq)]
+enum Line {
+    Owner(Option<(u32, u32)>),
+    Number(Origin),
+}
+
+impl Said {
+    fn learn(&mut self, line: Line) {
+        match line {
+            Line::Owner(owner) => self.owner = owner,
+            Line::Number(origin) => self.number = Some(origin),
+        }
+    }
+}
+
 /// The index; see the module.
 #[derive(Debug)]
 pub(crate) struct Sidecar {
     work: Fd,
-    loaded: Mutex<Option<HashMap<LinkId, (u32, u32)>>>,
+    loaded: Mutex<Option<HashMap<LinkId, Said>>>,
 }
 
 impl Sidecar {
@@ -47,7 +71,7 @@ impl Sidecar {
         Self { work, loaded: Mutex::new(None) }
     }
 
-    fn load(&self) -> Res<HashMap<LinkId, (u32, u32)>> {
+    fn load(&self) -> Res<HashMap<LinkId, Said>> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let fd = match rustix::fs::openat(&self.work, NAME, flags, Mode::empty()) {
             Ok(fd) => fd,
@@ -57,66 +81,84 @@ impl Sidecar {
         let mut text = String::new();
         let mut file = std::fs::File::from(fd).take(MAX_SIZE);
         file.read_to_string(&mut text).map_err(|_| Errno::IO)?;
-        let mut owners = HashMap::new();
+        let mut said: HashMap<LinkId, Said> = HashMap::new();
         for line in text.lines() {
-            if let Some((id, owner)) = parse(line) {
-                match owner {
-                    Some(owner) => owners.insert(id, owner),
-                    None => owners.remove(&id),
-                };
+            if let Some((id, line)) = parse(line) {
+                said.entry(id).or_default().learn(line);
             }
         }
-        Ok(owners)
+        Ok(said)
+    }
+
+    fn said(&self, link: &Stat) -> Res<Said> {
+        let mut loaded = self.loaded.lock();
+        if loaded.is_none() {
+            *loaded = Some(self.load()?);
+        }
+        Ok(loaded.as_ref().and_then(|said| said.get(&id(link))).copied().unwrap_or_default())
     }
 
     /// The recorded owner of a link of the upper.
     pub(crate) fn owner(&self, link: &Stat) -> Res<Option<(u32, u32)>> {
-        let mut loaded = self.loaded.lock();
-        if loaded.is_none() {
-            *loaded = Some(self.load()?);
-        }
-        Ok(loaded.as_ref().and_then(|owners| owners.get(&id(link))).copied())
+        Ok(self.said(link)?.owner)
+    }
+
+    /// The recorded number of a link of the upper.
+    pub(crate) fn number(&self, link: &Stat) -> Res<Option<Origin>> {
+        Ok(self.said(link)?.number)
     }
 
     /// Records an owner, or takes the record back.
     pub(crate) fn set_owner(&self, link: &Stat, owner: Option<(u32, u32)>) -> Res<()> {
+        if self.said(link)?.owner == owner {
+            return Ok(());
+        }
+        let text = match owner {
+            Some((uid, gid)) => format!("{uid} {gid}"),
+            None => "- -".to_owned(),
+        };
+        self.add(link, &text)
+    }
+
+    /// Records a number as [`crate::numbers::InodeNumbers::describe`] writes it.
+    pub(crate) fn set_number(&self, link: &Stat, origin: &str) -> Res<()> {
+        self.add(link, &format!("= {origin}"))
+    }
+
+    /// Appends a line about a link.
+    fn add(&self, link: &Stat, text: &str) -> Res<()> {
         let mut loaded = self.loaded.lock();
         if loaded.is_none() {
             *loaded = Some(self.load()?);
         }
-        let Some(owners) = loaded.as_mut() else { return Err(Errno::IO) };
-        if owners.get(&id(link)).copied() == owner {
-            return Ok(());
-        }
-        let mut line = format!("{:x} {}.{}", link.key.ino, link.btime.sec, link.btime.nsec);
-        let written = match owner {
-            Some((uid, gid)) => writeln!(line, " {uid} {gid}"),
-            None => writeln!(line, " - -"),
-        };
-        written.map_err(|_| Errno::IO)?;
+        let Some(said) = loaded.as_mut() else { return Err(Errno::IO) };
+        let line = format!("{:x} {}.{} {text}\n", link.key.ino, link.btime.sec, link.btime.nsec);
         let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(self.work.as_fd(), NAME, flags, Mode::from_raw_mode(0o600))?;
         std::fs::File::from(fd)
             .write_all(line.as_bytes())
             .map_err(|err| Errno::from_io_error(&err).unwrap_or(Errno::IO))?;
-        match owner {
-            Some(owner) => owners.insert(id(link), owner),
-            None => owners.remove(&id(link)),
-        };
+        if let Some((id, line)) = parse(line.trim_end()) {
+            said.entry(id).or_default().learn(line);
+        }
         Ok(())
     }
 }
 
-fn parse(line: &str) -> Option<(LinkId, Option<(u32, u32)>)> {
+fn parse(line: &str) -> Option<(LinkId, Line)> {
     let mut fields = line.split(' ');
     let ino = u64::from_str_radix(fields.next()?, 16).ok()?;
     let (sec, nsec) = fields.next()?.split_once('.')?;
     let id = (ino, sec.parse().ok()?, nsec.parse().ok()?);
     let (uid, gid) = (fields.next()?, fields.next()?);
-    if uid == "-" {
-        return Some((id, None));
-    }
-    Some((id, Some((uid.parse().ok()?, gid.parse().ok()?))))
+    Some((
+        id,
+        match uid {
+            "-" => Line::Owner(None),
+            "=" => Line::Number(Origin::parse(gid.as_bytes())?),
+            _ => Line::Owner(Some((uid.parse().ok()?, gid.parse().ok()?))),
+        },
+    ))
 }
 
 #[cfg(test)]
@@ -125,9 +167,11 @@ mod tests {
 
     #[test]
     fn torn_and_strange_lines_are_ignored() {
-        assert_eq!(parse("ff 12.34 5 6"), Some(((255, 12, 34), Some((5, 6)))));
-        assert_eq!(parse("ff 12.34 - -"), Some(((255, 12, 34), None)));
-        for line in ["", "ff", "ff 12", "ff 12.3 5", "xyz 1.2 3 4", "ff 1.2 -1 4"] {
+        assert_eq!(parse("ff 12.34 5 6"), Some(((255, 12, 34), Line::Owner(Some((5, 6))))));
+        assert_eq!(parse("ff 12.34 - -"), Some(((255, 12, 34), Line::Owner(None))));
+        let origin = Origin::parse(b"no=2000000000000005").expect("an origin");
+        assert_eq!(parse("ff 12.34 = no=2000000000000005"), Some(((255, 12, 34), Line::Number(origin))));
+        for line in ["", "ff", "ff 12", "ff 12.3 5", "xyz 1.2 3 4", "ff 1.2 -1 4", "ff 1.2 = 4"] {
             assert_eq!(parse(line), None, "{line}");
         }
     }

@@ -22,12 +22,13 @@ use std::sync::atomic::Ordering;
 use rustix::fs::XattrFlags;
 
 use crate::acl::Acl;
-use crate::attr::{Key, Kind};
+use crate::attr::Kind;
 use crate::engine::{Content, Engine};
 use crate::errno::{Errno, Res};
 use crate::handle::Fd;
 use crate::inode::{Node, Place};
 use crate::layer::{LayerIdx, RealDir, UPPER};
+use crate::numbers::Origin;
 use crate::sys::{self, At};
 
 pub(crate) const OPAQUE: &str = "user.overlay.opaque";
@@ -39,8 +40,10 @@ pub(crate) const IMPURE: &str = "user.overlay.impure";
 /// See [`crate::redirect`].
 pub(crate) const REDIRECT: &str = "user.overlay.redirect";
 pub(crate) const RECORD: &str = "user.containers.override_stat";
-/// `DEV:INO` in hexadecimal of the object of a layer that was copied up.
+/// The number of an object that was copied up; see [`crate::numbers`].
 pub(crate) const ORIGIN: &str = "user.fsoverlay.origin";
+/// The number of one that was made here, where it is not the disk's.
+pub(crate) const NUMBER: &str = "user.fsoverlay.number";
 
 const OVERLAY: &str = "user.overlay.";
 const OVERLAY_ESCAPED: &str = "user.overlay.overlay.";
@@ -61,7 +64,8 @@ pub(crate) struct Marks {
     impure: bool,
     pub(crate) redirect: Option<Vec<u8>>,
     pub(crate) record: Option<Vec<u8>>,
-    pub(crate) origin: Option<Key>,
+    pub(crate) origin: Option<Origin>,
+    pub(crate) number: Option<Origin>,
     pub(crate) whiteout: bool,
     pub(crate) acl: bool,
     pub(crate) default_acl: bool,
@@ -92,7 +96,8 @@ impl Marks {
                 }
                 WHITEOUTS => marks.xattr_whiteouts = true,
                 RECORD => marks.record = sys::get_xattr_vec(at, RECORD)?,
-                ORIGIN => marks.origin = sys::get_xattr_vec(at, ORIGIN)?.as_deref().and_then(parse_origin),
+                ORIGIN => marks.origin = sys::get_xattr_vec(at, ORIGIN)?.as_deref().and_then(Origin::parse),
+                NUMBER => marks.number = sys::get_xattr_vec(at, NUMBER)?.as_deref().and_then(Origin::parse),
                 IMPURE => marks.impure = true,
                 REDIRECT => marks.redirect = sys::get_xattr_vec(at, REDIRECT)?,
                 WHITEOUT => marks.whiteout = true,
@@ -124,16 +129,6 @@ impl Marks {
             dir.impure.store(true, Ordering::Relaxed);
         }
     }
-}
-
-/// The text of an origin mark.
-pub(crate) fn format_origin(key: Key) -> String {
-    format!("{:x}:{:x}", key.dev, key.ino)
-}
-
-fn parse_origin(text: &[u8]) -> Option<Key> {
-    let (dev, ino) = std::str::from_utf8(text).ok()?.split_once(':')?;
-    Some(Key { dev: u64::from_str_radix(dev, 16).ok()?, ino: u64::from_str_radix(ino, 16).ok()? })
 }
 
 /// The disk's name of an attribute that the payload names; `None` if it may have none.
@@ -517,7 +512,7 @@ mod tests {
         ] {
             let disk = to_disk(name).expect("short").expect("storable");
             assert_eq!(from_disk(&disk, false).as_deref(), Some(name), "{disk}");
-            for mark in [OPAQUE, WHITEOUT, WHITEOUTS, IMPURE, REDIRECT, RECORD, ORIGIN] {
+            for mark in [OPAQUE, WHITEOUT, WHITEOUTS, IMPURE, REDIRECT, RECORD, ORIGIN, NUMBER] {
                 assert_ne!(disk, mark);
                 assert_eq!(from_disk(mark, false), None);
             }
@@ -529,19 +524,14 @@ mod tests {
     #[test]
     fn copy_up_leaves_marks_behind() {
         let of_the_kernel = [REDIRECT, "user.overlay.origin"];
-        for mark in [OPAQUE, WHITEOUT, WHITEOUTS, IMPURE, RECORD, ORIGIN].into_iter().chain(of_the_kernel) {
+        for mark in
+            [OPAQUE, WHITEOUT, WHITEOUTS, IMPURE, RECORD, ORIGIN, NUMBER].into_iter().chain(of_the_kernel)
+        {
             assert!(!copied_up(mark), "{mark}");
         }
         for kept in ["user.x", "user.overlay.overlay.opaque", "user.fsoverlay.security.capability"] {
             assert!(copied_up(kept), "{kept}");
         }
         assert!(!copied_up("security.selinux"));
-    }
-
-    #[test]
-    fn origin_round_trips() {
-        let key = Key { dev: 0x0800_0000_0001, ino: 42 };
-        assert_eq!(parse_origin(format_origin(key).as_bytes()), Some(key));
-        assert_eq!(parse_origin(b"\0\xfb!"), None);
     }
 }

@@ -371,13 +371,13 @@ fn hostile_upper(world: &mut World) -> Check {
     };
     fs::write(upper.join("lies"), "content")?;
     mark("lies", "user.containers.override_stat", b"0:0:0755:dir")?;
-    mark("lies", "user.fsoverlay.origin", b"1:1")?;
+    mark("lies", "user.fsoverlay.origin", b"fs=:1")?;
     mark("dir", "user.containers.override_stat", b"0:0:0755:char-1-3")?;
     mark("dir", "user.overlay.redirect", b"/../../../../../../etc")?;
     fs::write(upper.join("twin"), "one")?;
     fs::write(upper.join("twin2"), "two")?;
-    mark("twin", "user.fsoverlay.origin", b"800000001:2a")?;
-    mark("twin2", "user.fsoverlay.origin", b"800000001:2a")?;
+    mark("twin", "user.fsoverlay.origin", b"fs=i1:2a")?;
+    mark("twin2", "user.fsoverlay.origin", b"fs=i1:2a")?;
     fs::write(upper.join("huge"), "x")?;
     mark("huge", "user.containers.override_stat", &[b'9'; 900])?;
     world.mount().run()?;

@@ -15,6 +15,7 @@ mod durability;
 mod harness;
 mod layers;
 mod limits;
+mod numbers;
 mod operation;
 mod owners;
 mod random;
@@ -35,6 +36,7 @@ fn cases() -> Vec<Case> {
     cases.extend(limits::CASES);
     cases.extend(steps::CASES);
     cases.extend(redirects::CASES);
+    cases.extend(numbers::CASES);
     cases.extend(random::CASES);
     cases.extend(durability::CASES);
     cases

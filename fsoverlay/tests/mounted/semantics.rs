@@ -309,7 +309,7 @@ fn unlinked(_: &[String]) -> Check {
 }
 
 /// Numbers of all entries as listing tells them, and of all as stat does.
-fn walk(dir: &Path, all: &mut BTreeMap<PathBuf, (u64, u64)>) -> Check {
+pub(crate) fn walk(dir: &Path, all: &mut BTreeMap<PathBuf, (u64, u64)>) -> Check {
     let mut raw = BTreeMap::new();
     let fd = rustix::fs::openat(CWD, dir, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())?;
     for entry in rustix::fs::Dir::read_from(fd)? {
@@ -395,7 +395,7 @@ fn reuse_numbers(_: &[String]) -> Check {
 }
 
 /// Asks the kernel to forget; only root may, and the test is weaker without.
-fn drop_caches() {
+pub(crate) fn drop_caches() {
     let _ = fs::write("/proc/sys/vm/drop_caches", "2");
 }
 
