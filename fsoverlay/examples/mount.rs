@@ -20,8 +20,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use fsoverlay::{
-    Direction, Generated, GeneratedNode, Hooks, IdExtent, LayerSpec, Overlay, OverlaySpec, Owners, RateLimit,
-    UpperSpec,
+    Access, Direction, Generated, GeneratedNode, Hooks, IdExtent, LayerSpec, Overlay, OverlaySpec, Owners,
+    RateLimit, Trace, UpperSpec,
 };
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -49,6 +49,10 @@ struct Args {
     kernel: bool,
     /// Say whether the upper was changed, and what was asked.
     report: bool,
+    /// Sync nothing.
+    volatile: bool,
+    /// Panic where this name is looked up.
+    panic_at: Option<String>,
     /// How soon changes of the layers show.
     live: Option<Duration>,
     /// Let so many reads wait for so long.
@@ -70,6 +74,8 @@ fn parse(mut words: impl Iterator<Item = String>) -> Outcome<Args> {
             "--translated" => args.translated = true,
             "--nofile" => args.nofile = Some(value()?.parse()?),
             "--workers" => args.workers = value()?.parse()?,
+            "--volatile" => args.volatile = true,
+            "--panic-at" => args.panic_at = Some(value()?),
             "--kernel" => args.kernel = true,
             "--report" => args.report = true,
             "--live" => args.live = Some(Duration::from_millis(value()?.parse()?)),
@@ -142,7 +148,11 @@ fn serve(args: &Args) -> Outcome<ExitCode> {
     let owners = if args.translated { Owners::Translated { uids, gids } } else { Owners::Numeric };
     let layer =
         |dir: &PathBuf| LayerSpec { dir: dir.clone(), owners: owners.clone(), hidden: args.hidden.clone() };
-    let upper = args.upper.clone().zip(args.work.clone()).map(|(dir, work)| UpperSpec { dir, work });
+    let upper = args.upper.clone().zip(args.work.clone()).map(|(dir, work)| UpperSpec {
+        dir,
+        work,
+        volatile: args.volatile,
+    });
     let overlay = Overlay::open(&OverlaySpec {
         layers: args.lowers.iter().map(layer).collect(),
         generated: args.generated.clone(),
@@ -154,6 +164,9 @@ fn serve(args: &Args) -> Outcome<ExitCode> {
     let mut hooks = Hooks::default();
     if let Some((count, delay)) = args.held {
         hooks.rate = Some(Arc::new(Held { left: count.into(), delay }));
+    }
+    if let Some(name) = &args.panic_at {
+        hooks.trace = Some(Arc::new(Bomb { name: name.into() }));
     }
     let overlay = overlay.with_hooks(hooks);
     ours.write_all(b"m")?;
@@ -167,6 +180,18 @@ fn serve(args: &Args) -> Outcome<ExitCode> {
     }
     server.join();
     Ok(exit_code(status))
+}
+
+/// A bug where an object of a layer is looked up.
+#[derive(Debug)]
+struct Bomb {
+    name: PathBuf,
+}
+
+impl Trace for Bomb {
+    fn accessed(&self, access: Access) {
+        assert!(access.path != self.name, "as was asked for");
+    }
 }
 
 /// Lets the first reads wait.

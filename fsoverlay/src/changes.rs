@@ -51,7 +51,7 @@ pub fn changes(upper: &Path, layers: &[PathBuf]) -> Result<Vec<Change>, Error> {
     let layer = |dir: &PathBuf| LayerSpec { dir: dir.clone(), ..LayerSpec::default() };
     let spec = OverlaySpec {
         layers: layers.iter().map(layer).collect(),
-        upper: Some(UpperSpec { dir: upper.to_owned(), work: upper.to_owned() }),
+        upper: Some(UpperSpec { dir: upper.to_owned(), work: upper.to_owned(), ..UpperSpec::default() }),
         ..OverlaySpec::default()
     };
     compare(&spec, true, None)

@@ -71,6 +71,10 @@ pub struct UpperSpec {
     pub dir: PathBuf,
     /// An empty or left-over work directory on the same file system.
     pub work: PathBuf,
+    /// Sync nothing: fsync(2) and its relatives succeed at once. A mark in the work directory, the
+    /// kernel's own, says so until the upper is opened without this; where it is found after a restart of
+    /// the machine, the upper is not opened.
+    pub volatile: bool,
 }
 
 /// An object of the generated layer. Missing parents are directories of mode 0755.

@@ -169,8 +169,11 @@ impl Engine {
         if turn.is_none() && is_hurried() {
             return Err(LONG);
         }
+        add(&self.counts.syncs, 1);
         if node.kind == Kind::Dir {
             let fd = crate::layer::open_for_reading(self.upper_fd(node)?.as_fd())?;
+            // Links in it may have owners there.
+            self.upper()?.sidecar.sync()?;
             return rustix::fs::fsync(&fd);
         }
         if node.kind != Kind::File {
@@ -181,6 +184,11 @@ impl Engine {
             Content::File(fd) => rustix::fs::fsync(&fd),
             Content::Memory(_) => Ok(()),
         }
+    }
+
+    /// Whether syncs are for nothing.
+    pub(crate) fn is_volatile(&self) -> bool {
+        self.upper.as_ref().is_some_and(|upper| upper.volatile)
     }
 
     /// The target of a symbolic link.

@@ -45,6 +45,8 @@ pub(crate) struct Upper {
     /// Owner, mode, times or xattrs of a directory were changed: the only lasting
     /// change that a walk of the upper does not show.
     pub(crate) dir_meta_changed: AtomicBool,
+    /// Nothing is synced.
+    pub(crate) volatile: bool,
 }
 
 /// How many [`crate::inode::Aliases`] outlive their objects.
@@ -80,12 +82,12 @@ pub(crate) struct Engine {
     root: Arc<Node>,
 }
 
-fn open_error(path: &std::path::Path, source: Errno) -> Error {
+pub(crate) fn open_error(path: &std::path::Path, source: Errno) -> Error {
     Error::Open { path: path.to_owned(), source: source.into() }
 }
 
 impl Engine {
-    /// Opens what the spec names. No directory but the work directory is read, and no thread started.
+    /// Opens what the spec names. No directory is read and no thread started.
     pub(crate) fn open(spec: &OverlaySpec) -> Result<Self, Error> {
         let mut layers = Vec::with_capacity(spec.layers.len());
         for (index, layer) in spec.layers.iter().enumerate() {
@@ -486,10 +488,6 @@ impl Upper {
             Err(err) => return Err(open_error(&spec.dir, err)),
         }
         let work = Arc::new(work);
-        if let Err(err) = remove_leftovers(work.as_fd()) {
-            // They take room, and nothing looks at them.
-            tracing::debug!(?err, "the work directory cannot be cleaned");
-        }
         Ok(Self {
             root: RealDir::root(UPPER, Arc::new(dir), stat.key, None),
             sidecar: Sidecar::new(work.clone()),
@@ -499,6 +497,7 @@ impl Upper {
             touched: AtomicBool::new(false),
             held_something: AtomicBool::new(false),
             dir_meta_changed: AtomicBool::new(false),
+            volatile: spec.volatile,
         })
     }
 
@@ -506,6 +505,29 @@ impl Upper {
     /// left-over of another one has it, the caller gets `EEXIST` and asks again.
     pub(crate) fn temp_name(&self) -> Box<[u8]> {
         format!("#{:x}", self.counter.fetch_add(1, Ordering::Relaxed)).into_bytes().into()
+    }
+
+    /// Removes what a killed server left in the work directory: files on their way into the upper or out of
+    /// it, and directories with whiteouts at most.
+    pub(crate) fn remove_leftovers(&self) -> Res<()> {
+        let work = self.work.as_fd();
+        let mut names: Vec<Box<[u8]>> = Vec::new();
+        crate::readdir::for_each_entry(&crate::layer::open_for_reading(work)?, |name, _, _| {
+            if is_temp_name(name) {
+                names.push(name.into());
+            }
+            true
+        })?;
+        for name in names {
+            let removed = match rustix::fs::unlinkat(work, &*name, AtFlags::empty()) {
+                Err(Errno::ISDIR) => crate::whiteout::remove_flat_dir(work, &name),
+                other => other,
+            };
+            if let Err(err) = removed {
+                tracing::debug!(?err, "a left-over stays in the work directory");
+            }
+        }
+        Ok(())
     }
 
     fn is_empty(&self) -> Res<bool> {
@@ -526,28 +548,6 @@ impl Upper {
     pub(crate) fn held_something(&self) -> bool {
         self.held_something.load(Ordering::Acquire)
     }
-}
-
-/// Removes what a killed server left in the work directory: files on their way into the upper or out of
-/// it, and directories with whiteouts at most.
-fn remove_leftovers(work: BorrowedFd<'_>) -> Res<()> {
-    let mut names: Vec<Box<[u8]>> = Vec::new();
-    crate::readdir::for_each_entry(&crate::layer::open_for_reading(work)?, |name, _, _| {
-        if is_temp_name(name) {
-            names.push(name.into());
-        }
-        true
-    })?;
-    for name in names {
-        let removed = match rustix::fs::unlinkat(work, &*name, AtFlags::empty()) {
-            Err(Errno::ISDIR) => crate::whiteout::remove_flat_dir(work, &name),
-            other => other,
-        };
-        if let Err(err) = removed {
-            tracing::debug!(?err, "a left-over stays in the work directory");
-        }
-    }
-    Ok(())
 }
 
 /// Whether [`Upper::temp_name`] can have made this name.
@@ -659,7 +659,7 @@ pub(crate) mod tests {
                 std::fs::create_dir_all(dir.join(part)).expect("a temporary directory");
             }
             let layer = LayerSpec { dir: dir.join("lower"), ..LayerSpec::default() };
-            let upper = UpperSpec { dir: dir.join("upper"), work: dir.join("work") };
+            let upper = UpperSpec { dir: dir.join("upper"), work: dir.join("work"), ..UpperSpec::default() };
             let engine = Engine::open(&OverlaySpec {
                 layers: vec![layer],
                 upper: Some(upper),
@@ -674,7 +674,11 @@ pub(crate) mod tests {
             let layer = LayerSpec { dir: self.dir.join("lower"), ..LayerSpec::default() };
             OverlaySpec {
                 layers: vec![layer],
-                upper: Some(UpperSpec { dir: self.dir.join("upper"), work: self.dir.join("work") }),
+                upper: Some(UpperSpec {
+                    dir: self.dir.join("upper"),
+                    work: self.dir.join("work"),
+                    ..UpperSpec::default()
+                }),
                 squash: Some((0, 0)),
                 ..OverlaySpec::default()
             }

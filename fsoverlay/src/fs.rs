@@ -48,6 +48,7 @@ use crate::engine::Engine;
 use crate::errno::{Errno, LONG, Res, hurried};
 use crate::hooks::{Direction, add};
 use crate::inode::{Link, Node};
+use crate::journal::path_of;
 use crate::later::Later;
 use crate::rename::How;
 use crate::setattr::{SetAttr, SetTime};
@@ -287,7 +288,14 @@ impl FuseFs {
             // What the payload can bring about is counted always and logged rarely.
             let count = self.engine().counts.panics.fetch_add(1, Ordering::Relaxed);
             if count.is_power_of_two() || count == 0 {
-                tracing::error!(what, ino = ino.0, count = count + 1, "internal error, answered with EIO");
+                let path = self.engine().table.get(ino.0).and_then(|node| path_of(&node));
+                tracing::error!(
+                    what,
+                    ino = ino.0,
+                    ?path,
+                    count = count + 1,
+                    "internal error, answered with EIO"
+                );
             }
         }
     }
@@ -777,10 +785,17 @@ impl Filesystem for FuseFs {
     }
 
     fn fsync(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
+        if self.engine().is_volatile() {
+            // Once said, it is for ever.
+            return reply.error(fuser::Errno::ENOSYS);
+        }
         self.answer("fsync", ino, reply, done, move |fs| fs.on(ino, |n| fs.engine().sync(n, datasync)));
     }
 
     fn fsyncdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
+        if self.engine().is_volatile() {
+            return reply.error(fuser::Errno::ENOSYS);
+        }
         self.answer("fsyncdir", ino, reply, done, move |fs| fs.on(ino, |n| fs.engine().sync(n, datasync)));
     }
 

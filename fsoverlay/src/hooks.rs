@@ -160,6 +160,8 @@ pub struct Counters {
     pub written_bytes: u64,
     /// Requests that change a name or an attribute.
     pub changes: u64,
+    /// Syncs of files and directories that went to the disk.
+    pub syncs: u64,
     /// All other requests.
     pub others: u64,
     /// Files, directories and links copied up.
@@ -180,6 +182,7 @@ pub(crate) struct Counts {
     writes: AtomicU64,
     pub(crate) written_bytes: AtomicU64,
     changes: AtomicU64,
+    pub(crate) syncs: AtomicU64,
     others: AtomicU64,
     copied_up: AtomicU64,
     copied_bytes: AtomicU64,
@@ -221,6 +224,7 @@ impl Counts {
             writes: get(&self.writes),
             written_bytes: get(&self.written_bytes),
             changes: get(&self.changes),
+            syncs: get(&self.syncs),
             others: get(&self.others),
             copied_up: get(&self.copied_up),
             copied_bytes: get(&self.copied_bytes),

@@ -70,10 +70,10 @@ impl Journal {
     }
 }
 
-/// Where a directory is; `None` if it is gone.
-fn path_of(dir: &Arc<Node>) -> Option<PathBuf> {
+/// Where an object is, under its first name; `None` if it is gone.
+pub(crate) fn path_of(node: &Arc<Node>) -> Option<PathBuf> {
     let mut names = Vec::new();
-    let mut at = dir.clone();
+    let mut at = node.clone();
     while !Engine::is_root(&at) {
         let link = at.first_link()?;
         names.push(link.name);

@@ -37,7 +37,7 @@
 //!
 //! let overlay = Overlay::open(&OverlaySpec {
 //!     layers: vec![LayerSpec { dir: "/".into(), hidden: vec!["proc".into()], ..LayerSpec::default() }],
-//!     upper: Some(UpperSpec { dir: "/home/me/box/upper".into(), work: "/home/me/box/work".into() }),
+//!     upper: Some(UpperSpec { dir: "/home/me/box/upper".into(), work: "/home/me/box/work".into(), volatile: false }),
 //!     squash: Some((0, 0)),
 //!     workers: 2,
 //!     ..OverlaySpec::default()
@@ -66,6 +66,7 @@
 mod acl;
 mod attr;
 mod changes;
+mod claim;
 mod config;
 mod copyup;
 mod create;
@@ -144,6 +145,15 @@ pub enum Error {
         /// The work directory.
         work: PathBuf,
     },
+    /// The machine stopped while the upper was served without syncing it.
+    #[error(
+        "the upper directory was not synced (volatile) when the machine stopped, and may be incomplete; \
+         it can be used once {mark} is removed"
+    )]
+    Volatile {
+        /// What says so, in the work directory.
+        mark: PathBuf,
+    },
     /// Owners and whiteouts could not be stored.
     #[error("the file system of {path} has no extended attributes for users (user.*)")]
     NoXattrs {
@@ -196,10 +206,14 @@ impl Overlay {
     /// directory. Reads no other directory and starts no thread: it can run before or beside the mount.
     ///
     /// # Errors
-    /// If a directory cannot be opened, the upper cannot hold xattrs, or work and upper
-    /// are on different file systems.
+    /// If a directory cannot be opened, the upper cannot hold xattrs, work and upper are on different
+    /// file systems, or the upper may be incomplete ([`UpperSpec::volatile`]).
     pub fn open(spec: &OverlaySpec) -> Result<Self, Error> {
-        Ok(Self { engine: engine::Engine::open(spec)?, workers: spec.workers.max(1) })
+        let engine = engine::Engine::open(spec)?;
+        if let (Some(upper), Some(spec)) = (&engine.upper, &spec.upper) {
+            upper.claim(spec)?;
+        }
+        Ok(Self { engine, workers: spec.workers.max(1) })
     }
 
     /// Lets the embedder look on and have a say.

@@ -16,6 +16,7 @@
 use std::collections::HashMap;
 use std::io::{Read, Write as _};
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{Mode, OFlags};
 
@@ -64,11 +65,13 @@ impl Said {
 pub(crate) struct Sidecar {
     work: Fd,
     loaded: Mutex<Option<HashMap<LinkId, Said>>>,
+    /// Lines were written since the last sync.
+    unsynced: AtomicBool,
 }
 
 impl Sidecar {
     pub(crate) fn new(work: Fd) -> Self {
-        Self { work, loaded: Mutex::new(None) }
+        Self { work, loaded: Mutex::new(None), unsynced: AtomicBool::new(false) }
     }
 
     fn load(&self) -> Res<HashMap<LinkId, Said>> {
@@ -108,6 +111,16 @@ impl Sidecar {
         Ok(self.said(link)?.number)
     }
 
+    /// Brings what was written to the disk.
+    pub(crate) fn sync(&self) -> Res<()> {
+        if !self.unsynced.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let synced = rustix::fs::openat(&self.work, NAME, flags, Mode::empty()).and_then(rustix::fs::fsync);
+        synced.inspect_err(|_| self.unsynced.store(true, Ordering::Release))
+    }
+
     /// Records an owner, or takes the record back.
     pub(crate) fn set_owner(&self, link: &Stat, owner: Option<(u32, u32)>) -> Res<()> {
         if self.said(link)?.owner == owner {
@@ -135,6 +148,7 @@ impl Sidecar {
         let line = format!("{:x} {}.{} {text}\n", link.key.ino, link.btime.sec, link.btime.nsec);
         let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(self.work.as_fd(), NAME, flags, Mode::from_raw_mode(0o600))?;
+        self.unsynced.store(true, Ordering::Release);
         std::fs::File::from(fd)
             .write_all(line.as_bytes())
             .map_err(|err| Errno::from_io_error(&err).unwrap_or(Errno::IO))?;

@@ -171,10 +171,11 @@ fn overlay_spec(spec: &OverlayMountSpec, mountpoint: &Path) -> Result<OverlaySpe
         (Some(dir), Some(work)) => Some(UpperSpec {
             dir: directory("upper directory", dir)?,
             work: directory("work directory", work)?,
+            volatile: spec.volatile,
         }),
         _ => None,
     };
-    if let Some(UpperSpec { dir, work }) = &upper {
+    if let Some(UpperSpec { dir, work, .. }) = &upper {
         // Half-made objects would show, or what is in the work directory as part of the tree.
         apart(("work directory", work), ("upper directory", dir))?;
         for lower in &lowers {

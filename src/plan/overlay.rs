@@ -34,7 +34,11 @@ impl RootPlan {
         OverlaySpec {
             layers: self.layers.iter().map(layer).collect(),
             generated: self.generated.iter().map(generated).collect(),
-            upper: self.upper.as_ref().map(|u| UpperSpec { dir: u.dir.clone(), work: u.work.clone() }),
+            upper: self.upper.as_ref().map(|u| UpperSpec {
+                dir: u.dir.clone(),
+                work: u.work.clone(),
+                ..UpperSpec::default()
+            }),
             squash: ids.single(),
             workers,
             ..OverlaySpec::default()

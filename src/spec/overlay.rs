@@ -31,6 +31,8 @@ pub struct OverlayMountSpec {
     pub sync: bool,
     /// `allow_other`.
     pub allow_other: bool,
+    /// `volatile`: sync nothing.
+    pub volatile: bool,
     /// `timeout`: others change the layers, and that shows after this time.
     pub live: Option<Duration>,
     /// Threads that serve; `None`: as many as are useful.
@@ -189,6 +191,11 @@ fn one(spec: &mut OverlayMountSpec, option: &[u8]) -> Result<(), OverlayOptionEr
             0 => {}
             _ => return refused("extended attributes cannot be turned off"),
         },
+        "fsync" => match number()? {
+            0 => spec.volatile = true,
+            1 => spec.volatile = false,
+            _ => return Err(wrong("0 or 1 is wanted")),
+        },
         "writeback" => {
             if number()? == 0 {
                 return refused("the kernel always gathers writes");
@@ -203,6 +210,7 @@ fn one(spec: &mut OverlayMountSpec, option: &[u8]) -> Result<(), OverlayOptionEr
         _ if value.is_some() => {
             return if is_known(&name) { Err(wrong("it takes no value")) } else { Err(unknown(name)) };
         }
+        "volatile" => spec.volatile = true,
         "debug" => spec.debug = true,
         "allow_other" => spec.allow_other = true,
         "ro" => spec.read_only = true,
@@ -234,7 +242,7 @@ fn unknown(name: String) -> OverlayOptionError {
 #[rustfmt::skip]
 fn is_known(name: &str) -> bool {
     const SWITCHES: &[&str] = &[
-        "debug", "allow_other", "ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync", "dirsync", "async",
+        "debug", "volatile", "allow_other", "ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync", "dirsync", "async",
     ];
     SWITCHES.contains(&name) || WITHOUT_EFFECT.contains(&name)
 }
@@ -294,8 +302,14 @@ mod tests {
 
     #[test]
     fn the_usual_words() {
-        let spec = read("lowerdir=/a:b/c:/d,upperdir=/u,workdir=w,volatile,nodev").map(|spec| spec.upper);
-        assert_eq!(spec, Err(unknown("volatile".to_owned())));
+        let spec = read("lowerdir=/a:b/c:/d,upperdir=/u,workdir=w,fancy,nodev").map(|spec| spec.upper);
+        assert_eq!(spec, Err(unknown("fancy".to_owned())));
+        let volatile = |text: &str| read(&format!("lowerdir=/l,{text}")).map(|spec| spec.volatile);
+        assert_eq!(
+            (volatile("volatile"), volatile("fsync=0"), volatile("fsync=0,fsync=1")),
+            (Ok(true), Ok(true), Ok(false))
+        );
+        assert!(volatile("fsync").is_err() && volatile("volatile=1").is_err());
         let spec = read("lowerdir=/a:b/c:/d,upperdir=/u,workdir=w,nosuid,dev").expect("read");
         assert_eq!(spec.lowers, [PathBuf::from("/a"), "b/c".into(), "/d".into()]);
         assert_eq!((spec.upper, spec.work), (Some("/u".into()), Some("w".into())));

@@ -152,7 +152,7 @@ pub(crate) fn spec(world: &World) -> OverlaySpec {
             },
             ..LayerSpec::default()
         }],
-        upper: Some(UpperSpec { dir: world.upper(), work: world.path("work") }),
+        upper: Some(UpperSpec { dir: world.upper(), work: world.path("work"), ..UpperSpec::default() }),
         squash: Some((0, 0)),
         ..OverlaySpec::default()
     }

@@ -22,6 +22,7 @@ mod random;
 mod redirects;
 mod semantics;
 mod steps;
+mod upper;
 
 use std::process::ExitCode;
 
@@ -35,6 +36,7 @@ fn cases() -> Vec<Case> {
     cases.extend(layers::CASES);
     cases.extend(limits::CASES);
     cases.extend(steps::CASES);
+    cases.extend(upper::CASES);
     cases.extend(redirects::CASES);
     cases.extend(numbers::CASES);
     cases.extend(random::CASES);

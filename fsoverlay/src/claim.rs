@@ -1,0 +1,100 @@
+//! What an upper goes through when a server takes it: left-overs go, and it is seen whether its content
+//! can be relied on.
+//!
+//! An upper that is served *volatile* is never synced. Until the machine stops that makes no difference:
+//! what was written is in the memory of the kernel, whoever wrote it. After a power failure any part of
+//! it can be missing. So the kernel's overlayfs makes the directory `work/incompat/volatile` in the
+//! work directory, and never again mounts an upper whose work directory has it; and so does this
+//! server, with a difference: it notes in there which run of the machine it was, and takes the upper again
+//! in the same one. Then, without `volatile`, it brings everything to the disk first, and the mark is
+//! removed.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::fs::{AtFlags, Mode, OFlags};
+
+use crate::Error;
+use crate::config::UpperSpec;
+use crate::engine::{Upper, open_error};
+use crate::errno::{Errno, Res, missing_ok};
+
+/// The way to the mark, in the work directory.
+const MARK: [&str; 3] = ["work", "incompat", "volatile"];
+/// In the mark: the `boot_id` of the kernel that had the changes in memory.
+const BOOT: &str = "boot_id";
+
+fn boot_id() -> Res<Vec<u8>> {
+    std::fs::read("/proc/sys/kernel/random/boot_id")
+        .map_err(|err| Errno::from_io_error(&err).unwrap_or(Errno::IO))
+}
+
+fn open_dir(at: impl AsFd, name: &str) -> Res<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(at, name, flags, Mode::empty())
+}
+
+impl Upper {
+    /// Makes the upper this server's own.
+    pub(crate) fn claim(&self, spec: &UpperSpec) -> Result<(), Error> {
+        let failed = |err| open_error(&spec.work, err);
+        if let Err(err) = self.remove_leftovers() {
+            // They take room, and nothing looks at them.
+            tracing::debug!(?err, "the work directory cannot be cleaned");
+        }
+        let mark = missing_ok(self.mark(false)).map_err(failed)?;
+        if let Some(mark) = &mark {
+            let boot = missing_ok(read(mark)).map_err(failed)?;
+            if boot.is_none_or(|boot| boot_id() != Ok(boot)) {
+                return Err(Error::Volatile {
+                    mark: MARK.iter().fold(spec.work.clone(), |path, name| path.join(name)),
+                });
+            }
+        }
+        match (spec.volatile, mark) {
+            (true, None) => self.write_mark().map_err(failed),
+            (false, Some(mark)) => self.remove_mark(&mark).map_err(failed),
+            _ => Ok(()),
+        }
+    }
+
+    /// The directory that is the mark.
+    fn mark(&self, make: bool) -> Res<OwnedFd> {
+        let mut at = open_dir(&self.work, ".")?;
+        for name in MARK {
+            if make {
+                match rustix::fs::mkdirat(&at, name, Mode::from_raw_mode(0o700)) {
+                    Ok(()) | Err(Errno::EXIST) => {}
+                    Err(err) => return Err(err),
+                }
+            }
+            at = open_dir(&at, name)?;
+        }
+        Ok(at)
+    }
+
+    fn write_mark(&self) -> Res<()> {
+        let mark = self.mark(true)?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(&mark, BOOT, flags, Mode::from_raw_mode(0o600))?;
+        crate::copyup::write_all(fd.as_fd(), &boot_id()?, 0)?;
+        // The only thing of this run that must outlive a power failure.
+        rustix::fs::fsync(&fd)
+    }
+
+    fn remove_mark(&self, mark: &OwnedFd) -> Res<()> {
+        rustix::fs::syncfs(mark)?;
+        rustix::fs::unlinkat(mark, BOOT, AtFlags::empty())?;
+        let work = open_dir(&self.work, MARK[0])?;
+        rustix::fs::unlinkat(open_dir(&work, MARK[1])?, MARK[2], AtFlags::REMOVEDIR)?;
+        rustix::fs::unlinkat(&work, MARK[1], AtFlags::REMOVEDIR)
+    }
+}
+
+fn read(mark: &OwnedFd) -> Res<Vec<u8>> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let fd = rustix::fs::openat(mark, BOOT, flags, Mode::empty())?;
+    let mut text = vec![0; 64];
+    let n = rustix::io::read(&fd, &mut text)?;
+    text.truncate(n);
+    Ok(text)
+}
