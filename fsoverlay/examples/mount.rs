@@ -146,8 +146,12 @@ fn serve(args: &Args) -> Outcome<ExitCode> {
         return Ok(exit_code(child.wait()?));
     }
     let owners = if args.translated { Owners::Translated { uids, gids } } else { Owners::Numeric };
-    let layer =
-        |dir: &PathBuf| LayerSpec { dir: dir.clone(), owners: owners.clone(), hidden: args.hidden.clone() };
+    let layer = |dir: &PathBuf| LayerSpec {
+        dir: dir.clone(),
+        owners: owners.clone(),
+        hidden: args.hidden.clone(),
+        ..LayerSpec::default()
+    };
     let upper = args.upper.clone().zip(args.work.clone()).map(|(dir, work)| UpperSpec {
         dir,
         work,
@@ -160,6 +164,7 @@ fn serve(args: &Args) -> Outcome<ExitCode> {
         squash: (!args.range).then_some((0, 0)),
         live: args.live,
         workers: args.workers,
+        ..OverlaySpec::default()
     })?;
     let mut hooks = Hooks::default();
     if let Some((count, delay)) = args.held {

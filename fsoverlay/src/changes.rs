@@ -156,7 +156,7 @@ impl Diff<'_> {
     fn root(&mut self, upper: &Arc<RealDir>, lower: Option<&Arc<Node>>) -> Res<Todo> {
         let fd = self.top.fd(upper)?;
         let marks = crate::xattr::Marks::read(sys::At::Name(fd.as_fd(), b"."))?;
-        let recorded = marks.record.as_deref().and_then(|r| Meta::from_record(r, Kind::Dir));
+        let recorded = marks.record.as_deref().and_then(|r| self.top.owners.read_record(r, Kind::Dir));
         if let (Some(meta), Some(lower)) = (recorded, lower)
             && !self.same_meta(lower, meta)
         {

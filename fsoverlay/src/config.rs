@@ -21,8 +21,49 @@ pub struct OverlaySpec {
     /// It costs the kernel's gathering of writes, and a request for each listing and each name that is
     /// used again later. `None`: layers do not change, and the kernel keeps what it knows for ever.
     pub live: Option<Duration>,
+    /// How owners and modes are kept in the upper.
+    pub owner_form: OwnerForm,
+    /// How ids of the disk, in layers, upper and records, are those of the mount.
+    pub ids: IdMapping,
+    /// Report one link for every directory, so that none is counted.
+    pub static_nlink: bool,
+    /// Copy a renamed directory of a layer instead of writing a redirect, which the kernel's overlayfs
+    /// does not follow with `userxattr`.
+    pub no_redirects: bool,
+    /// Without POSIX ACLs.
+    pub no_acl: bool,
     /// Threads that serve requests; 0 is 1.
     pub workers: usize,
+}
+
+/// How owners and modes of the upper's objects are kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum OwnerForm {
+    /// By records. What has none belongs to `squash`, else to 0:0, whoever it belongs to on disk: the server
+    /// is not in the mount's user namespace.
+    #[default]
+    Recorded,
+    /// By records; what has none belongs to whom the disk says. The server is in the mount's user
+    /// namespace.
+    RecordedByDisk,
+    /// The same, with records that only root of the host can write (`security.*` attributes).
+    RecordedByRoot,
+    /// As on the disk: the server may chown and mknod, as far as its user namespace goes.
+    Native,
+}
+
+/// A translation of ids, and ids to be shown whatever the translation says.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct IdMapping {
+    /// uids: `outside` are the disk's. Empty: as they are. An id outside of it is shown as 65534, and cannot
+    /// be stored.
+    pub uids: Vec<IdExtent>,
+    /// gids.
+    pub gids: Vec<IdExtent>,
+    /// Every uid is shown as this one.
+    pub uid: Option<u32>,
+    /// Every gid is shown as this one.
+    pub gid: Option<u32>,
 }
 
 /// One read-only layer.
@@ -32,9 +73,22 @@ pub struct LayerSpec {
     pub dir: PathBuf,
     /// How the owners found on disk are reported.
     pub owners: Owners,
+    /// Where records are looked for.
+    pub records: Records,
     /// Paths below `dir`, relative to it, shown as empty directories whatever
     /// they hold (`proc`, `sys`, `dev`, `run`, the upper's own place).
     pub hidden: Vec<PathBuf>,
+}
+
+/// Where a layer's records of owners are looked for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Records {
+    /// Everywhere, but not in `/` with owners as on disk, which has none.
+    #[default]
+    Everywhere,
+    /// Only if the layer's own directory has one, or is marked as an upper with records. It saves a system
+    /// call for each lookup elsewhere.
+    IfMarked,
 }
 
 /// How the numeric owner of a file of a layer is reported.

@@ -29,7 +29,7 @@ use crate::hooks::{blocks, most_of_copy};
 use crate::inode::{Link, Node, Place, ROOT};
 use crate::layer::{RealDir, stat_at, stat_fd};
 use crate::sys::{self, At};
-use crate::xattr::{IMPURE, ORIGIN, RECORD};
+use crate::xattr::{IMPURE, ORIGIN};
 
 /// Copying this many bytes is more than others are made to wait for.
 pub(crate) const MUCH: u64 = 4 << 20;
@@ -133,7 +133,14 @@ impl Engine {
             self.counts.copied_up(0);
             return Ok(());
         }
+        if node.kind.is_special() && !self.owners.has_placeholders() {
+            self.copy_up_named(node, &stat, meta, |name| self.make_special(&upper.work, name, &meta))?;
+            room.used(0, 1);
+            self.counts.copied_up(0);
+            return Ok(());
+        }
         let temp = Temp::file(upper)?;
+        self.give_copy(At::Fd(temp.fd.as_fd()), &meta)?;
         if node.kind == Kind::File {
             match self.open_file(node, false) {
                 // The caller may not read it, but nothing of it is wanted: locks of package managers
@@ -150,9 +157,8 @@ impl Engine {
                 }
             }
         }
-        rustix::fs::fchmod(&temp.fd, Mode::from_raw_mode(meta.disk_perm()))?;
         let at = At::Fd(temp.fd.as_fd());
-        let has_record = self.write_record(at, &meta)?;
+        let has_record = self.settle_copy(at, &meta)?;
         if stat.nlink <= 1 {
             self.write_origin(at, node)?;
         }
@@ -274,15 +280,6 @@ impl Engine {
         sys::set_xattr(at, ORIGIN, self.numbers.describe(node.ino).as_bytes(), XattrFlags::empty())
     }
 
-    /// Writes the record of a new object if it needs one.
-    pub(crate) fn write_record(&self, at: At<'_>, meta: &Meta) -> Res<bool> {
-        let needed = meta.needs_record(self.default_owner);
-        if needed {
-            sys::set_xattr(at, RECORD, meta.to_record().as_bytes(), XattrFlags::empty())?;
-        }
-        Ok(needed)
-    }
-
     fn become_unlinked(&self, node: &Arc<Node>, from: &Stat, has_record: bool, temp: &Temp<'_>) -> Res<()> {
         let upper = self.upper()?;
         let fd: Fd = Arc::new(rustix::io::fcntl_dupfd_cloexec(&temp.fd, 0)?);
@@ -320,7 +317,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Copies up something that has a name from the start: a symbolic link.
+    /// Copies up something that has a name from the start: a symbolic link, a real fifo.
     fn copy_up_named(
         &self,
         node: &Arc<Node>,
@@ -333,9 +330,7 @@ impl Engine {
         let done = || -> Res<()> {
             rustix::fs::utimensat(&upper.work, &*temp, &timestamps(stat), AtFlags::SYMLINK_NOFOLLOW)?;
             let copy = stat_at(upper.work.as_fd(), &temp)?;
-            if meta.needs_record(self.default_owner) {
-                upper.sidecar.set_owner(&copy, Some((meta.uid, meta.gid)))?;
-            }
+            self.settle_new(At::Name(upper.work.as_fd(), &temp), &meta, &copy)?;
             if stat.nlink <= 1 {
                 upper.sidecar.set_number(&copy, &self.numbers.describe(node.ino))?;
             }
@@ -411,19 +406,17 @@ impl Engine {
         let (source, _) = self.target(node)?;
         let room = self.reserve(0, 1)?;
         let ((), temp) = upper.make_temp(|name| {
-            rustix::fs::mkdirat(&upper.work, name, Mode::from_raw_mode(meta.disk_perm()))
+            rustix::fs::mkdirat(&upper.work, name, self.owners.first_mode(&meta) | Mode::RWXU)
         })?;
         let done = || -> Res<()> {
             let fd = open_temp_dir(upper, &temp)?;
             let at = At::Fd(fd.as_fd());
             let made = stat_fd(fd.as_fd())?;
-            if made.mode & 0o7777 != meta.disk_perm() {
-                rustix::fs::fchmod(&fd, Mode::from_raw_mode(meta.disk_perm()))?;
-            }
             if let Some(from) = source.at() {
                 self.copy_xattrs(from, at)?;
             }
-            let has_record = self.write_record(at, &meta)?;
+            self.give_copy(at, &meta)?;
+            let has_record = self.settle_copy(at, &meta)?;
             self.write_origin(at, node)?;
             rustix::fs::futimens(&fd, &timestamps(&stat))?;
 

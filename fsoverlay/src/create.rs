@@ -3,11 +3,10 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags, XattrFlags};
+use rustix::fs::{AtFlags, OFlags, RenameFlags, XattrFlags};
 
 use crate::acl::Acl;
 use crate::attr::{Kind, Meta, Stat};
-use crate::copyup::make_placeholder;
 use crate::engine::{Content, Engine};
 use crate::errno::{Errno, Res, missing_ok};
 use crate::handle::{Fd, Holder};
@@ -76,7 +75,7 @@ impl Engine {
                 meta.perm |= 0o2000;
             }
         }
-        if new.kind.is_special() {
+        if new.kind.is_special() && self.owners.has_placeholders() {
             // Its type on disk is not its type: readdir must look.
             self.mark_impure(parent.upper_dir()?)?;
         }
@@ -90,7 +89,7 @@ impl Engine {
         let dir = parent.upper_dir()?;
         let fd = self.fd(dir)?;
         let made = self.make_object(fd.as_fd(), name, &meta, new.target, &extras);
-        let (stat, file) = match made {
+        let (stat, file, has_record) = match made {
             Err(Errno::EXIST) => {
                 extras.opaque = new.kind == Kind::Dir;
                 self.over_whiteout(dir, name, extras.opaque, |temp| {
@@ -99,7 +98,6 @@ impl Engine {
             }
             other => other?,
         };
-        let has_record = meta.needs_record(self.default_owner);
         // The record came after the stat.
         let bytes = match (&file, self.quota()) {
             (Some(fd), Some(_)) => blocks(&stat_fd(fd.as_fd())?),
@@ -179,7 +177,7 @@ impl Engine {
                     place: Place::Upper,
                     links: vec![Link { parent: parent.clone(), name: name.into() }],
                     extra_links: 0,
-                    has_record: has_record && meta.kind != Kind::Symlink,
+                    has_record,
                     has_acl: extras.access.is_some(),
                     no_capability: true,
                 },
@@ -217,8 +215,8 @@ impl Engine {
         meta: &Meta,
         target: &[u8],
         extras: &Extras,
-    ) -> Res<(Stat, Option<std::os::fd::OwnedFd>)> {
-        let mode = Mode::from_raw_mode(meta.disk_perm());
+    ) -> Res<(Stat, Option<std::os::fd::OwnedFd>, bool)> {
+        let mode = self.owners.first_mode(meta);
         let mut file = None;
         match meta.kind {
             Kind::Dir => rustix::fs::mkdirat(dir, name, mode)?,
@@ -227,44 +225,29 @@ impl Engine {
                 let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 file = Some(rustix::fs::openat(dir, name, flags, mode)?);
             }
-            _ => make_placeholder(dir, name)?,
+            _ => self.make_special(dir, name, meta)?,
         }
-        let finish = || -> Res<Stat> {
-            let stat = match &file {
-                Some(fd) => stat_fd(fd.as_fd())?,
-                None => stat_at(dir, name)?,
-            };
-            if meta.kind == Kind::Symlink {
-                if meta.needs_record(self.default_owner) {
-                    self.upper()?.sidecar.set_owner(&stat, Some((meta.uid, meta.gid)))?;
-                }
-                return Ok(stat);
-            }
-            // The umask of the server's process may have taken bits away.
-            if stat.mode & 0o777 != meta.disk_perm() {
-                match &file {
-                    Some(fd) => rustix::fs::fchmod(fd, mode)?,
-                    None if meta.kind == Kind::Dir => {
-                        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                        let made = rustix::fs::openat(dir, name, flags, Mode::empty())?;
-                        rustix::fs::fchmod(&made, mode)?;
-                    }
-                    None => {}
-                }
-            }
+        let finish = || -> Res<(Stat, bool)> {
             let at = match &file {
                 Some(fd) => At::Fd(fd.as_fd()),
                 None => At::Name(dir, name),
             };
-            self.write_record(at, meta)?;
+            let stat = match &file {
+                Some(fd) => stat_fd(fd.as_fd())?,
+                None => stat_at(dir, name)?,
+            };
+            let has_record = self.settle_new(at, meta, &stat)?;
+            if meta.kind == Kind::Symlink {
+                return Ok((stat, has_record));
+            }
             self.store_inherited(at, extras.access.as_ref(), extras.default.as_ref())?;
             if extras.opaque {
                 sys::set_xattr(at, OPAQUE, b"y", XattrFlags::empty())?;
             }
-            Ok(stat)
+            Ok((stat, has_record))
         };
         match finish() {
-            Ok(stat) => Ok((stat, file)),
+            Ok((stat, has_record)) => Ok((stat, file, has_record)),
             Err(err) => {
                 let flags = if meta.kind == Kind::Dir { AtFlags::REMOVEDIR } else { AtFlags::empty() };
                 if let Err(err) = rustix::fs::unlinkat(dir, name, flags) {
@@ -292,7 +275,8 @@ impl Engine {
         let upper = self.touch()?;
         self.copy_up(node)?;
         self.copy_up(parent)?;
-        let impure = node.kind.is_special() || node.inner.lock().origin.is_some();
+        let special = node.kind.is_special() && self.owners.has_placeholders();
+        let impure = special || node.inner.lock().origin.is_some();
         if impure {
             self.mark_impure(parent.upper_dir()?)?;
         }

@@ -58,10 +58,7 @@ impl Engine {
     pub(crate) fn write(&self, node: &Arc<Node>, offset: u64, bytes: &[u8], kill: bool) -> Res<usize> {
         let fd = self.writable(node)?;
         let length = bytes.len() as u64;
-        let change = || {
-            self.drop_privileges(node, kill)?;
-            write_all(fd.as_fd(), bytes, offset)
-        };
+        let change = || self.changing_content(node, kill, || write_all(fd.as_fd(), bytes, offset));
         self.grow(node, &fd, |stat| most_of_write(stat, offset, length), change)?;
         add(&self.counts.written_bytes, length);
         Ok(bytes.len())
@@ -81,8 +78,7 @@ impl Engine {
         let most =
             |stat: &Stat| if mode.intersects(takes_none) { 0 } else { most_of_write(stat, offset, length) };
         self.grow(node, &fd, most, || {
-            self.drop_privileges(node, kill)?;
-            rustix::fs::fallocate(&fd, mode, offset, length)
+            self.changing_content(node, kill, || rustix::fs::fallocate(&fd, mode, offset, length))
         })
     }
 
@@ -133,27 +129,19 @@ impl Engine {
             }
         };
         let most = from_size.saturating_sub(from.1).min(wanted as u64);
-        let copy = || {
-            self.drop_privileges(to.0, kill)?;
-            match &source {
-                Content::File(source) => {
-                    let (mut read_at, mut write_at) = (from.1, to.1);
-                    rustix::fs::copy_file_range(
-                        source,
-                        Some(&mut read_at),
-                        &target,
-                        Some(&mut write_at),
-                        wanted,
-                    )
-                }
-                Content::Memory(bytes) => {
-                    let start = usize::try_from(from.1).unwrap_or(usize::MAX).min(bytes.len());
-                    let end = start.saturating_add(wanted).min(bytes.len());
-                    write_all(target.as_fd(), &bytes[start..end], to.1)?;
-                    Ok(end - start)
-                }
+        let move_bytes = || match &source {
+            Content::File(source) => {
+                let (mut read_at, mut write_at) = (from.1, to.1);
+                rustix::fs::copy_file_range(source, Some(&mut read_at), &target, Some(&mut write_at), wanted)
+            }
+            Content::Memory(bytes) => {
+                let start = usize::try_from(from.1).unwrap_or(usize::MAX).min(bytes.len());
+                let end = start.saturating_add(wanted).min(bytes.len());
+                write_all(target.as_fd(), &bytes[start..end], to.1)?;
+                Ok(end - start)
             }
         };
+        let copy = || self.changing_content(to.0, kill, move_bytes);
         let copied = self.grow(to.0, &target, |stat| most_of_write(stat, to.1, most), copy)?;
         add(&self.counts.written_bytes, copied as u64);
         Ok(copied)

@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::{AtFlags, Mode, OFlags};
 
 use crate::attr::{Attr, Kind, Meta, Stat, Time};
-use crate::config::{OverlaySpec, Owners};
+use crate::config::{OverlaySpec, Owners, Records};
 use crate::errno::{Errno, Res, missing_ok};
 use crate::generated::{GENERATED_ROOT, GenTree};
 use crate::handle::{Fd, FdRing, Holder, Pins};
@@ -23,10 +23,11 @@ use crate::inode::{DirState, Inner, NewNode, Node, Place, ROOT, Table};
 use crate::journal::Journal;
 use crate::layer::{Hidden, Layer, LayerIdx, RealDir, Tree, UPPER, open_root, stat_at, stat_fd};
 use crate::numbers::InodeNumbers;
+use crate::ownership::Ownership;
 use crate::sidecar::Sidecar;
 use crate::sync::Mutex;
 use crate::whiteout::WhiteoutForm;
-use crate::xattr::Marks;
+use crate::xattr::{Marks, OWNERS};
 use crate::{Error, sys};
 
 /// The writable layer, open.
@@ -38,6 +39,8 @@ pub(crate) struct Upper {
     counter: AtomicU64,
     pub(crate) whiteout_form: WhiteoutForm,
     pub(crate) sidecar: Sidecar,
+    /// How it says that it keeps owners.
+    mark: Option<String>,
     /// Something was changed through this overlay.
     touched: AtomicBool,
     /// The upper held something before the first change; set with `touched`.
@@ -63,9 +66,10 @@ pub(crate) struct Engine {
     pub(crate) table: Arc<Table>,
     pub(crate) numbers: InodeNumbers,
     pub(crate) pins: Arc<Pins>,
-    pub(crate) squash: Option<(u32, u32)>,
-    /// The owner of an object of the upper that has no record.
-    pub(crate) default_owner: (u32, u32),
+    pub(crate) owners: Ownership,
+    static_nlink: bool,
+    pub(crate) no_redirects: bool,
+    pub(crate) no_acl: bool,
     /// Nodes that must outlive the kernel's interest; see [`Engine::keep`].
     kept: Mutex<HashMap<u64, Arc<Node>>>,
     /// Held by one sync at a time; nobody waits for it.
@@ -98,23 +102,32 @@ impl Engine {
             let (fd, stat) = opened.map_err(|err| open_error(&layer.dir, err))?;
             let index = LayerIdx::try_from(index).map_err(|_| open_error(&layer.dir, Errno::TOOBIG))?;
             let hidden = Hidden::new(layer.hidden.iter().map(AsRef::as_ref));
-            layers.push(Layer {
-                root: RealDir::root(index, fd, stat.key, hidden),
-                owners: layer.owners.clone(),
-                records: layer.owners != Owners::Numeric || layer.dir != std::path::Path::new("/"),
-            });
+            let records = match layer.records {
+                Records::Everywhere => {
+                    layer.owners != Owners::Numeric || layer.dir != std::path::Path::new("/")
+                }
+                Records::IfMarked => {
+                    let marks = Marks::read_of_layer(sys::At::Name(fd.as_fd(), b"."), index);
+                    let marks = marks.map_err(|err| open_error(&layer.dir, err))?;
+                    marks.record.is_some() || marks.owners.is_some_and(|form| form != "native")
+                }
+            };
+            let root = RealDir::root(index, fd, stat.key, hidden);
+            layers.push(Layer { root, owners: layer.owners.clone(), records });
         }
-        let upper = spec.upper.as_ref().map(Upper::open).transpose()?;
+        let owners = Ownership::new(spec);
+        // The ids in real ACLs are not translated.
+        let no_acl = spec.no_acl || owners.native && owners.maps_ids();
+        let upper = spec.upper.as_ref().map(|upper| Upper::open(upper, &owners)).transpose()?;
         if upper.is_none() && layers.is_empty() {
             return Err(Error::Nothing);
         }
         let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(4096);
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         let table = Table::new(MAX_ALIASES);
-        let default_owner = spec.squash.unwrap_or((0, 0));
         let generated = GenTree::new(&spec.generated);
         let opened = Time::from_system(SystemTime::now());
-        let root = make_root(&table, &layers, upper.as_ref(), &generated, default_owner)?;
+        let root = make_root(&table, &layers, upper.as_ref(), &generated, &owners)?;
         let numbers = InodeNumbers::default();
         for dir in upper.iter().map(|upper| &upper.root).chain(layers.iter().map(|layer| &layer.root)) {
             if let Some(fd) = dir.slot.get(false) {
@@ -129,8 +142,10 @@ impl Engine {
             table,
             numbers,
             pins: Pins::new((limit / 8).clamp(16, 2048)),
-            squash: spec.squash,
-            default_owner,
+            owners,
+            static_nlink: spec.static_nlink,
+            no_redirects: spec.no_redirects,
+            no_acl,
             kept: Mutex::default(),
             syncing: Mutex::default(),
             listings: Default::default(),
@@ -206,10 +221,24 @@ impl Engine {
         let upper = self.upper()?;
         if !upper.touched.load(Ordering::Acquire) {
             let held = !upper.is_empty()?;
+            self.mark_owners(upper, held)?;
             upper.held_something.fetch_or(held, Ordering::AcqRel);
             upper.touched.store(true, Ordering::Release);
         }
         Ok(upper)
+    }
+
+    /// Says on the upper how it keeps owners, before the first change. An upper of another form that can be
+    /// read is of this form from now on.
+    fn mark_owners(&self, upper: &Upper, held: bool) -> Res<()> {
+        let was_recorded = upper.mark.as_deref().is_some_and(|mark| mark != "native");
+        if upper.mark.is_none() || self.owners.native && was_recorded {
+            let root = upper.root.slot.get(false).ok_or(Errno::STALE)?;
+            let mark = self.owners.mark(!held);
+            let empty = rustix::fs::XattrFlags::empty();
+            sys::set_xattr(sys::At::Name(root.as_fd(), b"."), OWNERS, mark.as_bytes(), empty)?;
+        }
+        Ok(())
     }
 
     /// The attributes of an object, as they are to be reported.
@@ -223,8 +252,11 @@ impl Engine {
             let inner = node.inner.lock();
             (inner.meta, inner.extra_links)
         };
-        (meta.uid, meta.gid) = self.squash.unwrap_or((meta.uid, meta.gid));
+        (meta.uid, meta.gid) = self.owners.reported(meta.uid, meta.gid);
         stat.nlink = u32::try_from(i64::from(stat.nlink) + extra_links).unwrap_or(0);
+        if self.static_nlink && meta.kind == Kind::Dir {
+            stat.nlink = 1;
+        }
         if meta.kind.is_special() {
             (stat.size, stat.blocks) = (0, 0);
         }
@@ -361,7 +393,7 @@ impl Engine {
     /// The owner and mode of a generated object.
     pub(crate) fn generated_meta(&self, index: u32) -> Meta {
         let node = self.generated.node(index);
-        let (uid, gid) = self.default_owner;
+        let (uid, gid) = self.owners.default;
         let perm = if node.kind() == Kind::Symlink { 0o777 } else { node.perm };
         Meta { kind: node.kind(), perm, uid, gid, rdev: (0, 0) }
     }
@@ -387,7 +419,11 @@ impl Engine {
             };
             let (fd, can_write) = match place {
                 Place::Upper => {
-                    let look = |dir: BorrowedFd<'_>, name: &[u8]| match open_content(dir, name, writable) {
+                    let open = |dir: BorrowedFd<'_>, name: &[u8]| match open_content(dir, name, writable) {
+                        Err(Errno::ACCESS) if self.owners.native => open_in_spite(dir, name),
+                        opened => opened,
+                    };
+                    let look = |dir: BorrowedFd<'_>, name: &[u8]| match open(dir, name) {
                         // O_NOFOLLOW met a link, or something else stands there now.
                         Err(Errno::LOOP | Errno::NXIO | Errno::NOTDIR) => Ok(None),
                         opened => checked(opened?),
@@ -457,6 +493,17 @@ fn open_content(dir: impl AsFd, name: &[u8], writable: bool) -> Res<(std::os::fd
     }
 }
 
+/// Opens a file of the upper whose real mode forbids it to its owner, who is the server and has no
+/// capability that would help. The kernel has decided who may, and may still hold what was written before
+/// the mode was set.
+fn open_in_spite(dir: BorrowedFd<'_>, name: &[u8]) -> Res<(std::os::fd::OwnedFd, bool)> {
+    let perm = stat_at(dir, name)?.mode & 0o7777;
+    sys::chmod_special(dir, name, Mode::from_raw_mode(perm | 0o600))?;
+    let opened = open_content(dir, name, true);
+    sys::chmod_special(dir, name, Mode::from_raw_mode(perm))?;
+    opened
+}
+
 /// Opens a file of a layer; its access time stays what it is where that is allowed.
 fn open_lower(dir: impl AsFd, name: &[u8]) -> Res<std::os::fd::OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
@@ -467,7 +514,7 @@ fn open_lower(dir: impl AsFd, name: &[u8]) -> Res<std::os::fd::OwnedFd> {
 }
 
 impl Upper {
-    fn open(spec: &crate::config::UpperSpec) -> Result<Self, Error> {
+    fn open(spec: &crate::config::UpperSpec, owners: &Ownership) -> Result<Self, Error> {
         let dir = open_root(&spec.dir).map_err(|err| open_error(&spec.dir, err))?;
         let stat = stat_fd(dir.as_fd()).map_err(|err| open_error(&spec.dir, err))?;
         rustix::fs::accessat(
@@ -482,10 +529,18 @@ impl Upper {
         if work_stat.key.dev != stat.key.dev {
             return Err(Error::WorkElsewhere { upper: spec.dir.clone(), work: spec.work.clone() });
         }
-        match sys::get_xattr(sys::At::Name(dir.as_fd(), b"."), "user.fsoverlay.probe", &mut []) {
+        let root = sys::At::Name(dir.as_fd(), b".");
+        match sys::get_xattr(root, OWNERS, &mut []) {
             Ok(_) | Err(Errno::NODATA | Errno::RANGE) => {}
             Err(Errno::OPNOTSUPP) => return Err(Error::NoXattrs { path: spec.dir.clone() }),
             Err(err) => return Err(open_error(&spec.dir, err)),
+        }
+        let marks = Marks::read(root).map_err(|err| open_error(&spec.dir, err))?;
+        if (marks.owners.is_some() || marks.record.is_some())
+            && !owners.can_read(marks.owners.as_deref(), &stat)
+        {
+            let found = marks.owners.unwrap_or_else(|| "recorded".to_owned());
+            return Err(Error::OwnersKept { path: spec.dir.clone(), found });
         }
         let work = Arc::new(work);
         Ok(Self {
@@ -494,6 +549,7 @@ impl Upper {
             work,
             counter: AtomicU64::new(u64::from(std::process::id()) << 32),
             whiteout_form: WhiteoutForm::default(),
+            mark: marks.owners,
             touched: AtomicBool::new(false),
             held_something: AtomicBool::new(false),
             dir_meta_changed: AtomicBool::new(false),
@@ -562,7 +618,7 @@ fn make_root(
     layers: &[Layer],
     upper: Option<&Upper>,
     generated: &GenTree,
-    default_owner: (u32, u32),
+    owners: &Ownership,
 ) -> Result<Arc<Node>, Error> {
     let root_error = |err| open_error(std::path::Path::new("/"), err);
     let marks_of = |dir: &Arc<RealDir>| -> Result<Marks, Error> {
@@ -578,11 +634,16 @@ fn make_root(
         inner_marks = marks_of(&upper.root)?;
         opaque = inner_marks.opaque;
         inner_marks.note(&upper.root);
-        meta = inner_marks.record.as_deref().and_then(|r| Meta::from_record(r, Kind::Dir));
+        meta = inner_marks.record.as_deref().and_then(|r| owners.read_record(r, Kind::Dir));
+        if meta.is_none() && owners.native {
+            let fd = upper.root.slot.get(false).ok_or_else(|| root_error(Errno::STALE))?;
+            let stat = stat_fd(fd.as_fd()).map_err(root_error)?;
+            meta = Some(owners.unrecorded(&stat, Kind::Dir));
+        }
     }
     let root_gen = generated.node(GENERATED_ROOT);
     let plain =
-        |perm| Meta { kind: Kind::Dir, perm, uid: default_owner.0, gid: default_owner.1, rdev: (0, 0) };
+        |perm| Meta { kind: Kind::Dir, perm, uid: owners.default.0, gid: owners.default.1, rdev: (0, 0) };
     if meta.is_none() && root_gen.explicit {
         meta = Some(plain(root_gen.perm));
     }
@@ -601,8 +662,8 @@ fn make_root(
             meta = marks
                 .record
                 .as_deref()
-                .and_then(|r| Meta::from_record(r, Kind::Dir))
-                .or_else(|| layer.meta(&stat));
+                .and_then(|r| owners.read_record(r, Kind::Dir))
+                .or_else(|| layer.meta(&stat).map(|meta| owners.shown(meta)));
         }
         state.lowers.push(layer.root.clone());
         opaque = marks.opaque;

@@ -500,7 +500,6 @@ impl Filesystem for FuseFs {
             InitFlags::FUSE_ASYNC_DIO,
             InitFlags::FUSE_NO_OPEN_SUPPORT,
             InitFlags::FUSE_PARALLEL_DIROPS,
-            InitFlags::FUSE_POSIX_ACL,
             InitFlags::FUSE_MAX_PAGES,
             InitFlags::FUSE_NO_OPENDIR_SUPPORT,
             InitFlags::FUSE_HANDLE_KILLPRIV_V2,
@@ -510,7 +509,8 @@ impl Filesystem for FuseFs {
             None => &[InitFlags::FUSE_WRITEBACK_CACHE, InitFlags::FUSE_CACHE_SYMLINKS],
             Some(_) => &[InitFlags::FUSE_AUTO_INVAL_DATA],
         };
-        for flag in wanted.into_iter().chain(more.iter().copied()) {
+        let acl: &[_] = if self.engine().no_acl { &[] } else { &[InitFlags::FUSE_POSIX_ACL] };
+        for flag in wanted.into_iter().chain(more.iter().copied()).chain(acl.iter().copied()) {
             if config.add_capabilities(flag).is_err() {
                 tracing::debug!(?flag, "not offered by the kernel");
             }

@@ -20,6 +20,7 @@
 //!                │  data      read, write, seek, copy, sync
 //!                │  whiteout  "gone" on disk
 //!                │
+//!             ownership ───── owners and modes: recorded, or on the disk itself
 //!             inode, layer, handle, sidecar, attr, acl ── objects, real directories,
 //!                │            descriptors, owners of links, records
 //!                │  hooks, journal   counts, quota, rates, what was used and what changed
@@ -86,6 +87,7 @@ mod live;
 mod lookup;
 mod mount;
 mod numbers;
+mod ownership;
 mod readdir;
 mod redirect;
 mod rename;
@@ -159,6 +161,16 @@ pub enum Error {
     NoXattrs {
         /// The upper directory.
         path: PathBuf,
+    },
+    /// The upper's owners are kept in another way, and would be misread.
+    #[error(
+        "the upper directory {path} keeps owners as {found}: read in another way, its files would change their owners"
+    )]
+    OwnersKept {
+        /// The upper directory.
+        path: PathBuf,
+        /// Its mark.
+        found: String,
     },
     /// mount(2) failed.
     #[error("cannot mount on {path}")]

@@ -98,24 +98,25 @@ impl Engine {
         if xattr_whiteout && marks.whiteout {
             return Ok(Probe::Whiteout);
         }
-        let recorded = marks.record.as_deref().filter(|_| records).and_then(|r| Meta::from_record(r, kind));
+        let recorded =
+            marks.record.as_deref().filter(|_| records).and_then(|r| self.owners.read_record(r, kind));
         let meta = match recorded {
             Some(meta) => meta,
             None if dir.layer == UPPER => self.unrecorded(&stat, kind)?,
-            None => self.layers[dir.layer as usize].meta(&stat).ok_or(Errno::IO)?,
+            None => self.owners.shown(self.layers[dir.layer as usize].meta(&stat).ok_or(Errno::IO)?),
         };
         Ok(Probe::Found(Box::new(Seen { stat, meta, marks })))
     }
 
     /// Owner and mode of an object of the upper without an xattr that says them.
     fn unrecorded(&self, stat: &Stat, kind: Kind) -> Res<Meta> {
-        let mut owner = self.default_owner;
+        let mut meta = self.owners.unrecorded(stat, kind);
         if (kind == Kind::Symlink || kind.is_special())
-            && let Some(recorded) = self.upper()?.sidecar.owner(stat)?
+            && let Some((uid, gid)) = self.upper()?.sidecar.owner(stat)?
         {
-            owner = recorded;
+            meta = self.owners.shown(Meta { uid, gid, ..meta });
         }
-        Ok(Meta { kind, perm: stat.mode & 0o7777, uid: owner.0, gid: owner.1, rdev: stat.rdev })
+        Ok(meta)
     }
 
     /// Looks for `name` in a directory; the caller holds (at least) its read lock.
@@ -275,7 +276,7 @@ impl Engine {
         upper_key: Option<Key>,
         state: DirState,
     ) -> Found {
-        let (uid, gid) = self.default_owner;
+        let (uid, gid) = self.owners.default;
         let (meta, marks, mut stat) = top.unwrap_or_else(|| match state.generated {
             Some(index) => (self.generated_meta(index), Marks::default(), self.generated_stat(index)),
             None => {
@@ -370,7 +371,7 @@ impl Engine {
                 no_capability: found.marks.was_read && !found.marks.capability,
             },
             upper: found.upper,
-            state: DirState { default_acl: (!found.marks.default_acl).then_some(None), ..found.state },
+            state: DirState { default_acl: self.known_default_acl(&found.marks), ..found.state },
         });
         if aliased || node.ino != number && unique {
             // It may have gone with the node that was known before; or the number is in use.

@@ -268,11 +268,11 @@ impl Engine {
         self.copy_up(node)?;
         if node.kind == Kind::Dir {
             let merged = node.dir()?.state.read().has_lower();
-            return if merged && !self.set_redirect(node, parent, name, parent.ino == new_parent.ino)? {
-                self.copy_up_tree(node)
-            } else {
-                Ok(Vec::new())
+            let redirect = || match self.no_redirects {
+                true => Ok(false),
+                false => self.set_redirect(node, parent, name, parent.ino == new_parent.ino),
             };
+            return if merged && !redirect()? { self.copy_up_tree(node) } else { Ok(Vec::new()) };
         }
         // A further name of a hard link may not be in the upper yet.
         self.materialise(node, parent, name)?;
@@ -302,7 +302,8 @@ impl Engine {
 
     /// The directory gets an entry whose number or type the disk does not tell.
     fn note_arrival(&self, node: &Node, dir: &Arc<RealDir>) -> Res<()> {
-        let special = node.kind.is_special() || node.inner.lock().origin.is_some();
+        let special =
+            node.kind.is_special() && self.owners.has_placeholders() || node.inner.lock().origin.is_some();
         if special { self.mark_impure(dir) } else { Ok(()) }
     }
 

@@ -1,20 +1,18 @@
 //! chmod, chown, truncate and utimens.
 //!
-//! Owner and mode are recorded ([`crate::attr`]); size and times are the disk's. The
+//! Where owner and mode are kept is [`crate::ownership`]'s; size and times are the disk's. The
 //! kernel has already decided whether the caller may do it (`default_permissions`).
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use rustix::fs::{AtFlags, Mode, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, XattrFlags};
+use rustix::fs::{AtFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
 
-use crate::attr::{Attr, Kind, Meta, Time};
+use crate::attr::{Attr, Kind, Time};
 use crate::engine::{Content, Engine};
 use crate::errno::{Errno, Res};
 use crate::inode::Node;
-use crate::sys;
-use crate::xattr::{RECORD, Target};
+use crate::xattr::Target;
 
 /// A time to set.
 #[derive(Debug, Clone, Copy)]
@@ -65,11 +63,10 @@ impl Engine {
     fn apply(&self, node: &Arc<Node>, set: SetAttr) -> Res<()> {
         let SetAttr { perm, uid, gid, size, kill, atime, mtime } = set;
         if let Some(size) = size {
-            match self.open_file(node, true)? {
-                Content::File(fd) => rustix::fs::ftruncate(&fd, size)?,
-                Content::Memory(_) => return Err(Errno::IO),
-            }
-            self.drop_privileges(node, kill)?;
+            self.changing_content(node, kill, || match self.open_file(node, true)? {
+                Content::File(fd) => rustix::fs::ftruncate(&fd, size),
+                Content::Memory(_) => Err(Errno::IO),
+            })?;
         }
         if perm.is_some() || uid.is_some() || gid.is_some() {
             let mut meta = node.inner.lock().meta;
@@ -108,6 +105,26 @@ impl Engine {
         self.note_object(node)
     }
 
+    /// Runs a change of a file's content, with what it takes away.
+    pub(crate) fn changing_content<T>(
+        &self,
+        node: &Arc<Node>,
+        kill: bool,
+        change: impl FnOnce() -> Res<T>,
+    ) -> Res<T> {
+        self.drop_privileges(node, kill)?;
+        let done = change()?;
+        // From the file on disk the kernel takes the set*id bits in any case, unless the server is root of
+        // the host.
+        if self.owners.native {
+            let meta = node.inner.lock().meta;
+            if meta.perm & 0o6000 != 0 {
+                self.store_meta(node, meta)?;
+            }
+        }
+        Ok(done)
+    }
+
     /// What a change of content takes away: file capabilities always, set*id bits if `kill` says so.
     pub(crate) fn drop_privileges(&self, node: &Arc<Node>, kill: bool) -> Res<()> {
         self.drop_capability(node)?;
@@ -117,59 +134,6 @@ impl Engine {
         let meta = node.inner.lock().meta;
         let without = meta.without_set_ids();
         if without != meta { self.store_meta(node, without) } else { Ok(()) }
-    }
-
-    /// Records the owner and mode of an object of the upper. The disk's change time
-    /// moves in every case, as it must after chmod and chown.
-    pub(crate) fn store_meta(&self, node: &Arc<Node>, meta: Meta) -> Res<()> {
-        let had_record = node.inner.lock().has_record;
-        let (target, _) = self.target(node)?;
-        let needed = meta.needs_record(self.default_owner) || Self::is_root(node);
-        // A link, and a fifo or socket that somebody else put into the upper, cannot hold
-        // an xattr.
-        let mut by_sidecar = node.kind == Kind::Symlink;
-        if let (Target::Name(dir, name), true) = (&target, node.kind.is_special()) {
-            by_sidecar = crate::layer::stat_at(dir.as_fd(), name)?.kind() != Some(Kind::File);
-        }
-        if by_sidecar {
-            if let Target::Name(dir, name) = &target {
-                let stat = crate::layer::stat_at(dir.as_fd(), name)?;
-                let owner = (meta.uid, meta.gid);
-                let sidecar = &self.upper()?.sidecar;
-                sidecar.set_owner(&stat, (owner != self.default_owner).then_some(owner))?;
-                if node.kind != Kind::Symlink {
-                    let mode = Mode::from_raw_mode(meta.perm & 0o777);
-                    sys::chmod_special(dir.as_fd(), name, mode)?;
-                }
-                // Changes nothing but the change time.
-                rustix::fs::chownat(dir, &**name, None, None, AtFlags::SYMLINK_NOFOLLOW)?;
-            }
-        } else if let Some(at) = target.at() {
-            // Before the mode: a crash in between must not leave a mode that was never
-            // asked for together with an old record.
-            if needed {
-                sys::set_xattr(at, RECORD, meta.to_record().as_bytes(), XattrFlags::empty())?;
-            }
-            let mode = Mode::from_raw_mode(meta.disk_perm());
-            match &target {
-                Target::File(fd) => rustix::fs::fchmod(fd, mode)?,
-                // The upper's own directory keeps the mode that its owner gave it.
-                Target::Name(dir, _) if node.kind == Kind::Dir && !Self::is_root(node) => {
-                    rustix::fs::chmodat(dir, c".", mode, AtFlags::empty())?;
-                }
-                _ => {}
-            }
-            if !needed && had_record {
-                match sys::remove_xattr(at, RECORD) {
-                    Ok(()) | Err(Errno::NODATA) => {}
-                    Err(err) => return Err(err),
-                }
-            }
-        }
-        let mut inner = node.inner.lock();
-        inner.meta = meta;
-        inner.has_record = needed && !by_sidecar;
-        Ok(())
     }
 
     /// [`crate::CHOWN_XATTR`]: `UID:GID`, `-1` keeps.

@@ -40,6 +40,10 @@ pub(crate) const IMPURE: &str = "user.overlay.impure";
 /// See [`crate::redirect`].
 pub(crate) const REDIRECT: &str = "user.overlay.redirect";
 pub(crate) const RECORD: &str = "user.containers.override_stat";
+/// fuse-overlayfs's record that only root of the host can write.
+pub(crate) const RECORD_PRIVILEGED: &str = "security.fuseoverlayfs.override_stat";
+/// How an upper keeps owners; see [`crate::ownership`].
+pub(crate) const OWNERS: &str = "user.fsoverlay.owners";
 /// The number of an object that was copied up; see [`crate::numbers`].
 pub(crate) const ORIGIN: &str = "user.fsoverlay.origin";
 /// The number of one that was made here, where it is not the disk's.
@@ -49,7 +53,14 @@ const OVERLAY: &str = "user.overlay.";
 const OVERLAY_ESCAPED: &str = "user.overlay.overlay.";
 const OURS: &str = "user.fsoverlay.";
 const OURS_ESCAPED: &str = "user.fsoverlay.esc.";
+/// Marks of fuse-overlayfs.
+const FUSE_OVERLAYFS: &str = "user.fuseoverlayfs.";
+/// Its record before version 1.
+const RECORD_OLD: &str = "user.fuseoverlayfs.override_stat";
+/// Its mark of an opaque directory, and the kernel's where root mounted it.
+const OPAQUE_OTHERS: [&str; 2] = ["user.fuseoverlayfs.opaque", "trusted.overlay.opaque"];
 const CAPABILITY: &str = "user.fsoverlay.security.capability";
+const REAL_CAPABILITY: &str = "security.capability";
 const ACL_ACCESS: &str = "system.posix_acl_access";
 const ACL_DEFAULT: &str = "system.posix_acl_default";
 /// XATTR_NAME_MAX.
@@ -64,11 +75,14 @@ pub(crate) struct Marks {
     impure: bool,
     pub(crate) redirect: Option<Vec<u8>>,
     pub(crate) record: Option<Vec<u8>>,
+    pub(crate) owners: Option<String>,
     pub(crate) origin: Option<Origin>,
     pub(crate) number: Option<Origin>,
     pub(crate) whiteout: bool,
     pub(crate) acl: bool,
     pub(crate) default_acl: bool,
+    /// A default ACL of the disk's own.
+    real_default_acl: bool,
     pub(crate) capability: bool,
 }
 
@@ -91,11 +105,23 @@ impl Marks {
             match name {
                 OPAQUE => {
                     let value = sys::get_xattr_vec(at, OPAQUE)?;
-                    marks.opaque = value.as_deref() == Some(b"y");
+                    marks.opaque |= value.as_deref() == Some(b"y");
                     marks.xattr_whiteouts |= value.as_deref() == Some(b"x");
                 }
                 WHITEOUTS => marks.xattr_whiteouts = true,
                 RECORD => marks.record = sys::get_xattr_vec(at, RECORD)?,
+                RECORD_PRIVILEGED | RECORD_OLD if marks.record.is_none() => {
+                    marks.record = sys::get_xattr_vec(at, name)?;
+                }
+                OWNERS => {
+                    let value = sys::get_xattr_vec(at, OWNERS)?;
+                    marks.owners = value.map(|value| String::from_utf8_lossy(&value).into_owned());
+                }
+                _ if OPAQUE_OTHERS.contains(&name) => {
+                    marks.opaque |= sys::get_xattr_vec(at, name)?.as_deref() == Some(b"y");
+                }
+                REAL_CAPABILITY => marks.capability = true,
+                ACL_DEFAULT => marks.real_default_acl = true,
                 ORIGIN => marks.origin = sys::get_xattr_vec(at, ORIGIN)?.as_deref().and_then(Origin::parse),
                 NUMBER => marks.number = sys::get_xattr_vec(at, NUMBER)?.as_deref().and_then(Origin::parse),
                 IMPURE => marks.impure = true,
@@ -135,7 +161,7 @@ impl Marks {
 fn to_disk(name: &str) -> Res<Option<String>> {
     let disk = if let Some(rest) = name.strip_prefix(OVERLAY) {
         format!("{OVERLAY_ESCAPED}{rest}")
-    } else if name == RECORD || name.starts_with(OURS) {
+    } else if name == RECORD || name.starts_with(OURS) || name.starts_with(FUSE_OVERLAYFS) {
         format!("{OURS_ESCAPED}{}", &name["user.".len()..])
     } else if name.starts_with("user.") {
         name.to_owned()
@@ -160,7 +186,7 @@ fn from_disk(name: &str, of_layer: bool) -> Option<String> {
         let recorded = rest.starts_with("security.") || rest == ACL_ACCESS || rest == ACL_DEFAULT;
         return recorded.then(|| rest.to_owned());
     }
-    if name.starts_with(OVERLAY) || name == RECORD {
+    if name.starts_with(OVERLAY) || name == RECORD || name.starts_with(FUSE_OVERLAYFS) {
         return None;
     }
     (name.starts_with("user.") || of_layer && name == "security.capability").then(|| name.to_owned())
@@ -170,7 +196,8 @@ fn from_disk(name: &str, of_layer: bool) -> Option<String> {
 pub(crate) fn copied_up(name: &str) -> bool {
     let ours = name.starts_with(OVERLAY) && !name.starts_with(OVERLAY_ESCAPED)
         || name.starts_with(OURS) && from_disk(name, false).is_none()
-        || name == RECORD;
+        || name == RECORD
+        || name.starts_with(FUSE_OVERLAYFS);
     name.starts_with("user.") && !ours
 }
 
@@ -196,6 +223,15 @@ pub(crate) fn shown(at: At<'_>, of_layer: bool) -> Res<Vec<(String, Vec<u8>)>> {
     shown.sort();
     shown.dedup_by(|a, b| a.0 == b.0);
     Ok(shown)
+}
+
+fn is_acl(name: &str) -> bool {
+    name == ACL_ACCESS || name == ACL_DEFAULT
+}
+
+/// Attributes that native ownership keeps under their own names.
+fn is_real(name: &str) -> bool {
+    name.starts_with("security.") && name != RECORD_PRIVILEGED || is_acl(name)
 }
 
 /// An object that can be asked for attributes.
@@ -258,13 +294,55 @@ impl Engine {
         })
     }
 
+    /// Whether an attribute is the disk's own.
+    fn keeps_real(&self, name: &str) -> bool {
+        self.owners.native && is_real(name)
+    }
+
+    /// The disk's name of an attribute that the payload names; `None` if it may have none.
+    fn disk_name(&self, name: &str) -> Res<Option<String>> {
+        if self.no_acl && is_acl(name) {
+            return Err(Errno::OPNOTSUPP);
+        }
+        if self.keeps_real(name) { Ok(Some(name.to_owned())) } else { to_disk(name) }
+    }
+
+    /// Where it is, too, if the object is from a time of recorded ownership.
+    fn recorded_name(&self, name: &str) -> Option<String> {
+        self.keeps_real(name).then(|| format!("{OURS}{name}"))
+    }
+
+    /// The payload's name of an attribute on disk; `None` if it is not for the payload.
+    fn shown_name(&self, name: &str, of_layer: bool) -> Option<String> {
+        let shown = if self.keeps_real(name) { Some(name.to_owned()) } else { from_disk(name, of_layer) };
+        shown.filter(|name| !(self.no_acl && is_acl(name)))
+    }
+
+    /// What the marks say about a directory's default ACL.
+    pub(crate) fn known_default_acl(&self, marks: &Marks) -> Option<Option<Arc<[u8]>>> {
+        let none = if self.owners.native {
+            marks.was_read && !marks.real_default_acl && !marks.default_acl
+        } else {
+            !marks.default_acl
+        };
+        none.then_some(None)
+    }
+
+    /// Removes an attribute that may not be there.
+    fn clear_xattr(at: At<'_>, name: &str) -> Res<()> {
+        match sys::remove_xattr(at, name) {
+            Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(()),
+            Err(err) => Err(err),
+        }
+    }
+
     /// getxattr.
     pub(crate) fn get_xattr(&self, node: &Arc<Node>, name: &[u8]) -> Res<Vec<u8>> {
         let name = std::str::from_utf8(name).map_err(|_| Errno::NODATA)?;
         if name == crate::CHOWN_XATTR || name == crate::MKNOD_XATTR {
             return Err(Errno::NODATA);
         }
-        let Some(disk) = to_disk(name)? else { return Err(Errno::NODATA) };
+        let Some(disk) = self.disk_name(name)? else { return Err(Errno::NODATA) };
         let (target, of_layer) = self.target(node)?;
         let Some(at) = target.at() else { return Err(Errno::NODATA) };
         // The kernel asks for ACLs on its own; the host's are not for it.
@@ -273,8 +351,13 @@ impl Engine {
             Err(Errno::ACCESS | Errno::PERM) if of_layer => None,
             other => other?,
         };
-        if found.is_none() && of_layer && name == "security.capability" {
+        if found.is_none() && of_layer && name == REAL_CAPABILITY {
             return sys::get_xattr_vec(at, name).ok().flatten().ok_or(Errno::NODATA);
+        }
+        if found.is_none()
+            && let Some(recorded) = self.recorded_name(name)
+        {
+            return sys::get_xattr_vec(at, &recorded).ok().flatten().ok_or(Errno::NODATA);
         }
         found.ok_or(Errno::NODATA)
     }
@@ -289,7 +372,7 @@ impl Engine {
         };
         let mut seen = Vec::new();
         for name in names.split(|&b| b == 0) {
-            let shown = std::str::from_utf8(name).ok().and_then(|n| from_disk(n, of_layer));
+            let shown = std::str::from_utf8(name).ok().and_then(|n| self.shown_name(n, of_layer));
             if let Some(shown) = shown
                 && !seen.contains(&shown)
             {
@@ -320,7 +403,7 @@ impl Engine {
             ACL_ACCESS | ACL_DEFAULT => return self.set_acl(node, name, Some(value), caller),
             _ => {}
         }
-        let disk = to_disk(name)?.ok_or(Errno::OPNOTSUPP)?;
+        let disk = self.disk_name(name)?.ok_or(Errno::OPNOTSUPP)?;
         self.upper()?;
         if flags.contains(XattrFlags::REPLACE) && !node.is_upper() {
             // Asked before the copy-up: a layer's real attribute counts as there.
@@ -328,7 +411,7 @@ impl Engine {
         }
         self.copy_up(node)?;
         self.touch_meta(node)?;
-        if name == "security.capability" {
+        if name == REAL_CAPABILITY {
             node.inner.lock().no_capability = false;
         }
         let (target, _) = self.target(node)?;
@@ -346,20 +429,27 @@ impl Engine {
         if text == ACL_ACCESS || text == ACL_DEFAULT {
             return self.set_acl(node, text, None, (0, 0));
         }
-        let disk = to_disk(text)?.ok_or(Errno::NODATA)?;
+        let disk = self.disk_name(text)?.ok_or(Errno::NODATA)?;
         self.upper()?;
         self.get_xattr(node, name)?;
         self.copy_up(node)?;
         self.touch_meta(node)?;
         let (target, _) = self.target(node)?;
         let at = target.at().ok_or(Errno::NODATA)?;
-        self.settled(node, || sys::remove_xattr(at, &disk))
+        self.settled(node, || match self.recorded_name(text) {
+            // It is there (asked above), under one of the names.
+            Some(recorded) => {
+                Self::clear_xattr(at, &recorded)?;
+                Self::clear_xattr(at, &disk)
+            }
+            None => sys::remove_xattr(at, &disk),
+        })
     }
 
     /// Stores or removes an ACL and makes the mode agree with it.
     fn set_acl(&self, node: &Arc<Node>, name: &str, value: Option<&[u8]>, caller: (u32, u32)) -> Res<()> {
         let access = name == ACL_ACCESS;
-        if node.kind == Kind::Symlink {
+        if node.kind == Kind::Symlink || self.no_acl {
             return Err(Errno::OPNOTSUPP);
         }
         let acl = match value {
@@ -378,9 +468,12 @@ impl Engine {
     /// The same for an object of the upper, with an ACL that is one.
     fn apply_acl(&self, node: &Arc<Node>, name: &str, acl: Option<&Acl>, caller: (u32, u32)) -> Res<()> {
         let access = name == ACL_ACCESS;
-        let disk = format!("{OURS}{name}");
+        let disk = self.acl_name(name);
         let (target, _) = self.target(node)?;
         let at = target.at().ok_or(Errno::OPNOTSUPP)?;
+        if let Some(recorded) = self.recorded_name(name) {
+            Self::clear_xattr(at, &recorded)?;
+        }
         // An access ACL that says no more than a mode is only a mode.
         let stored = acl.filter(|acl| !access || !acl.is_minimal());
         match stored {
@@ -397,7 +490,8 @@ impl Engine {
         }
         let mut meta = {
             let mut inner = node.inner.lock();
-            inner.has_acl = stored.is_some();
+            // The kernel keeps a real one and the mode in step by itself.
+            inner.has_acl = stored.is_some() && !self.owners.native;
             inner.meta
         };
         if let Some(acl) = acl {
@@ -426,15 +520,28 @@ impl Engine {
         sys::set_xattr(at, &disk, &acl.to_bytes(), XattrFlags::empty())
     }
 
+    fn acl_name(&self, name: &str) -> String {
+        if self.owners.native { name.to_owned() } else { format!("{OURS}{name}") }
+    }
+
     /// The default ACL of a directory, from memory after the first time.
     pub(crate) fn default_acl(&self, dir: &Arc<Node>) -> Res<Option<Acl>> {
+        if self.no_acl {
+            return Ok(None);
+        }
         let known = dir.dir()?.state.read().default_acl.clone();
         let bytes = match known {
             Some(bytes) => bytes,
             None => {
                 let (target, _) = self.target(dir)?;
                 let bytes = match target.at() {
-                    Some(at) => sys::get_xattr_vec(at, &format!("{OURS}{ACL_DEFAULT}"))?.map(Arc::from),
+                    Some(at) => {
+                        let mut found = sys::get_xattr_vec(at, &self.acl_name(ACL_DEFAULT))?;
+                        if let (None, Some(recorded)) = (&found, self.recorded_name(ACL_DEFAULT)) {
+                            found = sys::get_xattr_vec(at, &recorded)?;
+                        }
+                        found.map(Arc::from)
+                    }
                     None => None,
                 };
                 dir.dir()?.state.write().default_acl = Some(bytes.clone());
@@ -448,7 +555,7 @@ impl Engine {
     pub(crate) fn store_inherited(&self, at: At<'_>, access: Option<&Acl>, default: Option<&Acl>) -> Res<()> {
         for (name, acl) in [(ACL_ACCESS, access), (ACL_DEFAULT, default)] {
             if let Some(acl) = acl {
-                sys::set_xattr(at, &format!("{OURS}{name}"), &acl.to_bytes(), XattrFlags::empty())?;
+                sys::set_xattr(at, &self.acl_name(name), &acl.to_bytes(), XattrFlags::empty())?;
             }
         }
         Ok(())
@@ -461,9 +568,13 @@ impl Engine {
         }
         let (target, of_layer) = self.target(node)?;
         if !of_layer && let Some(at) = target.at() {
-            match sys::remove_xattr(at, CAPABILITY) {
-                Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
-                Err(err) => return Err(err),
+            Self::clear_xattr(at, CAPABILITY)?;
+            if self.owners.native {
+                match Self::clear_xattr(at, REAL_CAPABILITY) {
+                    // Without the right to take it away, the write itself does.
+                    Err(Errno::PERM | Errno::ACCESS) => {}
+                    other => other?,
+                }
             }
         }
         node.inner.lock().no_capability = true;
@@ -478,15 +589,26 @@ impl Engine {
             Err(err) => return Err(err),
         };
         for name in names.split(|&b| b == 0).filter_map(|n| std::str::from_utf8(n).ok()) {
+            let native = self.owners.native;
             let target = match name {
-                "security.capability" => CAPABILITY,
+                REAL_CAPABILITY if !native => CAPABILITY,
+                REAL_CAPABILITY => name,
+                _ if native && is_acl(name) && !self.no_acl => name,
                 _ if copied_up(name) => name,
                 _ => continue,
             };
-            match sys::get_xattr_vec(from, name) {
-                Ok(Some(value)) => sys::set_xattr(to, target, &value, XattrFlags::empty())?,
-                Ok(None) | Err(Errno::ACCESS | Errno::PERM) => {}
+            let value = match sys::get_xattr_vec(from, name) {
+                Ok(Some(value)) => value,
+                // The last: capabilities of a user namespace that is not ours.
+                Ok(None) | Err(Errno::ACCESS | Errno::PERM | Errno::OVERFLOW) => continue,
                 Err(err) => return Err(err),
+            };
+            match sys::set_xattr(to, target, &value, XattrFlags::empty()) {
+                // Who may not give capabilities notes them.
+                Err(Errno::PERM) if target == REAL_CAPABILITY => {
+                    sys::set_xattr(to, CAPABILITY, &value, XattrFlags::empty())?;
+                }
+                other => other?,
             }
         }
         Ok(())

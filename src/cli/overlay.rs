@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Parser as _;
 use clap::error::ErrorKind;
-use fsoverlay::{LayerSpec, MountSpec, Overlay, OverlaySpec, Owners, UpperSpec};
+use fsoverlay::{IdMapping, LayerSpec, MountSpec, Overlay, OverlaySpec, OwnerForm, Records, UpperSpec};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{WaitStatus, waitpid};
@@ -19,7 +19,8 @@ use super::args::{FuseOverlayfs, OverlayArgs};
 use super::output::{self, Failure};
 use crate::error::errno_of;
 use crate::log;
-use crate::spec::overlay::{OverlayMountSpec, parse};
+use crate::spec::IdExtent;
+use crate::spec::overlay::{OverlayMountSpec, Permissions, parse};
 use crate::sys::process::{close_all_but, exit_now, fork};
 
 /// The other name of this command.
@@ -88,9 +89,12 @@ pub(super) fn overlay(args: &OverlayArgs, program: &str) -> Result<u8, Failure> 
     let subtype = spec.subtype.clone().unwrap_or_else(|| program.into());
     let mount = mount_spec(&spec, source, subtype);
     raise_descriptors();
+    // Modes are set as asked for; the requester's umask has been applied to them.
+    nix::sys::stat::umask(nix::sys::stat::Mode::empty());
     // Before any thread exists: they are waited for, by one thread.
     let signals = SigSet::from_iter([Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM]);
-    let opened = Overlay::open(&overlay_spec(&spec, &mountpoint)?).map_err(|error| failed(&error))?;
+    let opened =
+        Overlay::open(&overlay_spec(&spec, &mountpoint, program)?).map_err(|error| failed(&error))?;
     if args.foreground || args.debug || spec.debug {
         return serve(opened, &mountpoint, &mount, signals, None);
     }
@@ -165,7 +169,15 @@ fn go_to_background(mut tell: std::io::PipeWriter) -> std::io::Result<()> {
     tell.write_all(b"r").or(Ok(()))
 }
 
-fn overlay_spec(spec: &OverlayMountSpec, mountpoint: &Path) -> Result<OverlaySpec, Failure> {
+fn overlay_spec(spec: &OverlayMountSpec, mountpoint: &Path, program: &str) -> Result<OverlaySpec, Failure> {
+    if spec.permissions == Permissions::Privileged
+        && !(is_initial_namespace() && nix::unistd::geteuid().is_root())
+    {
+        return Err(Failure::text(
+            "cannot use xattr_permissions=1: only root of the host can write security.* attributes",
+        )
+        .hint(Some("xattr_permissions=2 writes user.* attributes")));
+    }
     let lowers = spec.lowers.iter().map(|dir| directory("layer", dir)).collect::<Result<Vec<_>, _>>()?;
     let upper = match (&spec.upper, &spec.work) {
         (Some(dir), Some(work)) => Some(UpperSpec {
@@ -189,17 +201,36 @@ fn overlay_spec(spec: &OverlayMountSpec, mountpoint: &Path) -> Result<OverlaySpe
         upper.iter().flat_map(|upper| [&*upper.dir, &*upper.work]).chain([mountpoint]).collect();
     let layer = |dir: &PathBuf| LayerSpec {
         dir: dir.clone(),
-        owners: Owners::Numeric,
+        records: Records::IfMarked,
         // Looking into the mount from its own server would wait for itself.
         hidden: ours.iter().filter_map(|path| path.strip_prefix(dir).ok()).map(Path::to_owned).collect(),
+        ..LayerSpec::default()
+    };
+    let extents = |map: &[IdExtent]| {
+        map.iter()
+            .map(|e| fsoverlay::IdExtent { inside: e.inside, outside: e.outside, count: e.count })
+            .collect::<Vec<_>>()
     };
     Ok(OverlaySpec {
         layers: lowers.iter().rev().map(layer).collect(),
-        generated: Vec::new(),
         upper: upper.filter(|_| !spec.read_only),
-        squash: None,
         live: spec.live,
         workers: spec.threads.unwrap_or_else(default_threads),
+        owner_form: match spec.permissions {
+            Permissions::Native => OwnerForm::Native,
+            Permissions::Containers => OwnerForm::RecordedByDisk,
+            Permissions::Privileged => OwnerForm::RecordedByRoot,
+        },
+        ids: IdMapping {
+            uids: extents(&spec.uids),
+            gids: extents(&spec.gids),
+            uid: spec.squash_uid,
+            gid: spec.squash_gid,
+        },
+        static_nlink: spec.static_nlink,
+        no_redirects: !spec.redirects.unwrap_or(program != FUSE_OVERLAYFS),
+        no_acl: spec.no_acl,
+        ..OverlaySpec::default()
     })
 }
 
@@ -227,9 +258,13 @@ fn mount_spec(spec: &OverlayMountSpec, source: OsString, subtype: String) -> Mou
 /// Whether mount(2) takes an SELinux context: not without SELinux, where there is no label that it
 /// could change, and not in a user namespace, where the policy labels FUSE mounts.
 fn takes_contexts() -> bool {
-    let initial = std::fs::read_to_string("/proc/self/uid_map")
-        .is_ok_and(|map| map.split_ascii_whitespace().eq(["0", "0", "4294967295"]));
-    initial && Path::new("/sys/fs/selinux/enforce").exists()
+    is_initial_namespace() && Path::new("/sys/fs/selinux/enforce").exists()
+}
+
+/// Whether this process is in the initial user namespace.
+fn is_initial_namespace() -> bool {
+    std::fs::read_to_string("/proc/self/uid_map")
+        .is_ok_and(|map| map.split_ascii_whitespace().eq(["0", "0", "4294967295"]))
 }
 
 /// The descriptors that a cache may have are a share of the limit.

@@ -22,6 +22,7 @@ impl RootPlan {
                 Owners::Numeric
             },
             hidden: layer.hidden.clone(),
+            ..LayerSpec::default()
         };
         let generated = |object: &GeneratedPlan| Generated {
             path: object.path.clone(),

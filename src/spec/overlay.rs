@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::IdExtent;
+
 /// An overlay to be mounted.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct OverlayMountSpec {
@@ -41,10 +43,39 @@ pub struct OverlayMountSpec {
     pub source: Option<OsString>,
     /// The type that it shows after `fuse.`.
     pub subtype: Option<String>,
+    /// `xattr_permissions`.
+    pub permissions: Permissions,
+    /// `squash_to_uid`, or `squash_to_root`.
+    pub squash_uid: Option<u32>,
+    /// `squash_to_gid`, or `squash_to_root`.
+    pub squash_gid: Option<u32>,
+    /// `uidmapping`: `outside` are ids of the disk, `inside` those of the mount.
+    pub uids: Vec<IdExtent>,
+    /// `gidmapping`.
+    pub gids: Vec<IdExtent>,
+    /// `static_nlink`.
+    pub static_nlink: bool,
+    /// `noacl`.
+    pub no_acl: bool,
+    /// `redirect_dir=on` or `off`.
+    pub redirects: Option<bool>,
     /// SELinux contexts, as mount(2) takes them.
     pub contexts: Vec<String>,
     /// `debug`: log, and stay in the foreground.
     pub debug: bool,
+}
+
+/// Where owners and modes are kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Permissions {
+    /// On the files themselves.
+    #[default]
+    Native,
+    /// In the attribute `user.containers.override_stat`.
+    Containers,
+    /// In the attribute `security.fuseoverlayfs.override_stat`, which only root of the host can write.
+    Privileged,
 }
 
 /// Why options cannot be used.
@@ -107,10 +138,17 @@ const VALUES_WITHOUT_EFFECT: &[&str] = &[
 /// At the first option that is unknown, refused or has a wrong value.
 pub fn parse(arguments: &[OsString]) -> Result<OverlayMountSpec, OverlayOptionError> {
     let mut spec = OverlayMountSpec::default();
+    let mut to_root = false;
     for argument in arguments {
         for option in split(argument.as_bytes(), b',', true) {
+            to_root |= option == b"squash_to_root";
             one(&mut spec, &option)?;
         }
+    }
+    if to_root {
+        // The ids that are named win, wherever they stand.
+        spec.squash_uid.get_or_insert(0);
+        spec.squash_gid.get_or_insert(0);
     }
     if spec.lowers.is_empty() && spec.upper.is_none() {
         return Err(OverlayOptionError::Together("an overlay needs -o lowerdir=DIR[:DIR...]"));
@@ -176,9 +214,27 @@ fn one(spec: &mut OverlayMountSpec, option: &[u8]) -> Result<(), OverlayOptionEr
             }
         },
         "redirect_dir" => match text().as_str() {
-            "off" | "nofollow" => {}
-            _ => return refused("a renamed directory of a layer is copied, and redirects are not followed"),
+            "on" => spec.redirects = Some(true),
+            "off" | "follow" => spec.redirects = Some(false),
+            "nofollow" => return refused("redirects that are there are followed"),
+            _ => return Err(wrong("on, off or follow is wanted")),
         },
+        "xattr_permissions" => {
+            spec.permissions = match text().as_str() {
+                "0" => Permissions::Native,
+                "1" => Permissions::Privileged,
+                "2" => Permissions::Containers,
+                _ => return Err(wrong("0 (none), 1 (security.*) or 2 (user.*) is wanted")),
+            };
+        }
+        "squash_to_uid" => spec.squash_uid = Some(number()?),
+        "squash_to_gid" => spec.squash_gid = Some(number()?),
+        "uidmapping" | "gidmapping" => {
+            let extents = mapping(&text()).ok_or_else(|| wrong("ID:MAPPED-ID:COUNT is wanted, repeated"))?;
+            *(if name == "uidmapping" { &mut spec.uids } else { &mut spec.gids }) = extents;
+        }
+        // fuse-overlayfs takes it for `fsync`; for mount(8) it is something else, and has no value.
+        "sync" if value.is_some() => spec.volatile = number()? == 0,
         "xino" => match text().as_str() {
             "off" | "auto" | "on" => {}
             _ => return Err(wrong("off, auto or on is wanted")),
@@ -210,8 +266,11 @@ fn one(spec: &mut OverlayMountSpec, option: &[u8]) -> Result<(), OverlayOptionEr
         _ if value.is_some() => {
             return if is_known(&name) { Err(wrong("it takes no value")) } else { Err(unknown(name)) };
         }
-        "volatile" => spec.volatile = true,
         "debug" => spec.debug = true,
+        "squash_to_root" => {}
+        "static_nlink" => spec.static_nlink = true,
+        "noacl" => spec.no_acl = true,
+        "volatile" => spec.volatile = true,
         "allow_other" => spec.allow_other = true,
         "ro" => spec.read_only = true,
         "rw" => spec.read_only = false,
@@ -231,6 +290,14 @@ fn one(spec: &mut OverlayMountSpec, option: &[u8]) -> Result<(), OverlayOptionEr
 
 /// A `timeout` as long as this says that layers do not change; fuse-overlayfs's default is 30 years.
 const NEVER: Duration = Duration::from_secs(24 * 3600);
+/// `ID:MAPPED-ID:COUNT:…`; empty parts do not count.
+fn mapping(text: &str) -> Option<Vec<IdExtent>> {
+    let numbers: Vec<u32> =
+        text.split(':').filter(|part| !part.is_empty()).map(str::parse).collect::<Result<_, _>>().ok()?;
+    let (extents, rest) = numbers.as_chunks();
+    let extents = extents.iter().map(|&[outside, inside, count]| IdExtent { inside, outside, count });
+    (rest.is_empty() && !numbers.is_empty()).then(|| extents.collect())
+}
 
 /// More threads than this are not useful.
 const MAX_THREADS: usize = 64;
@@ -242,7 +309,7 @@ fn unknown(name: String) -> OverlayOptionError {
 #[rustfmt::skip]
 fn is_known(name: &str) -> bool {
     const SWITCHES: &[&str] = &[
-        "debug", "volatile", "allow_other", "ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync", "dirsync", "async",
+        "debug", "squash_to_root", "static_nlink", "noacl", "volatile", "allow_other", "ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync", "dirsync", "async",
     ];
     SWITCHES.contains(&name) || WITHOUT_EFFECT.contains(&name)
 }
@@ -354,6 +421,39 @@ mod tests {
     }
 
     #[test]
+    fn owners() {
+        let spec = read("lowerdir=/l,squash_to_uid=7,squash_to_root,uidmapping=0:1000:1:1:110000:65536");
+        let spec = spec.expect("read");
+        assert_eq!((spec.squash_uid, spec.squash_gid), (Some(7), Some(0)));
+        let extent = |outside, inside, count| IdExtent { inside, outside, count };
+        assert_eq!(spec.uids, [extent(0, 1000, 1), extent(1, 110_000, 65536)]);
+        assert_eq!((spec.gids, spec.permissions), (vec![], Permissions::Native));
+        let permissions =
+            |n: u8| read(&format!("lowerdir=/l,xattr_permissions={n}")).map(|spec| spec.permissions);
+        assert_eq!(permissions(1), Ok(Permissions::Privileged));
+        assert_eq!(permissions(2), Ok(Permissions::Containers));
+        assert!(permissions(3).is_err());
+        assert_eq!(
+            read("lowerdir=/l,gidmapping=:0:100:10").map(|spec| spec.gids),
+            Ok(vec![extent(0, 100, 10)])
+        );
+        for text in ["uidmapping=0:1", "uidmapping=", "uidmapping", "gidmapping=a:b:c", "squash_to_uid=-1"] {
+            assert!(refusal(text).starts_with("wrong value"), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_kept_how() {
+        let spec = read("lowerdir=/l,volatile,static_nlink,noacl,redirect_dir=off").expect("read");
+        assert!(spec.volatile && spec.static_nlink && spec.no_acl);
+        assert_eq!(spec.redirects, Some(false));
+        assert_eq!(read("lowerdir=/l,fsync=0").map(|spec| (spec.volatile, spec.sync)), Ok((true, false)));
+        assert_eq!(read("lowerdir=/l,sync=0").map(|spec| (spec.volatile, spec.sync)), Ok((true, false)));
+        assert_eq!(read("lowerdir=/l,sync").map(|spec| (spec.volatile, spec.sync)), Ok((false, true)));
+        assert_eq!(read("lowerdir=/l,volatile,fsync=1").map(|spec| spec.volatile), Ok(false));
+    }
+
+    #[test]
     fn threads() {
         let threads = |text: &str| read(&format!("lowerdir=/l,{text}")).map(|spec| spec.threads);
         assert_eq!(threads("threaded=0"), Ok(Some(1)));
@@ -384,6 +484,6 @@ mod tests {
         for option in VALUES_WITHOUT_EFFECT {
             assert_eq!(read(&format!("lowerdir=/l,{option}=off")), plain, "{option}");
         }
-        assert_eq!(read("lowerdir=/l,,x-systemd.automount,xino=off,redirect_dir=off,noxattrs=0"), plain);
+        assert_eq!(read("lowerdir=/l,,x-systemd.automount,xino=off,noxattrs=0"), plain);
     }
 }

@@ -1,7 +1,7 @@
 //! `rootlet overlay`, and the same program by the name `fuse-overlayfs`, mounting in namespaces of
 //! their own as Podman has it.
 
-use crate::common::{Cmd, Home, is_root, rootlet_binary, skip};
+use crate::common::{Cmd, Home, has_subids, is_root, rootlet_binary, skip};
 
 /// Directories `a` over `b`, an upper, a work directory and a mount point.
 fn prepared(home: &Home) {
@@ -20,9 +20,14 @@ fn prepared(home: &Home) {
 /// A script as root of a user and mount namespace: `$R` is rootlet, `$F` the same by its other name,
 /// `$O` the usual options.
 fn inside(home: &Home, script: &str) -> Cmd {
-    let flags = if is_root() { "-m" } else { "-Urm" };
+    let flags: &[&str] = match (is_root(), has_subids()) {
+        (true, _) => &["-m"],
+        (false, true) => &["--map-root-user", "--map-auto", "-m"],
+        (false, false) => &["-Urm"],
+    };
     home.command("unshare")
-        .args([flags, "sh", "-c", script])
+        .args(flags)
+        .args(["sh", "-c", script])
         .env("R", rootlet_binary())
         .env("F", home.path("bin/fuse-overlayfs"))
         .env("O", "lowerdir=a:b,upperdir=u,workdir=w")
@@ -136,4 +141,210 @@ fn who_may_not_mount_gets_a_hint_or_the_helper() {
         home.command(rootlet_binary()).args(["overlay", "-o", "lowerdir=a", "m"]).env("PATH", "/nonexistent");
     let out = refused.run().exits(1);
     assert!(out.errors().contains("fusermount3") && out.errors().contains("unshare -rm"), "{out}");
+}
+
+/// Whether there are more ids than one in the namespaces of [`inside`].
+fn has_ids() -> bool {
+    is_root() || has_subids()
+}
+
+#[test]
+fn owners_and_modes_are_on_the_disk() {
+    let home = Home::new();
+    prepared(&home);
+    let script = "
+set -e
+$R overlay -o $O m
+touch m/f m/both; mkdir m/d; chmod 6755 m/both; chmod 3770 m/d; mkfifo m/p; ln -s x m/l
+mknod m/c c 0 0 2>/dev/null || echo refused
+umask 022; mkdir m/d/sub; touch m/d/sub/f
+umount m
+getfattr -R -n user.containers.override_stat u 2>/dev/null | grep -c override || :
+cd u; stat -c '%n %F %a' f both d p l d/sub d/sub/f; find . -type c";
+    let text = "refused\n0\nf regular empty file 644\nboth regular file 6755\nd directory 3770\np fifo 644\n\
+                l symbolic link 777\nd/sub directory 2755\nd/sub/f regular empty file 644";
+    inside(&home, script).run().ok().prints(text);
+    // What exists already is as it is on the disk, too.
+    let again = "set -e; chmod 4711 u/f; $R overlay -o $O m; stat -c '%a %F' m/f m/both m/p; chmod 600 m/p; umount m; stat -c %a u/p";
+    inside(&home, again).run().ok().prints("4711 regular empty file\n6755 regular file\n644 fifo\n600");
+}
+
+#[test]
+fn other_ids_own_files_on_the_disk() {
+    if !has_ids() {
+        skip!("only one id exists without subordinate ids");
+    }
+    let home = Home::new();
+    prepared(&home);
+    let script = "
+set -e
+chown 33:44 a/both; chmod 4755 a/both; chown 0:50 b; chmod 2775 b
+$R overlay -o $O m
+stat -c '%u %g %a' m/both
+echo more >>m/both; touch m/f; chown 10:20 m/f; ln -s x m/l; chown -h 7:8 m/l; mkfifo m/p; chown 9:9 m/p
+mkdir -m 1777 m/tmp
+setpriv --reuid 12 --regid 13 --clear-groups sh -c 'umask 027; touch m/tmp/f; mkdir m/tmp/d; ln -s . m/tmp/l; echo x >>m/f' 2>/dev/null || :
+setpriv --reuid 12 --regid 13 --clear-groups chmod 600 m/f 2>/dev/null || echo refused
+cp m/both m/copy; chmod 4755 m/copy; setpriv --reuid 0 --regid 0 --clear-groups sh -c 'echo y >>m/copy'
+umount m
+cd u; stat -c '%n %u %g %a' both f l p tmp tmp/f tmp/d tmp/l copy";
+    inside(&home, script).run().ok().prints(
+        "33 44 4755\nrefused\nboth 33 44 4755\nf 10 20 644\nl 7 8 777\np 9 9 644\ntmp 0 0 1777\ntmp/f 12 13 640\n\
+         tmp/d 12 13 750\ntmp/l 12 13 777\ncopy 0 0 4755",
+    );
+    // The files belong to ids that the caller is not.
+    inside(&home, "rm -rf u a").run().ok();
+}
+
+#[test]
+fn acls_and_capabilities_are_the_disks_own() {
+    let home = Home::new();
+    prepared(&home);
+    let script = "
+set -e
+setfacl -m g:0:rwx a/both; setfacl -d -m g:0:rx a
+$R overlay -o $O m
+getfacl -ncp m/both | grep -c group:0:rwx
+mkdir m/d; setfacl -d -m u:0:rwx m/d; umask 077; touch m/d/f; cp $R m/d/prog; setcap cap_net_raw+ep m/d/prog
+touch m/both; chmod 640 m/both
+umount m
+getfacl -ncp u/both u/d/f | grep :0:; getcap u/d/prog; echo >>u/d/prog; getcap u/d/prog
+$R overlay -o $O,noacl m; getfacl -ncp m/d/f | grep -c :0: || :; setfacl -m u:0:r m/d/f 2>/dev/null || echo refused; umount m";
+    let acls = "group:0:rwx\t#effective:r--\nuser:0:rwx\t#effective:rw-";
+    inside(&home, script).run().ok().prints(&format!("1\n{acls}\nu/d/prog cap_net_raw=ep\n0\nrefused"));
+}
+
+#[test]
+fn recorded_owners_are_in_the_form_of_containers_storage() {
+    let home = Home::new();
+    prepared(&home);
+    let script = "
+set -e
+$R overlay -o $O,xattr_permissions=2 m
+touch m/f; chmod 4751 m/f; mkfifo m/p; mkdir m/d
+umount m
+getfattr --only-values -n user.containers.override_stat u/f u/p 2>/dev/null; echo; stat -c '%a %F' u/f u/p
+$R overlay -o $O,xattr_permissions=2 m; stat -c '%n %a %F' m/f m/p; umount m
+# In a layer, and read natively, they say the same; what changes then is native.
+mkdir u2 w2; $R overlay -o lowerdir=u:b,upperdir=u2,workdir=w2 m; stat -c '%n %a %F' m/f m/p; umount m
+$R overlay -o $O m; stat -c '%n %a %F' m/f m/p; chmod 4755 m/f; umount m
+getfattr -n user.containers.override_stat u/f 2>&1 | grep -c 'No such attribute'; stat -c '%a' u/f
+$R overlay -o $O,xattr_permissions=2 m || echo $?";
+    let out = inside(&home, script).run();
+    let all = "m/f 4751 regular empty file\nm/p 644 fifo\n".repeat(3);
+    assert_eq!(
+        out.text(),
+        format!(
+            "0:0:04751:file0:0:0644:pipe\n751 regular empty file\n600 regular empty file\n{all}1\n4755\n1"
+        ),
+        "{out}"
+    );
+    assert!(out.errors().contains("keeps owners as native"), "{out}");
+}
+
+#[test]
+fn the_upper_of_a_run_is_read_natively() {
+    let home = Home::new();
+    prepared(&home);
+    let upper = home.text("work/changes");
+    let script = "touch /f; chown 0:0 /f; chmod 6711 /f; ln -s x /l; mkfifo /p; mkdir /d; touch /d/plain";
+    home.run(["--upper", &upper, "--network=none"], ["sh", "-c", script]).run().ok();
+    for name in home.boxes() {
+        home.keeps(&name);
+    }
+    let script = "
+set -e
+work=$(dirname $(readlink -f changes))/w
+$R overlay -o lowerdir=a,upperdir=changes,workdir=$work m
+stat -c '%n %u %g %a %F' m/f m/l m/p m/d/plain; chmod 755 m/f; umount m; stat -c %a changes/f";
+    let kinds = "m/f 0 0 6711 regular empty file\nm/l 0 0 777 symbolic link\nm/p 0 0 644 fifo\n\
+                 m/d/plain 0 0 644 regular empty file\n755";
+    inside(&home, script).run().ok().prints(kinds);
+    let again = home.run(["--upper", &upper], ["true"]).run().exits(125);
+    assert!(again.errors().contains("keeps owners as native"), "{again}");
+}
+
+#[test]
+fn ids_are_mapped_and_squashed() {
+    let home = Home::new();
+    prepared(&home);
+    let script = "
+set -e
+$R overlay -o $O,squash_to_root,squash_to_gid=0 m; touch m/s; stat -c '%u %g' m/s m/both; umount m
+$R overlay -o $O,uidmapping=0:0:1,gidmapping=0:0:1 m; stat -c '%u %g' m/both; touch m/n; umount m";
+    inside(&home, script).run().ok().prints("0 0\n0 0\n0 0");
+    if !has_ids() {
+        return;
+    }
+    let script = "
+set -e
+chown 33:44 a/both
+$R overlay -o $O,uidmapping=0:0:1:33:7:2,gidmapping=0:0:1:44:45:1 m
+stat -c '%u %g' m/both m/below m; touch m/made; chown 8:45 m/made; chown 9:0 m/made 2>/dev/null || echo refused
+chmod 600 m/both; umount m; stat -c '%u %g' u/made u/both
+$R overlay -o $O,squash_to_uid=5,squash_to_gid=6 m; stat -c '%u %g' m/both m/made; touch m/as; chown 3:4 m/as; stat -c '%u %g' m/as
+umount m; stat -c '%u %g' u/as; rm -rf a u";
+    inside(&home, script).run().ok().prints("7 45\n0 0\n0 0\nrefused\n34 44\n33 44\n5 6\n5 6\n5 6\n3 4");
+}
+
+#[test]
+fn links_of_directories_are_counted_or_not() {
+    let home = Home::new();
+    prepared(&home);
+    home.dir("work/u/x/y");
+    let script = "$R overlay -o $O m && stat -c %h m/x && umount m && $R overlay -o $O,static_nlink m && stat -c %h m/x && umount m";
+    inside(&home, script).run().ok().prints("3\n1");
+}
+
+#[test]
+fn volatile_syncs_nothing() {
+    let home = Home::new();
+    prepared(&home);
+    let syncs = |options: &str| {
+        let script = format!(
+            "strace -f -qq -y -e trace=fsync,fdatasync -o log $R overlay -f -o $O{options} m & server=$!
+until grep -q \" $PWD/m \" /proc/mounts; do kill -0 $server || exit 3; done
+python3 -c 'import os; f = os.open(\"m/f\", os.O_CREAT | os.O_RDWR); os.write(f, b\"x\"); os.fsync(f)'
+umount m; wait $server; grep -c 'sync(.*u/f>' log"
+        );
+        inside(&home, &script).run().text()
+    };
+    assert_eq!(syncs(""), "1");
+    assert_eq!((syncs(",volatile"), syncs(",fsync=0")), ("0".to_owned(), "0".to_owned()));
+}
+
+#[test]
+fn a_renamed_directory_is_copied_where_redirects_are_off() {
+    let home = Home::new();
+    prepared(&home);
+    home.file("work/b/dir/sub/f", "f");
+    let script = "
+set -e
+for program in \"$R overlay\" \"$F\"; do
+  $program -o $O m; mv m/dir m/new; cat m/new/sub/f; umount m
+  getfattr -n user.overlay.redirect u/new 2>/dev/null | grep -c redirect || :
+  find u -name f | wc -l; rm -rf u w; mkdir u w
+done";
+    inside(&home, script).run().ok().prints("f1\n0\nf0\n1");
+}
+
+#[test]
+fn who_has_the_helper_needs_no_namespace() {
+    if is_root() {
+        skip!("root may mount");
+    }
+    let home = Home::new();
+    let helper = home.command("sh").args(["-c", "command -v fusermount3"]).run();
+    if helper.code() != 0 {
+        skip!("there is no fusermount3");
+    }
+    prepared(&home);
+    let script = "
+set -e
+$R overlay -o $O m
+echo kept >m/f; chmod 444 m/f; cat m/both; stat -c '%U' m/f
+fusermount3 -u m; cat u/f; stat -c %a u/f";
+    let user = home.command("id").arg("-un").run().text();
+    let out = home.command("sh").args(["-c", script]).env("R", rootlet_binary());
+    out.env("O", "lowerdir=a:b,upperdir=u,workdir=w").run().ok().prints(&format!("a{user}\nkept\n444"));
 }
