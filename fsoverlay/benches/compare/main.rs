@@ -320,8 +320,9 @@ fn serve(args: &[String]) {
     let overlay = Overlay::open(&OverlaySpec {
         layers: lowers.iter().rev().map(layer).collect(),
         generated: Vec::new(),
-        upper: Some(UpperSpec { dir: upper.into(), work: work.into() }),
+        upper: Some(UpperSpec { dir: upper.into(), work: work.into(), volatile: false }),
         squash: Some((0, 0)),
+        live: None,
         workers,
     })
     .unwrap();
