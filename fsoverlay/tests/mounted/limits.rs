@@ -124,10 +124,10 @@ fn large_files(world: &mut World) -> Check {
 }
 
 /// A process that does not run while this exists.
-struct Stopped(Pid);
+pub(crate) struct Stopped(Pid);
 
 impl Stopped {
-    fn new(pid: Pid) -> Result<Self, Failure> {
+    pub(crate) fn new(pid: Pid) -> Result<Self, Failure> {
         kill(pid, Signal::SIGSTOP)?;
         Ok(Self(pid))
     }

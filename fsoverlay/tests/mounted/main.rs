@@ -20,6 +20,7 @@ mod operation;
 mod owners;
 mod random;
 mod redirects;
+mod robust;
 mod semantics;
 mod steps;
 mod upper;
@@ -41,6 +42,7 @@ fn cases() -> Vec<Case> {
     cases.extend(numbers::CASES);
     cases.extend(random::CASES);
     cases.extend(durability::CASES);
+    cases.extend(robust::CASES);
     cases
 }
 

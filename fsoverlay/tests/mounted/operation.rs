@@ -211,6 +211,11 @@ impl Operation {
         )
     }
 
+    /// Whether it writes to a file.
+    pub(crate) fn writes(&self) -> bool {
+        matches!(self.what, What::Write | What::Append | What::Truncate)
+    }
+
     /// Whether it changes what names there are.
     pub(crate) fn counts_names(&self) -> bool {
         use What::{Exchange, Link, Rename, RenameNoReplace, Unlink};

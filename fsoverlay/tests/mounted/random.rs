@@ -254,7 +254,7 @@ pub(crate) fn tree(dir: &Path) -> Result<Tree, Failure> {
 }
 
 /// Fails unless two trees are the same.
-fn same_trees(ours: &Tree, theirs: &Tree) -> Check {
+pub(crate) fn same_trees(ours: &Tree, theirs: &Tree) -> Check {
     for (path, what) in theirs {
         same!(ours.get(path), Some(what), "{}", path.display());
     }
