@@ -53,6 +53,8 @@ struct Args {
     volatile: bool,
     /// Panic where this name is looked up.
     panic_at: Option<String>,
+    /// How long remote file systems may take.
+    patience: Option<Duration>,
     /// How soon changes of the layers show.
     live: Option<Duration>,
     /// Let so many reads wait for so long.
@@ -78,6 +80,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Outcome<Args> {
             "--panic-at" => args.panic_at = Some(value()?),
             "--kernel" => args.kernel = true,
             "--report" => args.report = true,
+            "--patience" => args.patience = Some(Duration::from_millis(value()?.parse()?)),
             "--live" => args.live = Some(Duration::from_millis(value()?.parse()?)),
             "--hold-reads" => {
                 let text = value()?;
@@ -163,6 +166,7 @@ fn serve(args: &Args) -> Outcome<ExitCode> {
         upper,
         squash: (!args.range).then_some((0, 0)),
         live: args.live,
+        patience: args.patience,
         workers: args.workers,
         ..OverlaySpec::default()
     })?;

@@ -32,6 +32,9 @@ pub struct OverlaySpec {
     pub no_redirects: bool,
     /// Without POSIX ACLs.
     pub no_acl: bool,
+    /// How long a file system mounted below a layer that is reached over a network, or served by a program,
+    /// may take for an answer; then it is `EIO`. `None`: 10 seconds.
+    pub patience: Option<Duration>,
     /// Threads that serve requests; 0 is 1.
     pub workers: usize,
 }

@@ -318,6 +318,9 @@ impl Engine {
         if node.kind == Kind::Dir {
             return Err(Errno::ISDIR);
         }
+        if node.is_far_root() {
+            return Err(Errno::BUSY);
+        }
         self.copy_up(parent)?;
         self.note_entry(parent);
         // Taken before the name goes: an open file must go on working.
@@ -477,6 +480,9 @@ impl Engine {
         let node = self.lookup(parent, name)?;
         if node.kind != Kind::Dir {
             return Err(Errno::NOTDIR);
+        }
+        if node.is_far_root() {
+            return Err(Errno::BUSY);
         }
         self.copy_up(parent)?;
         self.note_entry(parent);

@@ -16,6 +16,7 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use crate::attr::{Attr, Kind, Meta, Stat, Time};
 use crate::config::{OverlaySpec, Owners, Records};
 use crate::errno::{Errno, Res, missing_ok};
+use crate::far::{Far, MountTable, mounts_below};
 use crate::generated::{GENERATED_ROOT, GenTree};
 use crate::handle::{Fd, FdRing, Holder, Pins};
 use crate::hooks::{AccessKind, Counts, Hooks};
@@ -52,6 +53,9 @@ pub(crate) struct Upper {
     pub(crate) volatile: bool,
 }
 
+/// See [`OverlaySpec::patience`].
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// How many [`crate::inode::Aliases`] outlive their objects.
 const MAX_ALIASES: usize = 1 << 16;
 
@@ -80,6 +84,9 @@ pub(crate) struct Engine {
     pub(crate) opened: Time,
     /// See [`crate::live`].
     pub(crate) live: Option<Duration>,
+    /// The far mounts below the layers, and how long they may take.
+    pub(crate) far: Vec<Arc<Far>>,
+    pub(crate) patience: Duration,
     pub(crate) hooks: Hooks,
     pub(crate) counts: Counts,
     pub(crate) journal: Journal,
@@ -94,6 +101,8 @@ impl Engine {
     /// Opens what the spec names. No directory is read and no thread started.
     pub(crate) fn open(spec: &OverlaySpec) -> Result<Self, Error> {
         let mut layers = Vec::with_capacity(spec.layers.len());
+        let mut far = Vec::new();
+        let mounted = MountTable::read();
         for (index, layer) in spec.layers.iter().enumerate() {
             let opened = open_root(&layer.dir).and_then(|fd| {
                 let stat = stat_fd(fd.as_fd())?;
@@ -101,7 +110,15 @@ impl Engine {
             });
             let (fd, stat) = opened.map_err(|err| open_error(&layer.dir, err))?;
             let index = LayerIdx::try_from(index).map_err(|_| open_error(&layer.dir, Errno::TOOBIG))?;
-            let hidden = Hidden::new(layer.hidden.iter().map(AsRef::as_ref));
+            // What was asked for comes last, and so counts.
+            let mounts = mounts_below(&fd, &mounted);
+            let hidden = Hidden::new(
+                mounts
+                    .iter()
+                    .map(|(path, far)| (&**path, far.clone()))
+                    .chain(layer.hidden.iter().map(|path| (&**path, None))),
+            );
+            far.extend(mounts.iter().filter_map(|(_, far)| far.clone()));
             let records = match layer.records {
                 Records::Everywhere => {
                     layer.owners != Owners::Numeric || layer.dir != std::path::Path::new("/")
@@ -152,6 +169,8 @@ impl Engine {
             hasher: RandomState::new(),
             opened,
             live: spec.live,
+            far,
+            patience: spec.patience.unwrap_or(PATIENCE),
             hooks: Hooks::default(),
             counts: Counts::default(),
             journal: Journal::default(),
@@ -177,7 +196,11 @@ impl Engine {
         if ino == ROOT {
             return Ok(self.root.clone());
         }
-        self.table.get(ino).ok_or(Errno::STALE)
+        let node = self.table.get(ino).ok_or(Errno::STALE)?;
+        if let Some((far, _)) = node.far.get() {
+            far.check()?;
+        }
+        Ok(node)
     }
 
     /// The upper, or `EROFS`.
@@ -450,7 +473,9 @@ impl Engine {
             let (current, queue) = {
                 let inner = node.inner.lock();
                 let current = inner.key == key;
-                (current, current && node.file.put(fd.clone(), can_write))
+                // Whoever closes the last descriptor of a far file waits.
+                let keep = can_write || node.far.get().is_none();
+                (current, current && keep && node.file.put(fd.clone(), can_write))
             };
             if queue {
                 self.tree.ring.push(Holder::File(Arc::downgrade(node)));

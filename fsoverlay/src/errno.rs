@@ -3,9 +3,12 @@
 //! What the file system below says (`ENOSPC`, `EDQUOT`, `EIO`, `EROFS`, …) is passed
 //! on unchanged, so no error is ever wrapped on the way to the payload.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::sync::Arc;
 
 pub(crate) use rustix::io::Errno;
+
+use crate::far::Far;
 
 /// A result whose error is the number that the payload will see.
 pub(crate) type Res<T> = Result<T, Errno>;
@@ -23,8 +26,23 @@ pub(crate) fn missing_ok<T>(result: Res<T>) -> Res<Option<T>> {
 /// See [`hurried`].
 pub(crate) const LONG: Errno = Errno::INPROGRESS;
 
+/// Not for the payload: what was asked for touches a file system that may never answer ([`crate::far`]), and
+/// nothing has been done of it that shows.
+pub(crate) const FAR: Errno = Errno::ALREADY;
+
 thread_local! {
     static HURRIED: Cell<bool> = const { Cell::new(false) };
+    /// Which file system the last [`FAR`] was about.
+    static FAR_MOUNT: RefCell<Option<Arc<Far>>> = const { RefCell::new(None) };
+}
+
+pub(crate) fn note_far(far: &Arc<Far>) {
+    FAR_MOUNT.set(Some(far.clone()));
+}
+
+/// The file system that this thread's [`FAR`] was about.
+pub(crate) fn far_mount() -> Option<Arc<Far>> {
+    FAR_MOUNT.take()
 }
 
 /// Runs an operation that must not take long here: it ends with [`LONG`] before it begins to copy

@@ -45,11 +45,13 @@ use crate::attr::{Attr, Kind, Time};
 use crate::create::NewObject;
 use crate::data::bytes_of;
 use crate::engine::Engine;
-use crate::errno::{Errno, LONG, Res, hurried};
+use crate::errno::{Errno, FAR, LONG, Res, far_mount, hurried};
+use crate::far::{Far, GiveUp};
 use crate::hooks::{Direction, add};
 use crate::inode::{Link, Node};
 use crate::journal::path_of;
 use crate::later::Later;
+use crate::readdir::Entry;
 use crate::rename::How;
 use crate::setattr::{SetAttr, SetTime};
 use crate::sync::Mutex;
@@ -127,6 +129,9 @@ impl Shared {
     /// holds a reference to all this, and a copy-up that still goes on changes the upper.
     pub(crate) fn stop(&self) {
         self.later.stop();
+        for far in &self.engine.far {
+            far.stop();
+        }
         let sender = self.waiter.lock().take();
         drop(sender);
         let aside = std::mem::take(&mut *self.aside.lock());
@@ -198,6 +203,19 @@ impl Shared {
     }
 }
 
+/// A request that may be answered before what it asks for is done.
+struct Waiting<R, F> {
+    reply: Mutex<Option<R>>,
+    refuse: F,
+}
+
+impl<R: Send, F: Fn(R) + Send + Sync> GiveUp for Waiting<R, F> {
+    fn give_up(&self) -> bool {
+        let reply = self.reply.lock().take();
+        reply.map(&self.refuse).is_some()
+    }
+}
+
 /// The file system that fuser drives.
 #[derive(Debug, Clone)]
 pub(crate) struct FuseFs {
@@ -205,6 +223,8 @@ pub(crate) struct FuseFs {
 }
 
 fn errno(err: Errno) -> fuser::Errno {
+    // Our own word for it is not for the payload.
+    let err = if err == FAR { Errno::IO } else { err };
     fuser::Errno::from_i32(err.raw_os_error())
 }
 
@@ -302,17 +322,92 @@ impl FuseFs {
 
     /// Answers a request that may take long: if it does, on a thread of its own, so that the
     /// workers, who are few, go on with what others ask.
-    fn answer<T, R: Send + 'static>(
+    fn answer<T: 'static, R: Send + 'static>(
         &self,
         what: &'static str,
         ino: INodeNo,
         reply: R,
-        send: impl FnOnce(Res<T>, R) + Send + 'static,
+        send: impl Fn(Res<T>, R) + Copy + Send + Sync + 'static,
         operation: impl Fn(&Self) -> Res<T> + Send + 'static,
     ) {
         self.run(what, ino, || match hurried(|| operation(self)) {
             Err(LONG) => self.aside(what, ino, move |fs| send(operation(fs), reply)),
+            // Copying may take its time.
+            Err(FAR) => self.afar(what, ino, None, reply, send, operation),
             done => send(done, reply),
+        });
+    }
+
+    /// Answers a request that is over soon, unless it touches what may never answer ([`crate::far`]): that
+    /// is done `again`, by a closure that has all it needs, where others need not wait for it.
+    fn serve<T: 'static, R: Send + 'static, O: FnOnce(&Self) -> Res<T> + Send + 'static>(
+        &self,
+        what: &'static str,
+        ino: INodeNo,
+        reply: R,
+        send: impl Fn(Res<T>, R) + Copy + Send + Sync + 'static,
+        now: impl FnOnce(&Self) -> Res<T>,
+        again: impl FnOnce() -> O,
+    ) {
+        self.run(what, ino, || {
+            if self.engine().far.is_empty() {
+                return send(now(self), reply);
+            }
+            match hurried(|| now(self)) {
+                Err(FAR) => self.afar(what, ino, Some(self.engine().patience), reply, send, again()),
+                Err(LONG) => {
+                    let again = again();
+                    self.aside(what, ino, move |fs| send(again(fs), reply));
+                }
+                done => send(done, reply),
+            }
+        });
+    }
+
+    /// Does what this thread has met [`FAR`] with on one of the mount's; gives it up when that takes longer
+    /// than `patience`.
+    fn afar<T: 'static, R: Send + 'static>(
+        &self,
+        what: &'static str,
+        ino: INodeNo,
+        patience: Option<Duration>,
+        reply: R,
+        send: impl Fn(Res<T>, R) + Copy + Send + Sync + 'static,
+        operation: impl FnOnce(&Self) -> Res<T> + Send + 'static,
+    ) {
+        let Some(far) = far_mount() else { return send(Err(Errno::IO), reply) };
+        let waiting = Arc::new(Waiting {
+            reply: Mutex::new(Some(reply)),
+            refuse: move |reply| send(Err(Errno::IO), reply),
+        });
+        if let Some(patience) = patience {
+            let request: Arc<dyn GiveUp> = waiting.clone();
+            if let Some(due) = far.wait_for(Arc::downgrade(&request), patience) {
+                self.watch(far.clone(), due);
+            }
+        }
+        let fs = self.clone();
+        far.run(move || {
+            fs.guarded(what, ino, || {
+                if waiting.reply.lock().is_none() {
+                    return;
+                }
+                let done = operation(&fs);
+                let reply = waiting.reply.lock().take();
+                if let Some(reply) = reply {
+                    send(done, reply);
+                }
+            });
+        });
+    }
+
+    /// Sees to it that requests to a far mount are given up in time, as long as there are any.
+    fn watch(&self, far: Arc<Far>, due: Instant) {
+        let fs = self.clone();
+        self.shared.later.at(due, move || {
+            if let Some(next) = far.give_up_late() {
+                fs.watch(far, next);
+            }
         });
     }
 
@@ -353,6 +448,53 @@ impl FuseFs {
             }
         }
         Ok(())
+    }
+
+    /// The same with a name, for an operation that can be done twice.
+    fn serve_named<T: 'static, R: Send + 'static>(
+        &self,
+        what: &'static str,
+        ino: INodeNo,
+        name: &OsStr,
+        reply: R,
+        send: impl Fn(Res<T>, R) + Copy + Send + Sync + 'static,
+        operation: impl Fn(&Self, &OsStr) -> Res<T> + Copy + Send + 'static,
+    ) {
+        let again = || {
+            let name = name.to_owned();
+            move |fs: &Self| operation(fs, &name)
+        };
+        self.serve(what, ino, reply, send, |fs| operation(fs, name), again);
+    }
+
+    /// Whether what is asked of an object may never be answered; [`FuseFs::afar`] is for it then.
+    fn is_far(&self, ino: INodeNo) -> bool {
+        !self.engine().far.is_empty() && matches!(hurried(|| self.engine().node(ino.0)), Err(FAR))
+    }
+
+    /// Looks a name up for the kernel.
+    fn look(&self, parent: INodeNo, name: &OsStr) -> Res<Told> {
+        let found =
+            self.engine().node(parent.0).and_then(|dir| self.engine().lookup_attr(&dir, bytes_of(name)));
+        match found {
+            Ok((node, attr)) => {
+                let (attr_ttl, ttl) = (self.attr_ttl(&node), self.ttl(&node));
+                Ok(Told { attr: self.known(&node, &attr), attr_ttl, ttl })
+            }
+            Err(Errno::NOENT) => {
+                let ttl = self.ttl_of_missing(parent);
+                Ok(Told { attr: no_entry(), attr_ttl: ttl, ttl })
+            }
+            Err(err) => Err(err),
+        }
+    }
+
+    /// How long the kernel may keep the attributes of a node. Those of a far mount's root may be made up.
+    fn attr_ttl(&self, node: &Node) -> Duration {
+        if node.is_far_root() {
+            return Duration::ZERO;
+        }
+        self.ttl(node)
     }
 
     /// How long the kernel may keep what it is told of a node.
@@ -528,17 +670,11 @@ impl Filesystem for FuseFs {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.run("lookup", parent, || {
-            let found = self
-                .engine()
-                .node(parent.0)
-                .and_then(|parent| self.engine().lookup_attr(&parent, bytes_of(name)));
-            match found {
-                Ok((node, attr)) => reply.entry(&self.ttl(&node), &self.known(&node, &attr), GENERATION),
-                Err(Errno::NOENT) => reply.entry(&self.ttl_of_missing(parent), &no_entry(), GENERATION),
-                Err(err) => reply.error(errno(err)),
-            }
-        });
+        let again = || {
+            let name = name.to_owned();
+            move |fs: &Self| fs.look(parent, &name)
+        };
+        self.serve("lookup", parent, reply, reply_found, |fs| fs.look(parent, name), again);
     }
 
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
@@ -546,11 +682,14 @@ impl Filesystem for FuseFs {
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        let ask = |node: &Arc<Node>| Ok((self.engine().attr_now(node)?, self.ttl(node)));
-        self.run("getattr", ino, || match self.on(ino, ask) {
-            Ok((attr, ttl)) => reply.attr(&ttl, &file_attr(&attr)),
+        let ask = move |fs: &Self| {
+            fs.on(ino, |node| Ok((file_attr(&fs.engine().attr_now(node)?), fs.attr_ttl(node))))
+        };
+        let send = |got: Res<(FileAttr, Duration)>, reply: ReplyAttr| match got {
+            Ok((attr, ttl)) => reply.attr(&ttl, &attr),
             Err(err) => reply.error(errno(err)),
-        });
+        };
+        self.serve("getattr", ino, reply, send, ask, || ask);
     }
 
     fn setattr(
@@ -588,10 +727,8 @@ impl Filesystem for FuseFs {
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
-        self.run("readlink", ino, || match self.on(ino, |n| self.engine().read_link(n)) {
-            Ok(target) => reply.data(&target),
-            Err(err) => reply.error(errno(err)),
-        });
+        let read = move |fs: &Self| fs.on(ino, |n| fs.engine().read_link(n));
+        self.serve("readlink", ino, reply, reply_data, read, || read);
     }
 
     fn mknod(
@@ -604,50 +741,51 @@ impl Filesystem for FuseFs {
         rdev: u32,
         reply: ReplyEntry,
     ) {
-        self.run("mknod", parent, || {
-            let made =
-                Kind::from_mode(mode).filter(|k| *k == Kind::File || k.is_special()).ok_or(Errno::INVAL);
-            let made = made.and_then(|kind| {
-                let rdev = if matches!(kind, Kind::Char | Kind::Block) { decode_dev(rdev) } else { (0, 0) };
-                let owner = (req.uid(), req.gid());
-                self.make(parent, name, &NewObject { kind, perm: mode, umask, rdev, target: b"", owner })
-            });
-            reply_made(made, reply);
-        });
+        let owner = (req.uid(), req.gid());
+        let make = move |fs: &Self, name: &OsStr| {
+            let kind =
+                Kind::from_mode(mode).filter(|k| *k == Kind::File || k.is_special()).ok_or(Errno::INVAL)?;
+            let rdev = if matches!(kind, Kind::Char | Kind::Block) { decode_dev(rdev) } else { (0, 0) };
+            fs.make(parent, name, &NewObject { kind, perm: mode, umask, rdev, target: b"", owner })
+        };
+        self.serve_named("mknod", parent, name, reply, reply_made, make);
     }
 
     fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
-        self.run("mkdir", parent, || {
-            let owner = (req.uid(), req.gid());
+        let owner = (req.uid(), req.gid());
+        let make = move |fs: &Self, name: &OsStr| {
             let new = NewObject { kind: Kind::Dir, perm: mode, umask, rdev: (0, 0), target: b"", owner };
-            reply_made(self.make(parent, name, &new), reply);
-        });
+            fs.make(parent, name, &new)
+        };
+        self.serve_named("mkdir", parent, name, reply, reply_made, make);
     }
 
     fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.run("unlink", parent, || {
-            done(self.engine().node(parent.0).and_then(|p| self.engine().unlink(&p, bytes_of(name))), reply);
-        });
+        let unlink = move |fs: &Self, name: &OsStr| {
+            fs.engine().node(parent.0).and_then(|p| fs.engine().unlink(&p, bytes_of(name)))
+        };
+        self.serve_named("unlink", parent, name, reply, done, unlink);
     }
 
     fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.run("rmdir", parent, || {
-            done(self.engine().node(parent.0).and_then(|p| self.engine().rmdir(&p, bytes_of(name))), reply);
-        });
+        let rmdir = move |fs: &Self, name: &OsStr| {
+            fs.engine().node(parent.0).and_then(|p| fs.engine().rmdir(&p, bytes_of(name)))
+        };
+        self.serve_named("rmdir", parent, name, reply, done, rmdir);
     }
 
     fn symlink(&self, req: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
-        self.run("symlink", parent, || {
-            let new = NewObject {
-                kind: Kind::Symlink,
-                perm: 0o777,
-                umask: 0,
-                rdev: (0, 0),
-                target: bytes_of(target.as_os_str()),
-                owner: (req.uid(), req.gid()),
-            };
-            reply_made(self.make(parent, name, &new), reply);
-        });
+        let owner = (req.uid(), req.gid());
+        let make = move |fs: &Self, name: &OsStr, target: &Path| {
+            let target = bytes_of(target.as_os_str());
+            let new = NewObject { kind: Kind::Symlink, perm: 0o777, umask: 0, rdev: (0, 0), target, owner };
+            fs.make(parent, name, &new)
+        };
+        let again = || {
+            let (name, target) = (name.to_owned(), target.to_owned());
+            move |fs: &Self| make(fs, &name, &target)
+        };
+        self.serve("symlink", parent, reply, reply_made, |fs| make(fs, name, target), again);
     }
 
     fn rename(
@@ -744,6 +882,16 @@ impl Filesystem for FuseFs {
         reply: ReplyData,
     ) {
         self.run("read", ino, || match self.delay(Direction::Read, |_| size.into()) {
+            None if self.is_far(ino) => {
+                let patience = Some(self.engine().patience);
+                self.afar("read", ino, patience, reply, reply_data, move |fs| {
+                    let mut buf = vec![0; size.min(MAX_IO) as usize];
+                    let n = fs.on(ino, |n| fs.engine().read(n, offset, &mut buf))?;
+                    add(&fs.engine().counts.read_bytes, n as u64);
+                    buf.truncate(n);
+                    Ok(buf)
+                });
+            }
             None => self.read_now(ino, offset, size, reply),
             Some(delay) => {
                 self.delayed("read", ino, delay, move |fs| fs.read_now(ino, offset, size, reply));
@@ -779,6 +927,10 @@ impl Filesystem for FuseFs {
                     let data = data.to_vec();
                     self.aside("write", ino, move |fs| reply_written(write(fs, &data), reply));
                 }
+                Err(FAR) => {
+                    let data = data.to_vec();
+                    self.afar("write", ino, None, reply, reply_written, move |fs| write(fs, &data));
+                }
                 written => reply_written(written, reply),
             }
         });
@@ -801,6 +953,23 @@ impl Filesystem for FuseFs {
 
     fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
         self.run("readdir", ino, || {
+            if self.is_far(ino) {
+                let list = move |fs: &Self| fs.engine().read_dir(&fs.engine().node(ino.0)?, offset, 256);
+                let send = |batch: Res<Vec<_>>, mut reply: ReplyDirectory| match batch {
+                    Ok(batch) => {
+                        for (next, entry) in batch {
+                            let entry: Entry = entry;
+                            let name: &OsStr = std::os::unix::ffi::OsStrExt::from_bytes(&entry.name);
+                            if reply.add(INodeNo(entry.ino), next, file_type(entry.kind), name) {
+                                break;
+                            }
+                        }
+                        reply.ok();
+                    }
+                    Err(err) => reply.error(errno(err)),
+                };
+                return self.afar("readdir", ino, Some(self.engine().patience), reply, send, list);
+            }
             let mut at = offset;
             loop {
                 let batch = match self.engine().node(ino.0).and_then(|n| self.engine().read_dir(&n, at, 256))
@@ -832,6 +1001,17 @@ impl Filesystem for FuseFs {
         mut reply: ReplyDirectoryPlus,
     ) {
         self.run("readdirplus", ino, || {
+            if self.is_far(ino) {
+                let send = |batch: Res<Batch>, mut reply: ReplyDirectoryPlus| match batch {
+                    Ok(batch) => {
+                        batch.add_to(&mut reply);
+                        reply.ok();
+                    }
+                    Err(err) => reply.error(errno(err)),
+                };
+                let list = move |fs: &Self| fs.list_plus(ino, offset);
+                return self.afar("readdirplus", ino, Some(self.engine().patience), reply, send, list);
+            }
             let dir = match self.engine().node(ino.0) {
                 Ok(dir) => dir,
                 Err(err) => return reply.error(errno(err)),
@@ -893,17 +1073,15 @@ impl Filesystem for FuseFs {
     }
 
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        self.run("getxattr", ino, || {
-            let value = self.on(ino, |n| self.engine().get_xattr(n, bytes_of(name)));
-            reply_xattr(value, size, reply);
-        });
+        let get = move |fs: &Self, name: &OsStr| {
+            fs.on(ino, |n| Ok((fs.engine().get_xattr(n, bytes_of(name))?, size)))
+        };
+        self.serve_named("getxattr", ino, name, reply, reply_xattr, get);
     }
 
     fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        self.run("listxattr", ino, || {
-            let names = self.on(ino, |n| self.engine().list_xattr(n));
-            reply_xattr(names, size, reply);
-        });
+        let list = move |fs: &Self| fs.on(ino, |n| Ok((fs.engine().list_xattr(n)?, size)));
+        self.serve("listxattr", ino, reply, reply_xattr, list, || list);
     }
 
     fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -988,21 +1166,30 @@ impl Filesystem for FuseFs {
 }
 
 impl FuseFs {
+    /// A few entries with their attributes.
+    fn list_plus(&self, ino: INodeNo, offset: u64) -> Res<Batch> {
+        let dir = self.engine().node(ino.0)?;
+        let entries = self.engine().read_dir(&dir, offset, 32)?.into_iter().map(|(next, entry)| {
+            let found = (next > 2).then(|| self.engine().lookup_attr(&dir, &entry.name));
+            (next, entry, found)
+        });
+        Ok(Batch { fs: self.clone(), entries: entries.collect() })
+    }
+
     /// Adds one entry with its attributes; true if there was no room for it.
-    fn add_plus(
-        &self,
-        dir: &Arc<Node>,
-        next: u64,
-        entry: &crate::readdir::Entry,
-        reply: &mut ReplyDirectoryPlus,
-    ) -> bool {
+    fn add_plus(&self, dir: &Arc<Node>, next: u64, entry: &Entry, reply: &mut ReplyDirectoryPlus) -> bool {
+        let found = (next > 2).then(|| self.engine().lookup_attr(dir, &entry.name));
+        self.add_found(next, entry, found, reply)
+    }
+
+    fn add_found(&self, next: u64, entry: &Entry, found: Looked, reply: &mut ReplyDirectoryPlus) -> bool {
         let name: &OsStr = std::os::unix::ffi::OsStrExt::from_bytes(&entry.name);
-        if next <= 2 {
+        let Some(found) = found else {
             // The kernel does not count these two as lookups.
             let attr = FileAttr { ino: INodeNo(entry.ino), kind: FileType::Directory, ..no_entry() };
             return reply.add(INodeNo(entry.ino), next, name, &TTL, &attr, GENERATION);
-        }
-        match self.engine().lookup_attr(dir, &entry.name) {
+        };
+        match found {
             Ok((node, attr)) => {
                 let attr = self.known(&node, &attr);
                 let full = reply.add(INodeNo(attr.ino.0), next, name, &self.ttl(&node), &attr, GENERATION);
@@ -1020,6 +1207,47 @@ impl FuseFs {
     }
 }
 
+/// What a lookup gave; `None` where none is needed.
+type Looked = Option<Res<(Arc<Node>, Attr)>>;
+
+/// Entries of a directory, looked up.
+struct Batch {
+    fs: FuseFs,
+    entries: Vec<(u64, Entry, Looked)>,
+}
+
+impl Batch {
+    fn add_to(self, reply: &mut ReplyDirectoryPlus) {
+        for (next, entry, found) in self.entries {
+            if self.fs.add_found(next, &entry, found, reply) {
+                return;
+            }
+        }
+    }
+}
+
+/// What a lookup tells the kernel: attributes (of nothing, if there is nothing), and how long they and the
+/// name are valid.
+struct Told {
+    attr: FileAttr,
+    attr_ttl: Duration,
+    ttl: Duration,
+}
+
+fn reply_found(told: Res<Told>, reply: ReplyEntry) {
+    match told {
+        Ok(told) => reply.entry_with_ttls(&told.attr_ttl, &told.ttl, &told.attr, GENERATION),
+        Err(err) => reply.error(errno(err)),
+    }
+}
+
+fn reply_data(data: Res<Vec<u8>>, reply: ReplyData) {
+    match data {
+        Ok(data) => reply.data(&data),
+        Err(err) => reply.error(errno(err)),
+    }
+}
+
 fn reply_made(made: Res<(FileAttr, Duration)>, reply: ReplyEntry) {
     match made {
         Ok((attr, ttl)) => reply.entry(&ttl, &attr, GENERATION),
@@ -1034,10 +1262,11 @@ fn reply_written(written: Res<usize>, reply: ReplyWrite) {
     }
 }
 
-fn reply_xattr(value: Res<Vec<u8>>, size: u32, reply: ReplyXattr) {
+/// A value, and how much of one is wanted.
+fn reply_xattr(value: Res<(Vec<u8>, u32)>, reply: ReplyXattr) {
     match value {
-        Ok(value) if size == 0 => reply.size(u32::try_from(value.len()).unwrap_or(u32::MAX)),
-        Ok(value) if value.len() <= size as usize => reply.data(&value),
+        Ok((value, 0)) => reply.size(u32::try_from(value.len()).unwrap_or(u32::MAX)),
+        Ok((value, size)) if value.len() <= size as usize => reply.data(&value),
         Ok(_) => reply.error(fuser::Errno::ERANGE),
         Err(err) => reply.error(errno(err)),
     }

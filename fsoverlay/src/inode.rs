@@ -25,6 +25,7 @@ use rustix::fs::AtFlags;
 
 use crate::attr::{Key, Kind, Meta, Stat};
 use crate::errno::{Errno, Res};
+use crate::far::Far;
 use crate::handle::{Fd, FdSlot, Pinned};
 use crate::hooks::Quota;
 use crate::layer::{RealDir, stat_at};
@@ -152,6 +153,8 @@ pub(crate) struct Node {
     pub(crate) copying: Mutex<()>,
     pub(crate) file: FdSlot,
     pub(crate) dir: Option<Box<DirPart>>,
+    /// A layer has it in a file system that may never answer; whether it is the root of that.
+    pub(crate) far: OnceLock<(Arc<Far>, bool)>,
     table: Weak<Table>,
 }
 
@@ -330,6 +333,7 @@ impl Table {
                 copying: Mutex::new(()),
                 file: FdSlot::default(),
                 dir,
+                far: OnceLock::new(),
                 table: Arc::downgrade(self),
             });
             shard.insert(number, Entry { node: Arc::downgrade(&node), kernel: None, lookups: 0 });

@@ -5,8 +5,8 @@
 //! one, by `openat` of single components with `O_NOFOLLOW`; nothing in this crate opens
 //! a path of several components after [`open_root`], and no symbolic link found in a
 //! layer or in the upper is ever followed. So whatever a payload or an image puts into
-//! its tree, a lookup stays below the layer's root. Mount points below a layer are
-//! crossed as any directory is.
+//! its tree, a lookup stays below the layer's root. What is mounted below
+//! a layer goes by the rules of [`crate::far`].
 //!
 //! The names of a lower layer never change; those of the upper change when a directory
 //! is renamed. [`Tree::topology`] is held for reading while a chain of names is opened
@@ -22,6 +22,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags};
 use crate::attr::{Key, Meta, Stat};
 use crate::config::{IdExtent, Owners};
 use crate::errno::{Errno, Res};
+use crate::far::Far;
 use crate::handle::{Fd, FdRing, FdSlot, Holder};
 use crate::sync::{Mutex, RwLock};
 
@@ -42,8 +43,10 @@ pub(crate) struct RealDir {
     /// `None` for the root, whose descriptor stays open.
     position: Mutex<Option<Position>>,
     pub(crate) slot: FdSlot,
-    /// Paths below here that are shown as empty directories.
+    /// Paths below here that are shown as empty directories, or are far.
     pub(crate) hidden: Option<Arc<Hidden>>,
+    /// It is in a file system that may never answer.
+    pub(crate) far: Option<Arc<Far>>,
     /// The directory may hold whiteouts in the form of an xattr (`opaque=x`).
     pub(crate) xattr_whiteouts: std::sync::atomic::AtomicBool,
     /// `user.overlay.impure` is known to be set.
@@ -52,18 +55,25 @@ pub(crate) struct RealDir {
 
 impl RealDir {
     pub(crate) fn root(layer: LayerIdx, fd: Fd, key: Key, hidden: Option<Arc<Hidden>>) -> Arc<Self> {
-        let dir = Self::new(layer, key, None, hidden);
+        let dir = Self::new(layer, key, None, hidden, None);
         let _ = dir.slot.put(fd, false);
         dir
     }
 
-    fn new(layer: LayerIdx, key: Key, position: Option<Position>, hidden: Option<Arc<Hidden>>) -> Arc<Self> {
+    fn new(
+        layer: LayerIdx,
+        key: Key,
+        position: Option<Position>,
+        hidden: Option<Arc<Hidden>>,
+        far: Option<Arc<Far>>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             layer,
             key,
             position: Mutex::new(position),
             slot: FdSlot::default(),
             hidden,
+            far,
             xattr_whiteouts: false.into(),
             impure: false.into(),
         })
@@ -72,7 +82,8 @@ impl RealDir {
     /// The directory `name` in `parent`, found to be `key`.
     pub(crate) fn child(parent: &Arc<Self>, name: &[u8], key: Key) -> Arc<Self> {
         let hidden = parent.hidden.as_ref().and_then(|h| h.children.get(name)).cloned();
-        Self::new(parent.layer, key, Some((parent.clone(), name.into())), hidden)
+        let far = hidden.as_ref().and_then(|h| h.far.clone()).or_else(|| parent.far.clone());
+        Self::new(parent.layer, key, Some((parent.clone(), name.into())), hidden, far)
     }
 
     /// Moves the directory; the caller holds the topology lock for writing.
@@ -99,6 +110,11 @@ impl RealDir {
             .rev()
             .map(|name| <std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(name))
             .collect()
+    }
+
+    /// The far file system that is mounted on `name` in here.
+    pub(crate) fn far_at(&self, name: &[u8]) -> Option<&Arc<Far>> {
+        self.hidden.as_ref().and_then(|h| h.children.get(name)).and_then(|h| h.far.as_ref())
     }
 
     /// Whether `name` in here is shown as an empty directory.
@@ -128,9 +144,16 @@ impl Tree {
     /// An `O_PATH` descriptor of the directory.
     pub(crate) fn fd(&self, dir: &Arc<RealDir>) -> Res<Fd> {
         if let Some(fd) = dir.slot.get(false) {
+            if let Some(far) = &dir.far {
+                far.check()?;
+            }
             return Ok(fd);
         }
-        let _still = self.topology.read();
+        if let Some(far) = &dir.far {
+            far.check()?;
+        }
+        // The names of a layer stay, and opening one may take for ever.
+        let _still = (dir.layer == UPPER).then(|| self.topology.read());
         let mut missing = vec![dir.clone()];
         let mut fd = loop {
             let position = missing[missing.len() - 1].position.lock().clone();
@@ -216,25 +239,29 @@ fn inside(extents: &[IdExtent], id: u32) -> u32 {
         .unwrap_or(id)
 }
 
-/// The paths of a layer that are shown as empty directories, by component.
+/// The paths of a layer that are shown as empty directories, or are far, by component.
 #[derive(Debug, Default)]
 pub(crate) struct Hidden {
     children: BTreeMap<Box<[u8]>, Arc<Hidden>>,
     terminal: bool,
+    far: Option<Arc<Far>>,
 }
 
 impl Hidden {
     /// Builds the tree of names; `None` if nothing is hidden.
-    pub(crate) fn new<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Option<Arc<Self>> {
+    pub(crate) fn new<'a>(
+        paths: impl IntoIterator<Item = (&'a Path, Option<Arc<Far>>)>,
+    ) -> Option<Arc<Self>> {
         let mut root = HiddenBuilder::default();
-        for path in paths {
+        for (path, far) in paths {
             let mut at = &mut root;
             for component in path.components() {
                 if let Component::Normal(name) = component {
                     at = at.0.entry(std::os::unix::ffi::OsStrExt::as_bytes(name).into()).or_default();
                 }
             }
-            at.1 = true;
+            at.1 |= far.is_none();
+            at.2 = far;
         }
         (!root.0.is_empty()).then(|| root.build())
     }
@@ -246,12 +273,12 @@ impl Hidden {
 }
 
 #[derive(Default)]
-struct HiddenBuilder(BTreeMap<Box<[u8]>, HiddenBuilder>, bool);
+struct HiddenBuilder(BTreeMap<Box<[u8]>, HiddenBuilder>, bool, Option<Arc<Far>>);
 
 impl HiddenBuilder {
     fn build(self) -> Arc<Hidden> {
         let children = self.0.into_iter().map(|(name, child)| (name, child.build())).collect();
-        Arc::new(Hidden { children, terminal: self.1 })
+        Arc::new(Hidden { children, terminal: self.1, far: self.2 })
     }
 }
 
@@ -280,7 +307,8 @@ mod tests {
 
     #[test]
     fn hidden_paths_are_found_by_component() {
-        let hidden = Hidden::new([Path::new("proc"), Path::new("/home/me/state")]).expect("not empty");
+        let hidden = Hidden::new([Path::new("proc"), Path::new("/home/me/state")].map(|path| (path, None)))
+            .expect("not empty");
         assert_eq!(hidden.names().collect::<Vec<_>>(), [b"proc"]);
         let home = &hidden.children[&b"home"[..]];
         assert!(!home.terminal && home.children[&b"me"[..]].children[&b"state"[..]].terminal);

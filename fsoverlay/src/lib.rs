@@ -75,6 +75,7 @@ mod data;
 mod engine;
 mod errno;
 mod export;
+mod far;
 mod fs;
 mod generated;
 mod handle;
@@ -259,6 +260,7 @@ impl Overlay {
         let session =
             fuser::Session::from_fd(file_system, fuse, fuser::SessionACL::All, config).map_err(error)?;
         shared.set_notifier(session.notifier());
+        shared.engine.look_far();
         let session = session.spawn().map_err(error)?;
         Ok(Server { shared, session })
     }

@@ -84,6 +84,9 @@ impl Engine {
 
     /// The attributes of an object as they are now, owner and mode included.
     pub(crate) fn attr_now(&self, node: &Arc<Node>) -> Res<Attr> {
+        if node.far.get().is_some() {
+            self.see_far_root(node)?;
+        }
         if self.live.is_some()
             && let Some((dir, name)) = self.lower_name(node)
             && let Probe::Found(seen) = self.probe(&dir, &name, true)?

@@ -15,6 +15,7 @@ use std::sync::atomic::Ordering;
 use crate::attr::{Attr, Key, Kind, Meta, Stat};
 use crate::engine::{Engine, gone_below};
 use crate::errno::{Errno, Res};
+use crate::far::Far;
 use crate::generated::GenBody;
 use crate::hooks::AccessKind;
 use crate::inode::{DirState, Inner, Link, NewNode, Node, Place};
@@ -58,10 +59,25 @@ pub(crate) struct Found {
     state: DirState,
 }
 
+/// What is far of the directories that one is merged from, and whether one is the root of that.
+fn far_of(lowers: &[Arc<RealDir>]) -> Option<(Arc<Far>, bool)> {
+    let far = lowers.iter().find_map(|dir| dir.far.clone())?;
+    let is_root = |dir: &Arc<RealDir>| {
+        dir.far.is_some() && dir.position().is_some_and(|(parent, name)| parent.far_at(&name).is_some())
+    };
+    Some((far, lowers.iter().any(is_root)))
+}
+
 impl Engine {
     /// Looks at one name of one real directory. `more_below` tells whether a directory
     /// found here can merge with others, which is when its marks matter.
     pub(crate) fn probe(&self, dir: &Arc<RealDir>, name: &[u8], more_below: bool) -> Res<Probe> {
+        if let Some(far) = dir.far_at(name) {
+            let (stat, id) = far.root();
+            self.numbers.meet_as(stat.key.dev, id);
+            let meta = self.owners.shown(self.layers[dir.layer as usize].meta(&stat).ok_or(Errno::IO)?);
+            return Ok(Probe::Found(Box::new(Seen { stat, meta, marks: Marks::default() })));
+        }
         let fd = match self.fd(dir) {
             // Somebody took the layer's directory away; those above and below it are still there.
             Err(err) if dir.layer != UPPER && gone_below(err) => return Ok(Probe::Missing),
@@ -327,6 +343,13 @@ impl Engine {
         let kind = found.meta.kind;
         let (key, number) = (found.key, found.ino);
         let generated = matches!(found.place, Place::Generated(_));
+        let far = match &found.place {
+            Place::Lower { dir, name } => match dir.far_at(name) {
+                Some(far) => Some((far.clone(), true)),
+                None => dir.far.clone().map(|far| (far, false)),
+            },
+            _ => far_of(&found.state.lowers),
+        };
         // What a layer has under one name only cannot be a further name of what is known: its number
         // was used again, for a file that somebody put there since.
         let below = matches!(found.place, Place::Lower { .. });
@@ -373,6 +396,9 @@ impl Engine {
             upper: found.upper,
             state: DirState { default_acl: self.known_default_acl(&found.marks), ..found.state },
         });
+        if let Some(far) = far {
+            let _ = node.far.set(far);
+        }
         if aliased || node.ino != number && unique {
             // It may have gone with the node that was known before; or the number is in use.
             self.table.aliases.insert(key, node.ino);

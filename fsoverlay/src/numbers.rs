@@ -108,7 +108,7 @@ pub(crate) struct InodeNumbers {
 }
 
 /// `f_fsid` of the file system that an object is on; the descriptor may be `O_PATH`.
-fn fsid(fd: BorrowedFd<'_>) -> Option<u64> {
+pub(crate) fn fsid(fd: BorrowedFd<'_>) -> Option<u64> {
     rustix::fs::fstatvfs(fd).ok().map(|stat| stat.f_fsid).filter(|&id| id != 0)
 }
 
@@ -124,6 +124,11 @@ impl InodeNumbers {
             let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             fsid(rustix::fs::openat(dir, name, flags, Mode::empty()).ok()?.as_fd())
         });
+    }
+
+    /// The same where the id is known.
+    pub(crate) fn meet_as(&self, dev: u64, id: Option<u64>) {
+        self.meet_with(dev, || id);
     }
 
     fn meet_with(&self, dev: u64, id: impl FnOnce() -> Option<u64>) {

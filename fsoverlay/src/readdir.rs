@@ -271,7 +271,11 @@ impl Engine {
             if dir.hides(&entry.name) {
                 continue;
             }
-            let kind = match self.check_entry(dir, &entry) {
+            let kind = match dir.far_at(&entry.name).map(|far| far.root().0.kind()) {
+                Some(kind) => Ok(kind),
+                None => self.check_entry(dir, &entry),
+            };
+            let kind = match kind {
                 Ok(kind) => kind,
                 Err(Errno::NOENT) => continue,
                 Err(err) => return Err(err),
@@ -327,7 +331,8 @@ impl Engine {
             }
         };
         for old in surplus {
-            let listing = old.dir()?.state.write().listing.take();
+            // Whose lock somebody holds is listed just now, or far and waits.
+            let listing = old.dir()?.state.try_write().and_then(|mut state| state.listing.take());
             drop(listing);
         }
         Ok(batch)

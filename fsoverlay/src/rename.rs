@@ -138,7 +138,8 @@ impl Engine {
             (Some(target), _) if target.ino == source.ino => return Ok(()),
             _ => {}
         }
-        if source.ino == ROOT || target.as_ref().is_some_and(|t| t.ino == ROOT) {
+        let is_mount = source.is_far_root() || target.as_ref().is_some_and(|target| target.is_far_root());
+        if is_mount || source.ino == ROOT || target.as_ref().is_some_and(|t| t.ino == ROOT) {
             return Err(Errno::BUSY);
         }
         let mut cut_off = self.prepare(&source, parent, name, new_parent)?;

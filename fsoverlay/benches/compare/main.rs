@@ -33,7 +33,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use fsoverlay::{LayerSpec, Overlay, OverlaySpec, Owners, UpperSpec};
+use fsoverlay::{LayerSpec, Overlay, OverlaySpec, UpperSpec};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
@@ -315,15 +315,14 @@ fn start_server(dirs: &Dirs) -> Server {
 /// Mounts and serves until the mount is gone; says so by one byte.
 fn serve(args: &[String]) {
     let [at, upper, work, lowers @ ..] = args else { panic!("directories") };
-    let layer = |dir: &String| LayerSpec { dir: dir.into(), owners: Owners::Numeric, hidden: Vec::new() };
+    let layer = |dir: &String| LayerSpec { dir: dir.into(), ..LayerSpec::default() };
     let workers = std::env::var("FSOVERLAY_WORKERS").map_or(2, |text| text.parse().unwrap());
     let overlay = Overlay::open(&OverlaySpec {
         layers: lowers.iter().rev().map(layer).collect(),
-        generated: Vec::new(),
-        upper: Some(UpperSpec { dir: upper.into(), work: work.into(), volatile: false }),
+        upper: Some(UpperSpec { dir: upper.into(), work: work.into(), ..UpperSpec::default() }),
         squash: Some((0, 0)),
-        live: None,
         workers,
+        ..OverlaySpec::default()
     })
     .unwrap();
     let fuse = std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse").unwrap();

@@ -2,15 +2,21 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::harness::{Case, Check, Failure, World, errno, holds, same};
+use crate::harness::{Case, Check, Failure, Mount, World, errno, errno_of, holds, same};
 use crate::semantics::no_leftovers;
 
-pub(crate) const CASES: &[Case] =
-    &[Case { name: "changes_of_a_live_layer_show", outside: live_layer, inside: change_layer }];
+pub(crate) const CASES: &[Case] = &[
+    Case { name: "changes_of_a_live_layer_show", outside: live_layer, inside: change_layer },
+    Case { name: "a_dead_mount_below_holds_up_nobody_else", outside: dead_mount, inside: beside_dead },
+    Case { name: "what_nobody_touches_costs_nothing", outside: large_layer, inside: crate::harness::nothing },
+    Case { name: "a_remote_mount_below_is_shown", outside: remote_mount, inside: use_remote },
+];
 
 fn live_layer(world: &mut World) -> Check {
     let lower = world.lower();
@@ -127,5 +133,176 @@ fn change_layer(args: &[String]) -> Check {
     is("new", "new")?;
     same!(text("upper"), Some("ours".to_owned()));
     holds!(names("merged").is_some_and(|names| names.contains(&"ours".to_owned())));
+    Ok(())
+}
+
+fn large_layer(world: &mut World) -> Check {
+    for i in 0..2000 {
+        let dir = world.lower().join(format!("dir{i}"));
+        fs::create_dir(&dir)?;
+        fs::write(dir.join("file"), "")?;
+    }
+    let calls = world.path("calls");
+    let path = calls.display().to_string();
+    if std::process::Command::new("strace").arg("-V").stdout(std::process::Stdio::null()).status().is_err() {
+        return Err(Failure::Skip("there is no strace".to_owned()));
+    }
+    let strace = ["strace", "-f", "-qq", "-y", "-s", "512", "-e", "trace=%file,%desc", "-o", &path];
+    let output = world.mount().command_under(&strace)?.output()?;
+    holds!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let lower = world.lower().display().to_string();
+    let calls = fs::read_to_string(calls)?;
+    let on_layer: Vec<&str> =
+        calls.lines().filter(|line| line.contains(&lower) && !line.contains("execve")).collect();
+    holds!(!on_layer.is_empty() && on_layer.len() < 20, "{on_layer:#?}");
+    holds!(!on_layer.iter().any(|line| line.contains("getdents")), "{on_layer:#?}");
+    Ok(())
+}
+
+/// The program and its arguments under a command that first makes mounts, in namespaces of its own.
+fn below_mounts(world: &World) -> Result<Mount, Failure> {
+    let me = std::env::current_exe()?.display().to_string();
+    let dir = world.dir.display().to_string();
+    let wrapper = ["unshare", "-Urm", &me, "--inside", world.name, "wrap", &dir];
+    Ok(world.mount().with("--patience", "2000").under(&wrapper))
+}
+
+fn dead_mount(world: &mut World) -> Check {
+    for dir in ["dead", "proc", "dir"] {
+        fs::create_dir(world.lower().join(dir))?;
+    }
+    fs::write(world.lower().join("dir/file"), "content")?;
+    fs::write(world.lower().join("dead/covered"), "not to be seen")?;
+    below_mounts(world)?.run()?;
+    no_leftovers(world)
+}
+
+/// Mounts a FUSE file system whose server does not even say hello, and what the kernel makes up.
+fn mount_dead(dir: &Path, rest: &[String]) -> Check {
+    let fuse = OpenOptions::new().read(true).write(true).open("/dev/fuse")?;
+    // Goes on to the server of the overlay, who knows nothing of it.
+    rustix::io::fcntl_setfd(&fuse, rustix::io::FdFlags::empty())?;
+    let data = format!("fd={},rootmode=40000,user_id=0,group_id=0", fuse.as_raw_fd());
+    let none = nix::mount::MsFlags::empty();
+    nix::mount::mount(Some("dead"), &dir.join("lower/dead"), Some("fuse"), none, Some(data.as_str()))?;
+    let bind = nix::mount::MsFlags::MS_BIND | nix::mount::MsFlags::MS_REC;
+    nix::mount::mount(Some("/proc"), &dir.join("lower/proc"), None::<&str>, bind, None::<&str>)?;
+    go_on(rest)
+}
+
+fn go_on(rest: &[String]) -> Check {
+    let (program, args) = rest.split_first().ok_or("no program")?;
+    Err(std::process::Command::new(program).args(args).exec().into())
+}
+
+fn beside_dead(args: &[String]) -> Check {
+    if let [wrap, dir, rest @ ..] = args
+        && wrap == "wrap"
+    {
+        return mount_dead(Path::new(dir), rest);
+    }
+    // More than there are workers, and threads for it.
+    let dead = |i: usize| -> std::io::Result<()> {
+        match i % 5 {
+            0 => fs::metadata("dead").map(drop),
+            1 => fs::metadata("dead/file").map(drop),
+            2 => fs::read_dir("dead")?.next().transpose().map(drop),
+            3 => fs::write("dead/new", "new"),
+            _ => fs::create_dir("dead/newer"),
+        }
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..40).map(|i| scope.spawn(move || dead(i))).collect();
+        // Where the mount is, and elsewhere.
+        for i in 0..50 {
+            same!(names("."), Some(vec!["dead".to_owned(), "dir".into(), "proc".into()]));
+            same!(fs::read("dir/file")?, b"content");
+            fs::write("made", "made")?;
+            fs::rename("made", "dir/made")?;
+            fs::rename("dir", format!("dir{i}"))?;
+            fs::rename(format!("dir{i}"), "dir")?;
+            fs::remove_file("dir/made")?;
+        }
+        holds!(threads.iter().any(|thread| !thread.is_finished()));
+        for thread in threads {
+            match thread.join().map_err(|_| "a thread panicked")? {
+                // An entry that cannot be read is one, too.
+                Ok(()) => {}
+                Err(err) => same!(errno_of(&err), Some(rustix::io::Errno::IO)),
+            }
+        }
+        Ok::<_, Failure>(())
+    })?;
+    errno!(fs::metadata("dead/file"), IO);
+    errno!(fs::remove_dir("dead"), BUSY);
+    errno!(fs::rename("dead", "alive"), BUSY);
+    same!(names("proc"), Some(vec![]));
+    // A signal ends who waits for it.
+    let mut waiting = std::process::Command::new("cat").arg("dead/x").spawn()?;
+    waiting.kill()?;
+    waiting.wait()?;
+    Ok(())
+}
+
+fn remote_mount(world: &mut World) -> Check {
+    let far = world.path("lower2");
+    fs::create_dir_all(far.join("dir/sub"))?;
+    for file in ["file", "changed", "gone", "dir/deep"] {
+        fs::write(far.join(file), format!("content of {file}"))?;
+    }
+    symlink("file", far.join("link"))?;
+    fs::create_dir(world.lower().join("far"))?;
+    for part in ["upper", "work"] {
+        fs::create_dir(world.path("other").join(part))?;
+    }
+    below_mounts(world)?.run()?;
+    same!(fs::read(world.upper().join("far/changed"))?, b"Content of changed");
+    Ok(())
+}
+
+/// The mount below is one of ours, with its root where the layer has an empty directory.
+fn use_remote(args: &[String]) -> Check {
+    match args {
+        [wrap, dir, rest @ ..] if wrap == "wrap" => {
+            let dir = Path::new(dir);
+            let status = std::process::Command::new(crate::harness::program()?)
+                .arg("--lower")
+                .arg(dir.join("lower2"))
+                .arg("--at")
+                .arg(dir.join("lower/far"))
+                .arg("--")
+                .arg(std::env::current_exe()?)
+                .args(["--inside", "a_remote_mount_below_is_shown", "go on"])
+                .args(rest)
+                .stdin(std::process::Stdio::null())
+                .status()?;
+            holds!(status.success());
+            return Ok(());
+        }
+        [go, rest @ ..] if go == "go on" => return go_on(rest),
+        _ => {}
+    }
+    let text = |path: &str| fs::read_to_string(path).ok();
+    same!(fs::metadata("far")?.mode() & 0o777, 0o755);
+    same!(names("far").map(|names| names.len()), Some(5));
+    same!(text("far/file"), Some("content of file".to_owned()));
+    same!(text("far/link"), Some("content of file".to_owned()));
+    same!(text("far/dir/deep"), Some("content of dir/deep".to_owned()));
+    errno!(fs::metadata("far/missing"), NOENT);
+    let file = OpenOptions::new().write(true).open("far/changed")?;
+    std::os::unix::fs::FileExt::write_all_at(&file, b"C", 0)?;
+    file.sync_all()?;
+    same!(text("far/changed"), Some("Content of changed".to_owned()));
+    fs::remove_file("far/gone")?;
+    fs::write("far/dir/new", "new")?;
+    fs::create_dir("far/dir/newer")?;
+    fs::rename("far/dir/deep", "deep")?;
+    same!(names("far/dir"), Some(vec!["new".to_owned(), "newer".into(), "sub".into()]));
+    same!((text("deep"), text("far/gone")), (Some("content of dir/deep".to_owned()), None));
+    fs::rename("far/dir/sub", "sub")?;
+    fs::set_permissions("far/file", fs::Permissions::from_mode(0o600))?;
+    same!(fs::metadata("far/file")?.mode() & 0o777, 0o600);
+    errno!(fs::rename("far", "near"), BUSY);
+    errno!(fs::remove_dir("far"), BUSY);
     Ok(())
 }

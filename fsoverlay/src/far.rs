@@ -1,0 +1,439 @@
+//! What is mounted below a layer, and file systems that may never answer.
+//!
+//! The table of mounts is read once, when a layer is opened; what is mounted later is crossed like any
+//! directory. Each mount below the layer's root goes by a rule, which its type decides:
+//!
+//! - what the kernel makes up (proc, sysfs, control groups, …) is an empty directory: it is this machine's, not
+//!   part of a tree; so is an automounter's, which looking would set going;
+//! - what is reached over a network or served by a program (NFS, CIFS, FUSE, …) is *far*: it is shown, but
+//!   no worker ever makes a system call on it;
+//! - anything else is shown as it is.
+//!
+//! A far mount has threads of its own ([`MAX_THREADS`]), started when a request needs one. In a hurry
+//! ([`crate::errno::hurried`]), as workers always are where there is a far mount, whatever would touch one
+//! ends with [`FAR`] before it takes a lock that one of those threads may hold, and the request goes there.
+//! If there is no answer in [`crate::OverlaySpec::patience`], it gets `EIO`; the thread goes on waiting, and
+//! while it does the next ones get a tenth of that. A signal has its effect then at the latest, since a request that
+//! the server has cannot be interrupted otherwise.
+//!
+//! What makes that hold:
+//!
+//! - directories above a far mount are not asked about it under a lock: its root is a directory with made-up
+//!   attributes until a thread of its own has seen it ([`Far::root`]), and its attributes are never cached;
+//! - its files' descriptors are closed by the thread that opened them, since closing asks the server, too;
+//!   those of its directories are `O_PATH`, which does not;
+//! - it cannot be removed or renamed, as no mount point can.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags};
+
+use crate::attr::{Key, Kind, Stat};
+use crate::engine::Engine;
+use crate::errno::{FAR, Res, is_hurried, note_far};
+use crate::handle::Fd;
+use crate::inode::Node;
+use crate::layer::{mix, stat_fd};
+use crate::sync::Mutex;
+
+/// Threads of one mount. A kernel has up to 64 reads under way; more at once make no network faster.
+const MAX_THREADS: usize = 16;
+
+/// How long a thread waits for more to do.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// How long the first look at all far mounts may hold up the start.
+const FIRST_LOOK: Duration = Duration::from_millis(100);
+
+/// What is not part of a tree.
+#[rustfmt::skip]
+const MADE_UP: &[&str] = &[
+    "proc", "sysfs", "cgroup", "cgroup2", "devpts", "devtmpfs", "securityfs", "debugfs", "tracefs", "configfs", "bpf",
+    "pstore", "efivarfs", "mqueue", "hugetlbfs", "binfmt_misc", "fusectl", "rpc_pipefs", "nfsd", "selinuxfs",
+    "smackfs", "nsfs", "autofs",
+];
+
+/// What may never answer. Those that a program serves have `fuse.` before their name.
+#[rustfmt::skip]
+const REMOTE: &[&str] = &[
+    "fuse", "fuseblk", "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "afs", "coda", "ncpfs", "lustre", "gfs2",
+    "ocfs2", "orangefs", "beegfs", "pvfs2", "vboxsf", "prl_fs",
+];
+
+/// How a mount below a layer is treated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Rule {
+    Hidden,
+    Far,
+    Shown,
+}
+
+impl Rule {
+    fn of(fstype: &[u8]) -> Self {
+        let is = |name: &&str| name.as_bytes() == fstype;
+        if MADE_UP.iter().any(is) {
+            Self::Hidden
+        } else if fstype.starts_with(b"fuse.") || REMOTE.iter().any(is) {
+            Self::Far
+        } else {
+            Self::Shown
+        }
+    }
+}
+
+/// A line of /proc/self/mountinfo (proc_pid_mountinfo(5)).
+#[derive(Debug, PartialEq, Eq)]
+struct Mount {
+    dev: u64,
+    at: PathBuf,
+    rule: Rule,
+}
+
+impl Mount {
+    fn parse(line: &[u8]) -> Option<Self> {
+        let mut fields = line.split(|&b| b == b' ');
+        let dev = std::str::from_utf8(fields.nth(2)?).ok()?;
+        let (major, minor) = dev.split_once(':')?;
+        let dev = u64::from(major.parse::<u32>().ok()?) << 32 | u64::from(minor.parse::<u32>().ok()?);
+        let at = unescaped(fields.nth(1)?);
+        // Optional fields end with a dash.
+        fields.find(|field| *field == b"-")?;
+        Some(Self { dev, at: std::ffi::OsString::from_vec(at).into(), rule: Rule::of(fields.next()?) })
+    }
+}
+
+/// Octal escapes of blanks and backslashes.
+fn unescaped(text: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((&first, after)) = rest.split_first() {
+        let octal = after.get(..3).filter(|_| first == b'\\').and_then(|d| std::str::from_utf8(d).ok());
+        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) => {
+                out.push(byte);
+                rest = &after[3..];
+            }
+            None => {
+                out.push(first);
+                rest = after;
+            }
+        }
+    }
+    out
+}
+
+/// What is mounted in this process's mount namespace.
+#[derive(Debug, Default)]
+pub(crate) struct MountTable {
+    mounts: Vec<Mount>,
+}
+
+impl MountTable {
+    pub(crate) fn read() -> Self {
+        match std::fs::read("/proc/self/mountinfo") {
+            Ok(text) => Self::parse(&text),
+            Err(err) => {
+                tracing::debug!(%err, "the table of mounts cannot be read");
+                Self::default()
+            }
+        }
+    }
+
+    fn parse(text: &[u8]) -> Self {
+        Self { mounts: text.split(|&b| b == b'\n').filter_map(Mount::parse).collect() }
+    }
+}
+
+/// The mounts below a directory that are not simply shown, by path relative to it.
+pub(crate) fn mounts_below(root: &Fd, table: &MountTable) -> Vec<(PathBuf, Option<Arc<Far>>)> {
+    let Ok(path) = std::fs::read_link(format!("/proc/self/fd/{}", root.as_raw_fd())) else {
+        return Vec::new();
+    };
+    select(&path, table)
+        .into_iter()
+        .filter_map(|(path, mount)| match mount.rule {
+            Rule::Shown => None,
+            // A file (a namespace, a device) stays one. Looking at what the kernel makes up is over at once.
+            Rule::Hidden => is_dir(root, &path).then_some((path, None)),
+            Rule::Far => {
+                let far = Far::new(root.clone(), path.clone(), mount.dev);
+                Some((path, Some(far)))
+            }
+        })
+        .collect()
+}
+
+fn is_dir(root: &Fd, path: &Path) -> bool {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+    rustix::fs::statx(root, path, flags, StatxFlags::TYPE)
+        .is_ok_and(|stat| Kind::from_mode(stat.stx_mode.into()) == Some(Kind::Dir))
+}
+
+/// Of several mounts at one place the last is seen, and none of those below what was covered later.
+fn select<'a>(root: &Path, table: &'a MountTable) -> BTreeMap<PathBuf, &'a Mount> {
+    let mut mounts: BTreeMap<PathBuf, &Mount> = BTreeMap::new();
+    for mount in &table.mounts {
+        let Ok(relative) = mount.at.strip_prefix(root) else { continue };
+        if relative.as_os_str().is_empty() {
+            continue;
+        }
+        let relative = relative.to_owned();
+        mounts.retain(|path, _| !path.starts_with(&relative));
+        mounts.insert(relative, mount);
+    }
+    // What is mounted in a far one is as far.
+    let far: Vec<PathBuf> =
+        mounts.iter().filter(|(_, mount)| mount.rule == Rule::Far).map(|(path, _)| path.clone()).collect();
+    mounts.retain(|path, _| !far.iter().any(|far| path != far && path.starts_with(far)));
+    mounts
+}
+
+type Job = Box<dyn FnOnce() + Send>;
+
+#[derive(Default)]
+struct Pool {
+    jobs: VecDeque<Job>,
+    threads: usize,
+    idle: usize,
+    /// Requests that may still be given up, in the order in which they came.
+    waiting: VecDeque<(Instant, Weak<dyn GiveUp>)>,
+    /// Somebody looks after `waiting`.
+    watched: bool,
+    /// The last that was heard was nothing.
+    silent: bool,
+}
+
+/// A request that can be answered without an answer.
+pub(crate) trait GiveUp: Send + Sync {
+    /// Answers with an error, unless it is answered. Whether it was not.
+    fn give_up(&self) -> bool;
+}
+
+/// A mount that may never answer; see the module.
+pub(crate) struct Far {
+    layer: Fd,
+    path: PathBuf,
+    dev: u64,
+    /// What stands there, and the id of the file system.
+    seen: OnceLock<(Stat, Option<u64>)>,
+    pool: Mutex<Pool>,
+    changed: Condvar,
+}
+
+impl std::fmt::Debug for Far {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Far").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+impl Far {
+    fn new(layer: Fd, path: PathBuf, dev: u64) -> Arc<Self> {
+        let (seen, pool, changed) = (OnceLock::new(), Mutex::default(), Condvar::new());
+        Arc::new(Self { layer, path, dev, seen, pool, changed })
+    }
+
+    /// What stands at the mount point, as far as it is known.
+    pub(crate) fn root(&self) -> (Stat, Option<u64>) {
+        self.seen.get().copied().unwrap_or_else(|| {
+            let ino = self.path.as_os_str().as_bytes().iter().fold(1, |h, &b| mix(h ^ u64::from(b)));
+            let key = Key { dev: self.dev, ino };
+            (Stat { key, mode: 0o040_755, nlink: 2, blksize: 4096, ..Stat::default() }, None)
+        })
+    }
+
+    fn look(&self) -> Res<()> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        let fd = rustix::fs::openat2(&self.layer, &self.path, flags, Mode::empty(), resolve)?;
+        let _ = self.seen.set((stat_fd(fd.as_fd())?, crate::numbers::fsid(fd.as_fd())));
+        Ok(())
+    }
+
+    /// `FAR`, if whoever asks is in a hurry.
+    pub(crate) fn check(self: &Arc<Self>) -> Res<()> {
+        if !is_hurried() {
+            return Ok(());
+        }
+        note_far(self);
+        Err(FAR)
+    }
+
+    /// Runs something on a thread of the mount's.
+    pub(crate) fn run(self: &Arc<Self>, job: impl FnOnce() + Send + 'static) {
+        let mut pool = self.pool.lock();
+        pool.jobs.push_back(Box::new(job));
+        if pool.idle >= pool.jobs.len() || pool.threads >= MAX_THREADS {
+            drop(pool);
+            self.changed.notify_one();
+            return;
+        }
+        let far = self.clone();
+        match std::thread::Builder::new().name("fsoverlay-far".to_owned()).spawn(move || far.serve()) {
+            Ok(_) => pool.threads += 1,
+            // Those that there are take it; without any it waits until it is given up.
+            Err(err) => tracing::warn!(%err, "no thread for a remote file system"),
+        }
+    }
+
+    fn serve(&self) {
+        let mut pool = self.pool.lock();
+        loop {
+            if let Some(job) = pool.jobs.pop_front() {
+                drop(pool);
+                job();
+                pool = self.pool.lock();
+                pool.silent = false;
+                continue;
+            }
+            pool.idle += 1;
+            let waited = self.changed.wait_timeout(pool, LINGER).unwrap_or_else(PoisonError::into_inner);
+            pool = waited.0;
+            pool.idle -= 1;
+            if pool.jobs.is_empty() && waited.1.timed_out() {
+                pool.threads -= 1;
+                return;
+            }
+        }
+    }
+
+    /// Notes a request that is to be given up after a while; gives the moment at which
+    /// [`Far::give_up_late`] must be called, if nobody does so yet.
+    pub(crate) fn wait_for(&self, request: Weak<dyn GiveUp>, patience: Duration) -> Option<Instant> {
+        let mut pool = self.pool.lock();
+        while pool.waiting.front().is_some_and(|(_, request)| request.strong_count() == 0) {
+            pool.waiting.pop_front();
+        }
+        let patience = if pool.silent { patience / 10 } else { patience };
+        let due = Instant::now() + patience;
+        pool.waiting.push_back((due, request));
+        let watch = !std::mem::replace(&mut pool.watched, true);
+        watch.then_some(due)
+    }
+
+    /// Gives up what has waited too long; gives the next moment to do so.
+    pub(crate) fn give_up_late(&self) -> Option<Instant> {
+        let now = Instant::now();
+        loop {
+            let mut pool = self.pool.lock();
+            let Some((due, request)) = pool.waiting.pop_front() else {
+                pool.watched = false;
+                return None;
+            };
+            let Some(request) = request.upgrade() else { continue };
+            if due > now {
+                pool.waiting.push_front((due, Arc::downgrade(&request)));
+                return Some(due);
+            }
+            drop(pool);
+            if request.give_up() {
+                tracing::debug!(mount = %self.path.display(), "no answer");
+                self.pool.lock().silent = true;
+            }
+        }
+    }
+
+    /// What nobody has begun is not begun any more.
+    pub(crate) fn stop(&self) {
+        let jobs = std::mem::take(&mut self.pool.lock().jobs);
+        drop(jobs);
+    }
+}
+
+impl Engine {
+    /// Looks at all far mounts for the first time, and waits for a moment: what is there is known then,
+    /// unless it does not answer.
+    pub(crate) fn look_far(&self) {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        for far in &self.far {
+            let (mount, sender) = (far.clone(), sender.clone());
+            far.run(move || {
+                if let Err(err) = mount.look() {
+                    tracing::debug!(?err, mount = %mount.path.display(), "cannot be looked at");
+                }
+                let _ = sender.send(());
+            });
+        }
+        let until = Instant::now() + FIRST_LOOK;
+        for _ in &self.far {
+            let left = until.saturating_duration_since(Instant::now());
+            if receiver.recv_timeout(left).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// What a lookup has made up of a far mount's root is replaced by what it is.
+    pub(crate) fn see_far_root(&self, node: &Node) -> Res<()> {
+        let Some(part) = &node.dir else { return Ok(()) };
+        let lower = {
+            let state = part.state.read();
+            let explicit = state.generated.is_some_and(|g| self.generated.node(g).explicit);
+            state.lowers.first().filter(|_| part.upper.get().is_none() && !explicit).cloned()
+        };
+        let Some(dir) = lower else { return Ok(()) };
+        let Some((parent, name)) = dir.position() else { return Ok(()) };
+        let Some(far) = parent.far_at(&name).filter(|far| far.seen.get().is_none()) else { return Ok(()) };
+        let stat = stat_fd(self.fd(&dir)?.as_fd())?;
+        if let Some(meta) = self.layers[dir.layer as usize].meta(&stat).filter(|meta| meta.kind == Kind::Dir)
+        {
+            node.inner.lock().meta = self.owners.shown(meta);
+        }
+        let _ = far.seen.set((stat, None));
+        Ok(())
+    }
+}
+
+impl Node {
+    /// Whether it is a far mount's root, which can no more be removed or renamed than any mount.
+    pub(crate) fn is_far_root(&self) -> bool {
+        self.far.get().is_some_and(|(_, root)| *root)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_mount_below_goes_by_its_rule() {
+        let table = b"\
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+23 22 0:21 / /proc rw shared:2 - proc proc rw
+24 22 0:44 / /mnt/my\\040share rw shared:9 master:3 - nfs4 host:/ rw
+25 22 0:45 / /home/me/phone rw - fuse.sshfs me@phone: rw
+26 22 0:46 / /auto rw - autofs systemd-1 rw
+27 26 8:2 / /auto rw - xfs /dev/sda2 rw
+28 22 0:47 / /over/deep rw - fuse.a a rw
+29 22 8:3 / /over rw - ext4 b rw
+30 22 0:48 / /homely rw - proc c rw
+nonsense
+";
+        let below = |root: &str| -> Vec<(String, Rule)> {
+            select(Path::new(root), &MountTable::parse(table))
+                .into_iter()
+                .map(|(path, mount)| (path.display().to_string(), mount.rule))
+                .collect()
+        };
+        let rule = |path: &str, rule| (path.to_owned(), rule);
+        assert_eq!(
+            below("/"),
+            [
+                rule("auto", Rule::Shown),
+                rule("home/me/phone", Rule::Far),
+                rule("homely", Rule::Hidden),
+                rule("mnt/my share", Rule::Far),
+                rule("over", Rule::Shown),
+                rule("proc", Rule::Hidden),
+            ]
+        );
+        assert_eq!(below("/home"), [rule("me/phone", Rule::Far)]);
+        assert_eq!(below("/home/me/phone"), []);
+        let line = b"25 22 0:45 / /x rw - fuse.sshfs me@phone: rw";
+        assert_eq!(Mount::parse(line).map(|mount| mount.dev), Some(45));
+    }
+}
