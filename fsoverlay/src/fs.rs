@@ -51,7 +51,7 @@ use crate::hooks::{Direction, add};
 use crate::inode::{Link, Node};
 use crate::journal::path_of;
 use crate::later::Later;
-use crate::readdir::Entry;
+use crate::listing::Entry;
 use crate::rename::How;
 use crate::setattr::{SetAttr, SetTime};
 use crate::sync::Mutex;

@@ -29,8 +29,8 @@ use crate::far::Far;
 use crate::handle::{Fd, FdSlot, Pinned};
 use crate::hooks::Quota;
 use crate::layer::{RealDir, stat_at};
+use crate::listing::Listing;
 use crate::numbers::InodeNumbers;
-use crate::readdir::Listing;
 use crate::sync::{Mutex, RwLock};
 
 /// The root's number in every FUSE mount.

@@ -84,6 +84,7 @@ mod inode;
 mod journal;
 mod later;
 mod layer;
+mod listing;
 mod live;
 mod lookup;
 mod mount;

@@ -439,6 +439,11 @@ impl Engine {
     fn lookup_stat(&self, parent: &Arc<Node>, name: &[u8]) -> Res<(Arc<Node>, Option<Stat>)> {
         let ((node, stat), below) = {
             let state = parent.dir()?.state.read();
+            if let Some(listing) = state.listing.as_ref().filter(|l| !l.partial && self.live.is_none())
+                && !listing.contains(&self.hasher, name)
+            {
+                return Err(Errno::NOENT);
+            }
             let found = self.resolve(parent, &state, name)?.ok_or(Errno::NOENT)?;
             let below = matches!(found.place, Place::Lower { .. } | Place::Generated(_));
             if self.hooks.trace.is_some() {

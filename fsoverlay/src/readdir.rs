@@ -1,20 +1,14 @@
 //! Listing a merged directory.
 //!
-//! The position of an entry is a hash of its name (keyed per mount), and entries come in
-//! that order. So a listing can be thrown away and built again at any time, and a reader
-//! that goes on from a position meets every entry that was there all the time exactly
-//! once, whatever was created and removed meanwhile; no state is kept per open
-//! directory. The kernel caches what it has read (`FOPEN_CACHE_DIR`).
-//!
-//! A listing is kept with its directory while memory for [`MAX_KEPT`] entries lasts and
-//! follows creations and removals.
+//! The order is [`crate::listing`]'s; no state is kept per open directory. The kernel caches what it has
+//! read (`FOPEN_CACHE_DIR`). A listing is kept with its directory while memory for [`MAX_KEPT`] entries
+//! lasts, follows creations and removals, and answers for names that do not exist.
 //!
 //! The number in an entry is the `st_ino` that a lookup would give. Where the entry alone
 //! does not tell (in a directory marked impure, and for directories that are merged),
 //! the name is looked up.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::hash::{BuildHasher, RandomState};
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
@@ -27,68 +21,11 @@ use crate::errno::{Errno, Res};
 use crate::hooks::AccessKind;
 use crate::inode::{DirState, Node, ROOT};
 use crate::layer::{RealDir, UPPER, open_for_reading, stat_at};
+use crate::listing::{Builder, Entry, Listing};
 use crate::sync::Mutex;
 
 /// Entries kept in all listings together.
 const MAX_KEPT: usize = 400_000;
-
-/// Positions below this one are `.` and `..`.
-const FIRST: u64 = 16;
-
-/// One entry.
-#[derive(Debug, Clone)]
-pub(crate) struct Entry {
-    pub(crate) name: Box<[u8]>,
-    pub(crate) ino: u64,
-    pub(crate) kind: Kind,
-}
-
-/// The entries of a directory by position.
-#[derive(Debug, Default)]
-pub(crate) struct Listing {
-    entries: BTreeMap<u64, Entry>,
-}
-
-fn position(hasher: &RandomState, name: &[u8]) -> u64 {
-    // A positive i64 with room for neighbours, since that is what d_off is.
-    (hasher.hash_one(name) >> 2).max(FIRST)
-}
-
-impl Listing {
-    fn find(&self, hasher: &RandomState, name: &[u8]) -> (u64, bool) {
-        let mut at = position(hasher, name);
-        loop {
-            match self.entries.get(&at) {
-                None => return (at, false),
-                Some(entry) if *entry.name == *name => return (at, true),
-                // Two names with one hash: next to each other.
-                Some(_) => at += 1,
-            }
-        }
-    }
-
-    pub(crate) fn insert(&mut self, hasher: &RandomState, name: &[u8], ino: u64, kind: Kind) {
-        let (at, _) = self.find(hasher, name);
-        self.entries.insert(at, Entry { name: name.into(), ino, kind });
-    }
-
-    pub(crate) fn remove(&mut self, hasher: &RandomState, name: &[u8]) {
-        let (at, found) = self.find(hasher, name);
-        if found {
-            self.entries.remove(&at);
-        }
-    }
-
-    /// Up to `count` entries after a position.
-    pub(crate) fn after(&self, offset: u64, count: usize) -> Vec<(u64, Entry)> {
-        let range = (std::ops::Bound::Excluded(offset.max(FIRST - 1)), std::ops::Bound::Unbounded);
-        self.entries.range(range).take(count).map(|(&at, entry)| (at, entry.clone())).collect()
-    }
-
-    fn len(&self) -> usize {
-        self.entries.len()
-    }
-}
 
 #[derive(Debug, Default)]
 struct Order {
@@ -139,48 +76,25 @@ pub(crate) fn for_each_entry(dir: &OwnedFd, mut f: impl FnMut(&[u8], Option<Kind
     Ok(())
 }
 
-/// An entry of one real directory.
-struct RawEntry {
-    name: Box<[u8]>,
-    kind: Option<Kind>,
-    ino: u64,
-}
-
-/// A listing on its way, from the topmost layer down.
-struct Merge<'a> {
-    hasher: &'a RandomState,
-    listing: Listing,
-    /// What a layer above has decided about a name; `None`: it is gone. Not kept where
-    /// there is one layer only.
-    decided: Option<HashMap<Box<[u8]>, Option<Kind>>>,
-    /// Names whose entries do not tell their number (or type).
-    look_up: Vec<Box<[u8]>>,
-}
-
-impl Merge<'_> {
-    fn add(&mut self, name: Box<[u8]>, kind: Option<Kind>, ino: u64, exact: bool) {
-        if let Some(decided) = &mut self.decided {
-            if let Some(above) = decided.get(&name) {
-                // Directories merge; the number of the merged one is not the upper's.
-                if *above == Some(Kind::Dir) && kind == Some(Kind::Dir) {
-                    self.look_up.push(name);
-                }
-                return;
-            }
-            decided.insert(name.clone(), kind);
-        }
-        let Some(kind) = kind else { return };
-        self.listing.insert(self.hasher, &name, ino, kind);
-        if !exact {
-            self.look_up.push(name);
-        }
-    }
+/// Whether all names of a file system are in its listings: of others (NFS and ZFS have snapshots, autofs
+/// has mounts to come, procfs has threads) a name that is not listed may still be found.
+fn lists_all(dir: &OwnedFd) -> bool {
+    const EXT: i64 = 0xef53;
+    const XFS: i64 = 0x5846_5342;
+    const BTRFS: i64 = 0x9123_683e;
+    const F2FS: i64 = 0xf2f5_2010;
+    const TMPFS: i64 = 0x0102_1994;
+    const OVERLAYFS: i64 = 0x794c_7630;
+    const SQUASHFS: i64 = 0x7371_7368;
+    const EROFS: i64 = 0xe0f5_e1e2;
+    let known = [EXT, XFS, BTRFS, F2FS, TMPFS, OVERLAYFS, SQUASHFS, EROFS];
+    rustix::fs::fstatfs(dir).is_ok_and(|st| known.contains(&st.f_type))
 }
 
 impl Engine {
-    /// The raw entries of a directory of one layer; a directory that the caller may not
-    /// read appears empty.
-    fn raw_entries(&self, dir: &Arc<RealDir>) -> Res<Vec<RawEntry>> {
+    /// Opens a directory of one layer for reading its entries; `None` if it appears empty, because the
+    /// caller may not read it or somebody took it away.
+    fn open_entries(&self, dir: &Arc<RealDir>, builder: &mut Builder<'_>) -> Res<Option<OwnedFd>> {
         let opened = self.fd(dir).and_then(|fd| {
             if dir.layer != UPPER {
                 // Names without the right to look them up would be entries that do not
@@ -189,37 +103,37 @@ impl Engine {
             }
             open_for_reading(fd.as_fd())
         });
-        let fd = match opened {
-            Ok(fd) => fd,
-            Err(Errno::ACCESS | Errno::PERM) if dir.layer != UPPER => return Ok(Vec::new()),
-            Err(err) if dir.layer != UPPER && gone_below(err) => return Ok(Vec::new()),
-            Err(err) => return Err(err),
-        };
-        self.trace(dir, None, AccessKind::Listed);
-        let mut entries = Vec::new();
-        for_each_entry(&fd, |name, kind, ino| {
-            entries.push(RawEntry { name: name.into(), kind, ino });
-            true
-        })?;
-        Ok(entries)
+        match opened {
+            Ok(fd) => {
+                builder.partial |= dir.layer != UPPER && !lists_all(&fd);
+                Ok(Some(fd))
+            }
+            Err(Errno::ACCESS | Errno::PERM) if dir.layer != UPPER => {
+                // What may be searched but not read answers when asked by name.
+                builder.partial = true;
+                Ok(None)
+            }
+            Err(err) if dir.layer != UPPER && gone_below(err) => Ok(None),
+            Err(err) => Err(err),
+        }
     }
 
     /// Whether an entry is a whiteout, and its type where the directory did not tell.
-    fn check_entry(&self, dir: &Arc<RealDir>, entry: &RawEntry) -> Res<Option<Kind>> {
-        let suspicious = match entry.kind {
+    fn check_entry(&self, dir: &Arc<RealDir>, name: &[u8], kind: Option<Kind>) -> Res<Option<Kind>> {
+        let suspicious = match kind {
             None | Some(Kind::Char) => true,
             Some(Kind::File) => dir.xattr_whiteouts.load(Ordering::Relaxed),
             Some(_) => false,
         };
         if !suspicious {
-            return Ok(entry.kind);
+            return Ok(kind);
         }
-        if self.is_whiteout(dir, &entry.name)? {
+        if self.is_whiteout(dir, name)? {
             return Ok(None);
         }
-        match entry.kind {
+        match kind {
             Some(kind) => Ok(Some(kind)),
-            None => Ok(stat_at(self.fd(dir)?.as_fd(), &entry.name)?.kind()),
+            None => Ok(stat_at(self.fd(dir)?.as_fd(), name)?.kind()),
         }
     }
 
@@ -228,64 +142,57 @@ impl Engine {
         if state.removed {
             return Ok(Listing::default());
         }
-        let upper = node.dir()?.upper.get();
-        let sources: Vec<&Arc<RealDir>> = upper.into_iter().chain(&state.lowers).collect();
-        let mut merge = Merge {
-            hasher: &self.hasher,
-            listing: Listing::default(),
-            decided: (sources.len() > 1 || state.generated.is_some()).then(HashMap::new),
-            look_up: Vec::new(),
-        };
-        if let Some(dir) = upper {
-            self.add_real(&mut merge, node, dir)?;
+        let mut builder = Builder::new(&self.hasher);
+        if let Some(dir) = node.dir()?.upper.get() {
+            self.add_real(&mut builder, node, dir)?;
         }
         for (name, index) in state.generated.into_iter().flat_map(|dir| self.generated.children(dir)) {
             let (kind, number) = (self.generated.node(index).kind(), self.generated.node(index).number);
             // A directory may merge with one of a layer, whose number it has then.
-            merge.add(name.into(), Some(kind), number, kind != Kind::Dir);
+            builder.add(name, Some(kind), number, kind != Kind::Dir)?;
         }
         for dir in &state.lowers {
-            self.add_real(&mut merge, node, dir)?;
+            self.add_real(&mut builder, node, dir)?;
         }
-        let Merge { mut listing, look_up, .. } = merge;
+        let (mut listing, look_up) = builder.finish();
         for name in look_up {
-            let (at, _) = listing.find(&self.hasher, &name);
             match self.resolve(node, state, &name)? {
-                Some(found) => {
-                    if let Some(entry) = listing.entries.get_mut(&at) {
-                        entry.ino = found.ino;
-                        entry.kind = found.meta.kind;
-                    }
-                }
-                None => {
-                    listing.entries.remove(&at);
-                }
+                Some(found) => listing.insert(&self.hasher, &name, found.ino, found.meta.kind),
+                None => listing.remove(&self.hasher, &name),
             }
         }
         Ok(listing)
     }
 
-    fn add_real(&self, merge: &mut Merge<'_>, node: &Node, dir: &Arc<RealDir>) -> Res<()> {
+    fn add_real(&self, builder: &mut Builder<'_>, node: &Node, dir: &Arc<RealDir>) -> Res<()> {
         let impure = dir.impure.load(Ordering::Relaxed);
-        for entry in self.raw_entries(dir)? {
-            if dir.hides(&entry.name) {
-                continue;
-            }
-            let kind = match dir.far_at(&entry.name).map(|far| far.root().0.kind()) {
-                Some(kind) => Ok(kind),
-                None => self.check_entry(dir, &entry),
-            };
-            let kind = match kind {
-                Ok(kind) => kind,
-                Err(Errno::NOENT) => continue,
-                Err(err) => return Err(err),
-            };
-            let key = Key { dev: dir.key.dev, ino: entry.ino };
-            let ino = self.alias(key).unwrap_or_else(|| self.numbers.number(key));
-            merge.add(entry.name, kind, ino, !impure);
+        let mut failed = None;
+        if let Some(fd) = self.open_entries(dir, builder)? {
+            self.trace(dir, None, AccessKind::Listed);
+            for_each_entry(&fd, |name, kind, ino| {
+                if dir.hides(name) {
+                    return true;
+                }
+                let far = dir.far_at(name).map(|far| far.root().0.kind());
+                let kind = match far.map_or_else(|| self.check_entry(dir, name, kind), Ok) {
+                    Ok(kind) => kind,
+                    Err(Errno::NOENT) => return true,
+                    Err(err) => {
+                        failed = Some(err);
+                        return false;
+                    }
+                };
+                let key = Key { dev: dir.key.dev, ino };
+                let ino = self.alias(key).unwrap_or_else(|| self.numbers.number(key));
+                failed = builder.add(name, kind, ino, !impure).err();
+                failed.is_none()
+            })?;
+        }
+        if let Some(err) = failed {
+            return Err(err);
         }
         for name in dir.hidden.iter().flat_map(|h| h.names()) {
-            merge.add(name.into(), Some(Kind::Dir), self.synthetic_number(node, name), true);
+            builder.add(name, Some(Kind::Dir), self.synthetic_number(node, name), true)?;
         }
         Ok(())
     }
@@ -342,37 +249,11 @@ impl Engine {
     pub(crate) fn entry_names(&self, node: &Arc<Node>) -> Res<Vec<Box<[u8]>>> {
         let state = node.dir()?.state.read();
         let listing = self.build_listing(node, &state)?;
-        Ok(listing.entries.into_values().map(|entry| entry.name).collect())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn positions_survive_removals_and_a_rebuild() {
-        let hasher = RandomState::new();
-        let mut listing = Listing::default();
-        for i in 0..1000 {
-            listing.insert(&hasher, format!("f{i}").as_bytes(), i, Kind::File);
-        }
-        let first = listing.after(0, 500);
-        let resume = first.last().expect("not empty").0;
-        for (_, entry) in &first {
-            listing.remove(&hasher, &entry.name);
-        }
-        let rest = listing.after(resume, 1000);
-        assert_eq!(first.len() + rest.len(), 1000);
-        assert!(first.iter().all(|(_, a)| rest.iter().all(|(_, b)| a.name != b.name)));
-    }
-
-    #[test]
-    fn inserting_a_name_again_replaces_it() {
-        let hasher = RandomState::new();
-        let mut listing = Listing::default();
-        listing.insert(&hasher, b"a", 1, Kind::File);
-        listing.insert(&hasher, b"a", 2, Kind::Dir);
-        assert_eq!(listing.after(0, 9).iter().map(|(_, e)| e.ino).collect::<Vec<_>>(), [2]);
+        let mut names = Vec::with_capacity(listing.len());
+        listing.visit(0, |_, name, _, _| {
+            names.push(name.into());
+            true
+        });
+        Ok(names)
     }
 }

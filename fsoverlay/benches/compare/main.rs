@@ -15,6 +15,8 @@
 //! Each measurement has a user and mount namespace, a fresh upper and a fresh mount of its own; the
 //! contenders take turns, so that whatever else the machine does meets all of them alike. `first` is the
 //! first pass over a fresh mount, `again` the same once more. What is below has been read before.
+//! `FSOVERLAY_RECORDED` keeps owners as `rootlet run` does rather than as `rootlet overlay` does;
+//! `FSOVERLAY_WORKERS` is the number of threads.
 //! Medians are printed: ours in milliseconds, and ours ÷ each of the others. `bare` is the directory itself.
 #![allow(
     clippy::unwrap_used,
@@ -33,7 +35,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use fsoverlay::{LayerSpec, Overlay, OverlaySpec, UpperSpec};
+use fsoverlay::{LayerSpec, Overlay, OverlaySpec, OwnerForm, Records, UpperSpec};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
@@ -315,12 +317,16 @@ fn start_server(dirs: &Dirs) -> Server {
 /// Mounts and serves until the mount is gone; says so by one byte.
 fn serve(args: &[String]) {
     let [at, upper, work, lowers @ ..] = args else { panic!("directories") };
-    let layer = |dir: &String| LayerSpec { dir: dir.into(), ..LayerSpec::default() };
+    // As for `run`, or as the program mounts without further options.
+    let recorded = std::env::var_os("FSOVERLAY_RECORDED").is_some();
+    let records = if recorded { Records::Everywhere } else { Records::IfMarked };
+    let layer = |dir: &String| LayerSpec { dir: dir.into(), records, ..LayerSpec::default() };
     let workers = std::env::var("FSOVERLAY_WORKERS").map_or(2, |text| text.parse().unwrap());
     let overlay = Overlay::open(&OverlaySpec {
         layers: lowers.iter().rev().map(layer).collect(),
         upper: Some(UpperSpec { dir: upper.into(), work: work.into(), ..UpperSpec::default() }),
-        squash: Some((0, 0)),
+        squash: recorded.then_some((0, 0)),
+        owner_form: if recorded { OwnerForm::Recorded } else { OwnerForm::Native },
         workers,
         ..OverlaySpec::default()
     })
