@@ -348,9 +348,8 @@ fn server_use() -> Option<(f64, f64)> {
     let mut most: Option<(f64, f64)> = None;
     for process in std::fs::read_dir("/proc").ok()?.flatten() {
         let path = process.path();
-        if std::fs::read_link(path.join("ns/mnt")).ok().as_ref() != Some(&ours)
-            || process.file_name().to_str() == Some(&std::process::id().to_string())
-        {
+        let Some(Ok(pid)) = process.file_name().to_str().map(str::parse::<u32>) else { continue };
+        if std::fs::read_link(path.join("ns/mnt")).ok().as_ref() != Some(&ours) || pid == std::process::id() {
             continue;
         }
         let text = std::fs::read_to_string(path.join("smaps_rollup")).unwrap_or_default();
