@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, OFlags, RenameFlags, XattrFlags};
 
 use crate::acl::Acl;
-use crate::attr::{Kind, Meta, Stat};
+use crate::attr::{Attr, Kind, Meta, Stat};
 use crate::engine::{Content, Engine};
 use crate::errno::{Errno, Res, missing_ok};
 use crate::handle::{Fd, Holder};
@@ -47,6 +47,24 @@ pub(crate) fn check_name(name: &[u8]) -> Res<()> {
 impl Engine {
     /// mknod, mkdir, symlink, and open with `O_CREAT`.
     pub(crate) fn create(&self, parent: &Arc<Node>, name: &[u8], new: &NewObject<'_>) -> Res<Arc<Node>> {
+        self.create_stat(parent, name, new).map(|(node, _)| node)
+    }
+
+    /// The same with its attributes. The object is there by then: that they cannot be read must not
+    /// make it a failure.
+    pub(crate) fn create_attr(
+        &self,
+        parent: &Arc<Node>,
+        name: &[u8],
+        new: &NewObject<'_>,
+    ) -> Res<(Arc<Node>, Attr)> {
+        let (node, stat) = self.create_stat(parent, name, new)?;
+        let attr = self.attr(&node).unwrap_or_else(|_| self.report(&node, stat));
+        Ok((node, attr))
+    }
+
+    /// The stat is of the moment when it was made.
+    fn create_stat(&self, parent: &Arc<Node>, name: &[u8], new: &NewObject<'_>) -> Res<(Arc<Node>, Stat)> {
         check_name(name)?;
         let upper = self.touch()?;
         self.copy_up(parent)?;
@@ -121,7 +139,7 @@ impl Engine {
         {
             self.tree.ring.push(Holder::File(Arc::downgrade(&node)));
         }
-        Ok(node)
+        Ok((node, stat))
     }
 
     /// Puts something at a name that has a whiteout, `EEXIST` if it is not one: made complete under a

@@ -516,8 +516,7 @@ impl FuseFs {
 
     fn make(&self, parent: INodeNo, name: &OsStr, new: &NewObject<'_>) -> Res<(FileAttr, Duration)> {
         let parent = self.engine().node(parent.0)?;
-        let node = self.engine().create(&parent, bytes_of(name), new)?;
-        let attr = self.engine().attr(&node)?;
+        let (node, attr) = self.engine().create_attr(&parent, bytes_of(name), new)?;
         Ok((self.known(&node, &attr), self.ttl(&node)))
     }
 

@@ -180,7 +180,8 @@ impl Mount {
 
     pub(crate) fn command(&self) -> Result<Command, Failure> {
         // A request that is never answered must fail, not hang.
-        self.command_under(&["timeout", "-s", "KILL", "300"])
+        let limit = if std::env::var_os("FSOVERLAY_FULL").is_some() { "3600" } else { "300" };
+        self.command_under(&["timeout", "-s", "KILL", limit])
     }
 
     /// The command under another one; of the server itself if that is empty.
