@@ -15,7 +15,7 @@ use std::process::Stdio;
 
 use crate::harness::{Case, Check, Failure, World, errno_of, holds, no_kernel_overlay, same};
 use crate::operation::{Operation, Random, Rules, Site, TOPS};
-use crate::random::{Tree, kernels_view, tree, without};
+use crate::random::{Tree, kernels_view, nameless, tree, without};
 use crate::semantics::{make_tree, no_leftovers};
 
 pub(crate) const CASES: &[Case] = &[
@@ -254,13 +254,6 @@ fn survived(world: &World, seed: u64) -> Check {
     }
     let _ = fs::set_permissions(world.path("work/work"), std::os::unix::fs::PermissionsExt::from_mode(0o700));
     Ok(())
-}
-
-/// The text about an object without the number of its names.
-fn nameless(what: &str) -> String {
-    let words = what.split(' ').collect::<Vec<_>>();
-    let at = words.iter().position(|word| word.starts_with("names"));
-    at.map_or_else(|| what.to_owned(), |at| without(what, at - 1..at + 1))
 }
 
 /// The tree without times, which for directories may be the copy's, and without owners, who are others
