@@ -576,7 +576,7 @@ fn inside_threads(args: &[String]) -> Check {
 
 fn run_threads(ours: &Path, other: &Path, part: u64) -> Check {
     let plain = other.join("plain");
-    if part % 3 == 0 {
+    if part.is_multiple_of(3) {
         let copied = std::process::Command::new("cp").arg("-a").arg(ours.join(".")).arg(&plain).status()?;
         holds!(copied.success());
     }
