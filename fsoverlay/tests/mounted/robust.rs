@@ -30,6 +30,7 @@ pub(crate) const CASES: &[Case] = &[
     Case { name: "processes_may_be_killed_at_any_time", outside: busy_tree, inside: killed_processes },
     Case { name: "unmounted_under_load", outside: unmounted, inside: unmount },
     Case { name: "failures_below_change_nothing", outside: failing, inside: ops_that_fail },
+    Case { name: "a_full_upper_changes_nothing", outside: full_upper, inside: ops_that_fail },
     Case { name: "unreadable_disks_are_told_of", outside: unreadable, inside: read_failing },
     Case { name: "an_upper_that_becomes_read_only", outside: frozen, inside: freeze },
 ];
@@ -536,10 +537,52 @@ fn failing(world: &mut World) -> Check {
     Ok(())
 }
 
+/// Uppers that have room for some of the operations only.
+fn full_upper(world: &mut World) -> Check {
+    let small = world.path("other/small");
+    for seed in 1..=size(6, 60) {
+        plain_and_lower(world)?;
+        for dir in [world.lower(), world.path("other/plain")] {
+            for file in TOPS
+                .iter()
+                .flat_map(|top| ["file", "dir/a", "dir/b", "dir/sub/c"].map(|file| dir.join(top).join(file)))
+            {
+                fs::write(file, vec![b'x'; 12 << 10])?;
+            }
+        }
+        fs::create_dir_all(&small)?;
+        // Of objects, or of pages, each more or less.
+        let (objects, pages) = if seed % 2 == 0 { (10 + seed % 10, 1000) } else { (1000, 1 + seed / 2 % 2) };
+        let script = format!(
+            "mount -t tmpfs -o size={pages}k,nr_inodes={objects} tmpfs {small} && mkdir {small}/up {small}/wk \
+             || exit; exec \"$@\"",
+            pages = pages * 4,
+            small = small.display()
+        );
+        let mount = world
+            .bare()
+            .with("--lower", world.lower())
+            .with("--upper", small.join("up"))
+            .with("--work", small.join("wk"))
+            .arg("ENOSPC")
+            .arg(seed.to_string())
+            .arg(if seed <= 6 { "too much" } else { "perhaps too much" })
+            .under(&["unshare", "-Urm", "sh", "-c", &script, "sh"]);
+        match mount.run() {
+            Err(Failure::Wrong(text)) if text.contains("extended attributes for users") => {
+                return Err(Failure::Skip("tmpfs has no user xattrs here".to_owned()));
+            }
+            Err(Failure::Wrong(text)) => return Err(Failure::Wrong(format!("seed {seed}: {text}"))),
+            other => drop(other?),
+        }
+    }
+    Ok(())
+}
+
 /// Operations of which some fail: those were not done.
 fn ops_that_fail(args: &[String]) -> Check {
     let plain = std::env::current_dir()?.join("../other/plain");
-    if let [error, seed] = args {
+    if let [error, seed, rest @ ..] = args {
         // New objects have modes that the server's own mask takes from it.
         nix::sys::stat::umask(nix::sys::stat::Mode::empty());
         let error = match error.as_str() {
@@ -549,8 +592,8 @@ fn ops_that_fail(args: &[String]) -> Check {
             _ => Errno::IO,
         };
         let (mut here, mut there) = (Site::new(".", RULES), Site::new(&plain, RULES));
-        let mut random = Random::new(seed.parse()?);
-        for i in 0..200 {
+        let (mut random, mut failed) = (Random::new(seed.parse()?), 0);
+        for i in 0..if rest.is_empty() { 200 } else { 600 } {
             let operation = Operation::random(&mut random);
             // What is written stays in the kernel's cache, whatever becomes of it below.
             if operation.keeps() || operation.writes() {
@@ -558,11 +601,17 @@ fn ops_that_fail(args: &[String]) -> Check {
             }
             let show = |result: std::io::Result<String>| result.map_err(|err| errno_of(&err));
             let got = show(operation.run(&mut here));
-            if got != Err(Some(error)) {
+            if got == Err(Some(error)) {
+                failed += 1;
+            } else {
                 same!(got, show(operation.run(&mut there)), "operation {i}: {operation:?}");
             }
         }
-        return Ok(());
+        // Where calls are made to fail, looking would fail as well.
+        if rest.is_empty() {
+            return Ok(());
+        }
+        holds!(failed > 0 || rest[0] != "too much", "there was room for all of it");
     }
     same_trees(&tree(Path::new("."))?, &tree(&plain)?)
 }
