@@ -20,8 +20,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use fsoverlay::{
-    Access, Direction, Generated, GeneratedNode, Hooks, IdExtent, LayerSpec, Overlay, OverlaySpec, Owners,
-    RateLimit, Trace, UpperSpec,
+    Access, Branch, Direction, Generated, GeneratedNode, Hooks, IdExtent, LayerSpec, Overlay, OverlaySpec,
+    Owners, RateLimit, Trace, UpperSpec,
 };
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -34,6 +34,8 @@ type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 #[derive(Default)]
 struct Args {
     lowers: Vec<PathBuf>,
+    /// Those whose marks are not looked for.
+    plain: Vec<PathBuf>,
     upper: Option<PathBuf>,
     work: Option<PathBuf>,
     at: PathBuf,
@@ -67,6 +69,11 @@ fn parse(mut words: impl Iterator<Item = String>) -> Outcome<Args> {
     while let Some(word) = words.next() {
         let mut value = || words.next().ok_or(format!("{word} needs a value"));
         match word.as_str() {
+            "--plain-lower" => {
+                let dir: PathBuf = value()?.into();
+                args.plain.push(dir.clone());
+                args.lowers.push(dir);
+            }
             "--lower" => args.lowers.push(value()?.into()),
             "--upper" => args.upper = Some(value()?.into()),
             "--work" => args.work = Some(value()?.into()),
@@ -153,6 +160,7 @@ fn serve(args: &Args) -> Outcome<ExitCode> {
         dir: dir.clone(),
         owners: owners.clone(),
         hidden: args.hidden.clone(),
+        branch: if args.plain.contains(dir) { Branch::ReadOnly } else { Branch::Whiteouts },
         ..LayerSpec::default()
     };
     let upper = args.upper.clone().zip(args.work.clone()).map(|(dir, work)| UpperSpec {

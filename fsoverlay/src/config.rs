@@ -74,6 +74,8 @@ pub struct IdMapping {
 pub struct LayerSpec {
     /// The directory on the host.
     pub dir: PathBuf,
+    /// What its marks are worth.
+    pub branch: Branch,
     /// How the owners found on disk are reported.
     pub owners: Owners,
     /// Where records are looked for.
@@ -92,6 +94,18 @@ pub enum Records {
     /// Only if the layer's own directory has one, or is marked as an upper with records. It saves a system
     /// call for each lookup elsewhere.
     IfMarked,
+}
+
+/// What a layer may say about those below it; what AUFS calls the mode of a branch. Its third, `rw`, is the
+/// upper here: changes go to one place.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Branch {
+    /// `ro`: nothing. No marks are looked for, which saves system calls. A device 0:0, the kernel's whiteout,
+    /// is nothing that could be seen; it hides nothing either.
+    ReadOnly,
+    /// `ro+wh`: whiteouts hide what is below, opaque directories do, and redirects are followed.
+    #[default]
+    Whiteouts,
 }
 
 /// How the numeric owner of a file of a layer is reported.

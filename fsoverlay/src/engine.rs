@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::{AtFlags, Mode, OFlags};
 
 use crate::attr::{Attr, Kind, Meta, Stat, Time};
-use crate::config::{OverlaySpec, Owners, Records};
+use crate::config::{Branch, OverlaySpec, Owners, Records};
 use crate::errno::{Errno, Res, missing_ok};
 use crate::far::{Far, MountTable, mounts_below};
 use crate::generated::{GENERATED_ROOT, GenTree};
@@ -130,7 +130,8 @@ impl Engine {
                 }
             };
             let root = RealDir::root(index, fd, stat.key, hidden);
-            layers.push(Layer { root, owners: layer.owners.clone(), records });
+            let whiteouts = layer.branch == Branch::Whiteouts;
+            layers.push(Layer { root, owners: layer.owners.clone(), records, whiteouts });
         }
         let owners = Ownership::new(spec);
         // The ids in real ACLs are not translated.
@@ -681,6 +682,7 @@ fn make_root(
         }
         let fd = layer.root.slot.get(false).ok_or_else(|| root_error(Errno::STALE))?;
         let marks = if layer.records { marks_of(&layer.root)? } else { Marks::default() };
+        let marks = if layer.whiteouts { marks } else { marks.harmless() };
         marks.note(&layer.root);
         if meta.is_none() {
             let stat = stat_fd(fd.as_fd()).map_err(root_error)?;

@@ -215,6 +215,8 @@ pub(crate) struct Layer {
     /// Whether records of owners are looked for. The host's own tree shown with its own
     /// numbers has none, and not asking saves a system call per lookup.
     pub(crate) records: bool,
+    /// Whether it may hide what is below it.
+    pub(crate) whiteouts: bool,
 }
 
 impl Layer {

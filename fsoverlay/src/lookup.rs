@@ -90,8 +90,9 @@ impl Engine {
             Err(Errno::ACCESS | Errno::PERM) if dir.layer != UPPER => return Ok(Probe::Missing),
             Err(err) => return Err(err),
         };
+        let whiteouts = self.whiteouts(dir);
         if stat.is_whiteout() {
-            return Ok(Probe::Whiteout);
+            return Ok(if whiteouts { Probe::Whiteout } else { Probe::Missing });
         }
         if stat.key.dev != dir.key.dev {
             self.numbers.meet_name(stat.key.dev, fd.as_fd(), name);
@@ -102,12 +103,13 @@ impl Engine {
             kind == Kind::File && stat.size == 0 && dir.xattr_whiteouts.load(Ordering::Relaxed);
         let wanted = match kind {
             // A redirect can lead to any layer below.
-            Kind::Dir => records || more_below || dir.layer > 0,
+            Kind::Dir => records || whiteouts && (more_below || dir.layer > 0),
             Kind::File => records || xattr_whiteout,
             _ => false,
         };
         let marks = if wanted {
-            Marks::read_of_layer(At::Name(fd.as_fd(), name), dir.layer)?
+            let marks = Marks::read_of_layer(At::Name(fd.as_fd(), name), dir.layer)?;
+            if whiteouts { marks } else { marks.harmless() }
         } else {
             Marks::default()
         };
@@ -122,6 +124,11 @@ impl Engine {
             None => self.owners.shown(self.layers[dir.layer as usize].meta(&stat).ok_or(Errno::IO)?),
         };
         Ok(Probe::Found(Box::new(Seen { stat, meta, marks })))
+    }
+
+    /// Whether marks in a directory of a layer count.
+    pub(crate) fn whiteouts(&self, dir: &RealDir) -> bool {
+        dir.layer == UPPER || self.layers[dir.layer as usize].whiteouts
     }
 
     /// Owner and mode of an object of the upper without an xattr that says them.

@@ -182,6 +182,10 @@ impl Engine {
                         return false;
                     }
                 };
+                // What says nothing about those below.
+                if kind.is_none() && !self.whiteouts(dir) {
+                    return true;
+                }
                 let key = Key { dev: dir.key.dev, ino };
                 let ino = self.alias(key).unwrap_or_else(|| self.numbers.number(key));
                 failed = builder.add(name, kind, ino, !impure).err();

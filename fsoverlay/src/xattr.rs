@@ -138,6 +138,11 @@ impl Marks {
         Ok(marks)
     }
 
+    /// Without what hides or moves something of the layers below.
+    pub(crate) fn harmless(self) -> Self {
+        Self { opaque: false, xattr_whiteouts: false, whiteout: false, redirect: None, ..self }
+    }
+
     /// The same for a layer, where an unreadable object simply has none.
     pub(crate) fn read_of_layer(at: At<'_>, layer: LayerIdx) -> Res<Self> {
         match Self::read(at) {

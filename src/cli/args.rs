@@ -127,8 +127,9 @@ pub(super) struct RunArgs {
     /// Use this directory as the root file system; it is never changed
     #[arg(long, value_name = "DIR", conflicts_with = "layer", help_heading = "Files")]
     pub(super) rootfs: Option<PathBuf>,
-    /// Stack this directory on the layers before it (repeatable, the lowest first)
-    #[arg(long, value_name = "DIR[:ro]", help_heading = "Files")]
+    /// Stack this directory on the layers before it (repeatable, the lowest first); ro: its whiteouts hide
+    /// nothing, ro+wh (default): they do, rw (the last one): changes go there, as with --upper
+    #[arg(long, value_name = "DIR[:ro|:ro+wh|:rw]", help_heading = "Files")]
     pub(super) layer: Vec<OsString>,
     /// Keep the changes in this directory; used again, they are there again
     #[arg(long, value_name = "DIR", help_heading = "Files")]

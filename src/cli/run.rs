@@ -1,6 +1,6 @@
 //! `rootlet run`
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write as _;
 use std::os::unix::ffi::OsStrExt as _;
@@ -19,7 +19,9 @@ use crate::launch::{self, LaunchError};
 use crate::plan::{self, BoxPlace, NetPlan, Plan, UpperPlan};
 use crate::report::{PublishedPort, RunReport};
 use crate::sandbox::{BoxRecord, BoxState, ExternalUpper, LockedBox, StateError, StateRoot, external_upper};
-use crate::spec::{self, NetMode, PublishSpec, RootSpec, SandboxSpec, SpecError, TimeSpec, ValidSpec};
+use crate::spec::{
+    self, LayerSpec, NetMode, PublishSpec, RootSpec, SandboxSpec, SpecError, TimeSpec, ValidSpec,
+};
 
 /// What `--report` writes.
 #[derive(Debug, Serialize)]
@@ -335,12 +337,25 @@ fn spec_of(args: &RunArgs) -> Result<SandboxSpec, Failure> {
     }
 
     if let Some(rootfs) = &args.rootfs {
-        spec.fs.root = RootSpec::Layers(vec![absolute("rootfs", rootfs)?]);
+        spec.fs.root = RootSpec::Layers(vec![absolute("rootfs", rootfs)?.into()]);
     } else if !args.layer.is_empty() {
-        let layers = args.layer.iter().map(|text| layer_of(text)).collect::<Result<_, _>>()?;
-        spec.fs.root = RootSpec::Layers(layers);
+        let mut layers = args.layer.iter().map(|text| branch_of(text)).collect::<Result<Vec<_>, _>>()?;
+        if let Some(upper) = layers.pop_if(|layer| layer.mode == Mode::Writable) {
+            if args.upper.is_some() {
+                return Err(no_upper(&upper, "--upper names another place for the changes"));
+            }
+            spec.fs.upper = Some(upper.dir);
+        }
+        if let Some(layer) = layers.iter().find(|layer| layer.mode == Mode::Writable) {
+            return Err(no_upper(layer, "only the last layer can be written to: changes go to one place"));
+        }
+        let spec_of =
+            |layer: Branch| LayerSpec { host_path: layer.dir, whiteouts: layer.mode == Mode::Whiteouts };
+        spec.fs.root = RootSpec::Layers(layers.into_iter().map(spec_of).collect());
     }
-    spec.fs.upper = args.upper.as_deref().map(|upper| absolute("upper", upper)).transpose()?;
+    if let Some(upper) = &args.upper {
+        spec.fs.upper = Some(absolute("upper", upper)?);
+    }
     spec.fs.read_only = args.read_only;
     for text in &args.volume {
         let mut volume = spec::parse::volume(text).map_err(|error| usage(&error))?;
@@ -416,19 +431,35 @@ fn check_words(args: &RunArgs) -> Result<(), Failure> {
     }
 }
 
-/// `DIR[:ro]`
-fn layer_of(text: &OsStr) -> Result<PathBuf, Failure> {
+/// What may be done with a branch of the union, in the words of AUFS.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    /// `ro`
+    ReadOnly,
+    /// `ro+wh`
+    Whiteouts,
+    /// `rw`
+    Writable,
+}
+
+struct Branch {
+    dir: PathBuf,
+    mode: Mode,
+}
+
+/// `DIR[:ro|:ro+wh|:rw]`
+fn branch_of(text: &OsStr) -> Result<Branch, Failure> {
     let bytes = text.as_bytes();
-    let (dir, mode) = match bytes.iter().rposition(|&b| b == b':') {
-        Some(at) if matches!(&bytes[at + 1..], b"ro" | b"ro+wh" | b"rw") => (&bytes[..at], &bytes[at + 1..]),
-        _ => (bytes, &b"ro"[..]),
+    let (dir, mode) = match bytes.iter().rposition(|&b| b == b':').map(|at| bytes.split_at(at)) {
+        Some((dir, b":ro")) => (dir, Mode::ReadOnly),
+        Some((dir, b":ro+wh")) => (dir, Mode::Whiteouts),
+        Some((dir, b":rw")) => (dir, Mode::Writable),
+        _ => (bytes, Mode::Whiteouts),
     };
-    if mode != b"ro" {
-        return Err(usage(&SpecError::Invalid {
-            field: "layer",
-            value: text.to_string_lossy().into_owned(),
-            reason: "layers are read-only in this version; changes go to the upper directory".into(),
-        }));
-    }
-    absolute("layer", Path::new(&OsString::from(OsStr::from_bytes(dir))))
+    Ok(Branch { dir: absolute("layer", Path::new(OsStr::from_bytes(dir)))?, mode })
+}
+
+fn no_upper(branch: &Branch, reason: &str) -> Failure {
+    let value = format!("{}:rw", branch.dir.display());
+    usage(&SpecError::Invalid { field: "layer", value, reason: reason.into() })
 }

@@ -194,7 +194,7 @@ pub fn inspect(spec: &ValidSpec, facts: &HostFacts) -> Result<RootFacts, LayerEr
     let layers: Vec<LayerFacts> = match &spec.fs.root {
         RootSpec::Host => vec![LayerFacts { host_path: "/".into(), uid: 0, gid: 0 }],
         RootSpec::Layers(layers) => {
-            layers.iter().map(|layer| inspect_layer(layer)).collect::<Result<_, _>>()?
+            layers.iter().map(|layer| inspect_layer(&layer.host_path)).collect::<Result<_, _>>()?
         }
     };
     let host_tree = spec.fs.root == RootSpec::Host;

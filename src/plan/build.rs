@@ -131,10 +131,15 @@ pub fn plan(spec: &ValidSpec, facts: &HostFacts, place: &BoxPlace) -> Result<Pla
         .root
         .layers
         .iter()
-        .map(|layer| LayerPlan {
+        .enumerate()
+        .map(|(at, layer)| LayerPlan {
             host_path: layer.host_path.clone(),
             translate_owners: spec.fs.root != RootSpec::Host
                 && (owns(facts.uid, &ids.uids, layer.uid) || owns(facts.gid, &ids.gids, layer.gid)),
+            whiteouts: match &spec.fs.root {
+                RootSpec::Host => true,
+                RootSpec::Layers(layers) => layers.get(at).is_none_or(|layer| layer.whiteouts),
+            },
             hidden: hidden_in(&layer.host_path, spec, place),
         })
         .collect();

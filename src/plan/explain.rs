@@ -88,7 +88,8 @@ impl Lines {
     fn write_root(&mut self, plan: &Plan) -> fmt::Result {
         for layer in &plan.root.layers {
             let owners = if layer.translate_owners { "by the maps" } else { "as on disk" };
-            self.line("layer", format_args!("{} (owners {owners})", shown(&layer.host_path)))?;
+            let marks = if layer.whiteouts { "" } else { ", whiteouts not looked for" };
+            self.line("layer", format_args!("{} (owners {owners}{marks})", shown(&layer.host_path)))?;
             if !layer.hidden.is_empty() {
                 let hidden: Vec<String> = layer.hidden.iter().map(|path| shown(path)).collect();
                 self.line("", format_args!("hidden: {}", hidden.join(" ")))?;

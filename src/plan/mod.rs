@@ -153,6 +153,8 @@ pub struct LayerPlan {
     pub host_path: PathBuf,
     /// Owners are shown through the inverse of the id maps rather than as they are on disk.
     pub translate_owners: bool,
+    /// Its whiteouts and opaque directories hide what is below.
+    pub whiteouts: bool,
     /// Shown as empty directories; relative to `host_path`.
     #[serde(with = "crate::spec::os::list")]
     pub hidden: Vec<PathBuf>,

@@ -1,6 +1,6 @@
 //! The root of a plan in the words of the overlay crate.
 
-use fsoverlay::{Generated, GeneratedNode, LayerSpec, OverlaySpec, Owners, UpperSpec};
+use fsoverlay::{Branch, Generated, GeneratedNode, LayerSpec, OverlaySpec, Owners, UpperSpec};
 
 use super::{GeneratedPlan, IdPlan, LayerPlan, RootPlan};
 use crate::spec::IdExtent;
@@ -21,6 +21,7 @@ impl RootPlan {
             } else {
                 Owners::Numeric
             },
+            branch: if layer.whiteouts { Branch::Whiteouts } else { Branch::ReadOnly },
             hidden: layer.hidden.clone(),
             ..LayerSpec::default()
         };

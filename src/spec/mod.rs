@@ -118,7 +118,23 @@ pub enum RootSpec {
     #[default]
     Host,
     /// These directories, the lowest first. `--rootfs DIR` is one such layer.
-    Layers(#[serde(with = "os::list")] Vec<PathBuf>),
+    Layers(Vec<LayerSpec>),
+}
+
+/// `--layer DIR[:ro|:ro+wh]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerSpec {
+    /// The directory.
+    #[serde(with = "os")]
+    pub host_path: PathBuf,
+    /// Its whiteouts and opaque directories hide what is below (`ro+wh`); `ro`: they are not looked for.
+    pub whiteouts: bool,
+}
+
+impl<T: Into<PathBuf>> From<T> for LayerSpec {
+    fn from(host_path: T) -> Self {
+        Self { host_path: host_path.into(), whiteouts: true }
+    }
 }
 
 /// `--volume SRC:DST[:ro]`

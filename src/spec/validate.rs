@@ -139,7 +139,7 @@ impl SandboxSpec {
                 return Err(SpecError::Missing { field: "layer", reason: "at least one directory" });
             }
             for layer in layers {
-                check_host_path("layer", layer)?;
+                check_host_path("layer", &layer.host_path)?;
             }
         }
         if let Some(upper) = &fs.upper {

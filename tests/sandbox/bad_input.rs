@@ -93,6 +93,21 @@ fn a_layer_that_is_not_readable_is_refused() {
 }
 
 #[test]
+fn only_the_last_layer_can_be_written_to() {
+    let home = Home::new();
+    let base = small_rootfs(&home, "base");
+    let (other, upper) = (home.text("work/other"), home.text("work/upper"));
+    let writable = format!("{other}:rw");
+    refused(home.run(["--layer", &writable, "--layer", &base], ["true"]), 125, &["other:rw", "last layer"]);
+    refused(
+        home.run(["--layer", &base, "--layer", &writable, "--upper", &upper], ["true"]),
+        125,
+        &["other:rw", "--upper"],
+    );
+    assert!(!Path::new(&other).exists());
+}
+
+#[test]
 fn an_upper_inside_a_lower_or_around_it_is_refused() {
     let home = Home::new();
     let base = small_rootfs(&home, "base");

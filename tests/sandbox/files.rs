@@ -162,6 +162,32 @@ fn the_upper_is_kept_where_asked_and_can_be_a_layer_again() {
 }
 
 #[test]
+fn layers_have_the_modes_of_branches() {
+    let home = Home::new();
+    let base = small_rootfs(&home, "base");
+    let upper = home.text("work/upper");
+    let branch = |mode: &str| format!("{upper}:{mode}");
+    // The last one, if it is `rw`, is where changes go.
+    home.run(
+        ["--layer", &base, "--layer", &branch("rw")],
+        ["sh", "-ec", "rm /etc/marker; echo new > /etc/new"],
+    )
+    .run()
+    .ok();
+    assert!(Path::new(&upper).join("etc/new").exists());
+    let look = "cat /etc/new; test -e /etc/marker && echo shown || echo hidden";
+    for (mode, expected) in [("ro+wh", "new\nhidden"), ("ro", "new\nshown")] {
+        home.run(["--layer", &base, "--layer", &branch(mode)], ["sh", "-c", look])
+            .run()
+            .ok()
+            .prints(expected);
+    }
+    for name in home.boxes() {
+        home.keeps(&name);
+    }
+}
+
+#[test]
 fn a_directory_made_again_hides_what_was_in_it() {
     let home = Home::new();
     let base = small_rootfs(&home, "base");

@@ -13,6 +13,7 @@ use crate::semantics::no_leftovers;
 
 pub(crate) const CASES: &[Case] = &[
     Case { name: "changes_of_a_live_layer_show", outside: live_layer, inside: change_layer },
+    Case { name: "marks_of_a_plain_branch_hide_nothing", outside: branches, inside: look_at_branches },
     Case { name: "a_dead_mount_below_holds_up_nobody_else", outside: dead_mount, inside: beside_dead },
     Case { name: "what_nobody_touches_costs_nothing", outside: large_layer, inside: crate::harness::nothing },
     Case { name: "a_remote_mount_below_is_shown", outside: remote_mount, inside: use_remote },
@@ -156,6 +157,60 @@ fn large_layer(world: &mut World) -> Check {
         calls.lines().filter(|line| line.contains(&lower) && !line.contains("execve")).collect();
     holds!(!on_layer.is_empty() && on_layer.len() < 20, "{on_layer:#?}");
     holds!(!on_layer.iter().any(|line| line.contains("getdents")), "{on_layer:#?}");
+    Ok(())
+}
+
+fn branches(world: &mut World) -> Check {
+    for dir in ["opaque", "moved", "merged"] {
+        fs::create_dir(world.lower().join(dir))?;
+        fs::write(world.lower().join(dir).join("below"), "below")?;
+    }
+    fs::write(world.lower().join("gone"), "below")?;
+    let top = world.path("lower2");
+    // An upper becomes a layer.
+    let upper = world.bare().with("--lower", world.lower()).with("--upper", &top);
+    upper.with("--work", world.path("work")).arg("make").run()?;
+    for (option, shown) in [("--lower", "hidden"), ("--plain-lower", "shown")] {
+        world.bare().with("--lower", world.lower()).with(option, &top).arg(shown).run()?;
+        // The same below an upper, whose own marks count in any case.
+        let mount = world.bare().with("--lower", world.lower()).with(option, &top).upper(world);
+        mount.arg(shown).arg("change").run()?;
+        world.empty_upper()?;
+    }
+    Ok(())
+}
+
+fn look_at_branches(args: &[String]) -> Check {
+    if args == ["make"] {
+        fs::remove_file("gone")?;
+        fs::remove_dir_all("opaque")?;
+        fs::create_dir("opaque")?;
+        fs::write("opaque/above", "above")?;
+        fs::rename("moved", "to")?;
+        fs::write("merged/above", "above")?;
+        return Ok(());
+    }
+    let shown = args.first().is_some_and(|arg| arg == "shown");
+    let all = |names: &[&str]| Some(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>());
+    same!(names("merged"), all(&["above", "below"]));
+    same!(Path::new("gone").exists(), shown);
+    same!(fs::read("opaque/below").is_ok(), shown);
+    if shown {
+        same!(names("."), all(&["gone", "merged", "moved", "opaque", "to"]));
+        same!(names("opaque"), all(&["above", "below"]));
+        same!((names("moved"), names("to")), (all(&["below"]), all(&[])));
+    } else {
+        same!(names("."), all(&["merged", "opaque", "to"]));
+        same!(names("opaque"), all(&["above"]));
+        same!(names("to"), all(&["below"]));
+    }
+    if args.len() > 1 {
+        fs::remove_dir_all("opaque")?;
+        fs::remove_file("merged/above")?;
+        same!((names("merged"), names("opaque")), (all(&["below"]), None));
+        fs::create_dir("opaque")?;
+        same!(names("opaque"), all(&[]));
+    }
     Ok(())
 }
 
