@@ -268,7 +268,7 @@ fn beside_dead(args: &[String]) -> Check {
     };
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..40).map(|i| scope.spawn(move || dead(i))).collect();
-        // Where the mount is, and elsewhere.
+        // Where the mount is, and elsewhere: nobody would ever answer a worker that asked it, too.
         for i in 0..50 {
             same!(names("."), Some(vec!["dead".to_owned(), "dir".into(), "proc".into()]));
             same!(fs::read("dir/file")?, b"content");
@@ -278,7 +278,6 @@ fn beside_dead(args: &[String]) -> Check {
             fs::rename(format!("dir{i}"), "dir")?;
             fs::remove_file("dir/made")?;
         }
-        holds!(threads.iter().any(|thread| !thread.is_finished()));
         for thread in threads {
             match thread.join().map_err(|_| "a thread panicked")? {
                 // An entry that cannot be read is one, too.
