@@ -21,7 +21,7 @@ use std::sync::atomic::Ordering;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, Timespec, Timestamps, XattrFlags};
 
-use crate::attr::{Kind, Meta, Stat, Time};
+use crate::attr::{Kind, Stat, Time};
 use crate::engine::{Content, Engine, Upper};
 use crate::errno::{Errno, LONG, Res, is_hurried};
 use crate::handle::{Fd, Holder};
@@ -34,11 +34,12 @@ use crate::xattr::{IMPURE, ORIGIN};
 /// Copying this many bytes is more than others are made to wait for.
 pub(crate) const MUCH: u64 = 4 << 20;
 
-/// A complete file that has no name in the upper yet.
+/// A complete object that has no name in the upper yet.
 #[derive(Debug)]
 pub(crate) struct Temp<'a> {
     upper: &'a Upper,
-    pub(crate) fd: OwnedFd,
+    /// Of a file.
+    pub(crate) fd: Option<Fd>,
     /// Its name in the work directory; without `O_TMPFILE` there must be one.
     name: Option<Box<[u8]>>,
 }
@@ -48,20 +49,34 @@ impl<'a> Temp<'a> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
         let mode = Mode::from_raw_mode(0o600);
         match rustix::fs::openat(&upper.work, c".", flags | OFlags::TMPFILE, mode) {
-            Ok(fd) => return Ok(Self { upper, fd, name: None }),
+            Ok(fd) => return Ok(Self { upper, fd: Some(Arc::new(fd)), name: None }),
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT | Errno::INVAL) => {}
             Err(err) => return Err(err),
         }
         let flags = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
         let (fd, name) = upper.make_temp(|name| rustix::fs::openat(&upper.work, name, flags, mode))?;
-        Ok(Self { upper, fd, name: Some(name) })
+        Ok(Self { upper, fd: Some(Arc::new(fd)), name: Some(name) })
     }
 
-    /// Gives the file its name; `EEXIST` if something has it.
-    fn link(&self, dir: BorrowedFd<'_>, name: &[u8]) -> Res<()> {
+    /// Something that has a name from the start: a symbolic link, a real fifo.
+    fn named(upper: &'a Upper, make: impl FnMut(&[u8]) -> Res<()>) -> Res<Self> {
+        let ((), name) = upper.make_temp(make)?;
+        Ok(Self { upper, fd: None, name: Some(name) })
+    }
+
+    pub(crate) fn stat(&self) -> Res<Stat> {
+        match (&self.fd, &self.name) {
+            (Some(fd), _) => stat_fd(fd.as_fd()),
+            (None, Some(name)) => stat_at(self.upper.work.as_fd(), name),
+            (None, None) => Err(Errno::STALE),
+        }
+    }
+
+    /// Gives the file a name; `EEXIST` if something has it.
+    pub(crate) fn link(&self, dir: BorrowedFd<'_>, name: &[u8]) -> Res<()> {
         match &self.name {
             Some(temp) => rustix::fs::linkat(&self.upper.work, &**temp, dir, name, AtFlags::empty()),
-            None => link_fd(self.fd.as_fd(), dir, name),
+            None => link_fd(self.fd.as_ref().ok_or(Errno::STALE)?.as_fd(), dir, name),
         }
     }
 }
@@ -126,21 +141,25 @@ impl Engine {
         let meta = node.inner.lock().meta;
         let most = if node.kind == Kind::File { most_of_copy(&stat, limit) } else { 0 };
         let room = self.reserve(most, 1)?;
-        if node.kind == Kind::Symlink {
-            let target = self.read_link(node)?;
-            self.copy_up_named(node, &stat, meta, |name| rustix::fs::symlinkat(&*target, &upper.work, name))?;
-            room.used(0, 1);
-            self.counts.copied_up(0);
-            return Ok(());
-        }
-        if node.kind.is_special() && !self.owners.has_placeholders() {
-            self.copy_up_named(node, &stat, meta, |name| self.make_special(&upper.work, name, &meta))?;
+        if node.kind == Kind::Symlink || node.kind.is_special() && !self.owners.has_placeholders() {
+            let temp = match node.kind {
+                Kind::Symlink => {
+                    let target = self.read_link(node)?;
+                    Temp::named(upper, |name| rustix::fs::symlinkat(&*target, &upper.work, name))?
+                }
+                _ => Temp::named(upper, |name| self.make_special(&upper.work, name, &meta))?,
+            };
+            let name = temp.name.as_deref().ok_or(Errno::STALE)?;
+            rustix::fs::utimensat(&upper.work, name, &timestamps(&stat), AtFlags::SYMLINK_NOFOLLOW)?;
+            let has_record = self.settle_new(At::Name(upper.work.as_fd(), name), &meta, &temp.stat()?)?;
+            self.place_copy(node, &stat, has_record, &temp)?;
             room.used(0, 1);
             self.counts.copied_up(0);
             return Ok(());
         }
         let temp = Temp::file(upper)?;
-        self.give_copy(At::Fd(temp.fd.as_fd()), &meta)?;
+        let copy = temp.fd.clone().ok_or(Errno::STALE)?;
+        self.give_copy(At::Fd(copy.as_fd()), &meta)?;
         if node.kind == Kind::File {
             match self.open_file(node, false) {
                 // The caller may not read it, but nothing of it is wanted: locks of package managers
@@ -148,38 +167,48 @@ impl Engine {
                 Err(Errno::ACCESS) if limit.min(stat.size) == 0 => {}
                 Err(err) => return Err(err),
                 Ok(Content::File(source)) => {
-                    copy_data(source.as_fd(), temp.fd.as_fd(), limit)?;
-                    self.copy_xattrs(At::Fd(source.as_fd()), At::Fd(temp.fd.as_fd()))?;
+                    copy_data(source.as_fd(), copy.as_fd(), limit)?;
+                    self.copy_xattrs(At::Fd(source.as_fd()), At::Fd(copy.as_fd()))?;
                 }
                 Ok(Content::Memory(bytes)) => {
                     let wanted = usize::try_from(limit).unwrap_or(usize::MAX).min(bytes.len());
-                    write_all(temp.fd.as_fd(), &bytes[..wanted], 0)?;
+                    write_all(copy.as_fd(), &bytes[..wanted], 0)?;
                 }
             }
         }
-        let at = At::Fd(temp.fd.as_fd());
-        let has_record = self.settle_copy(at, &meta)?;
-        if stat.nlink <= 1 {
-            self.write_origin(at, node)?;
-        }
-        rustix::fs::futimens(&temp.fd, &timestamps(&stat))?;
-        let copied = blocks(&stat_fd(temp.fd.as_fd())?);
-        self.place_copy(node, &stat, has_record, temp)?;
+        let has_record = self.settle_copy(At::Fd(copy.as_fd()), &meta)?;
+        rustix::fs::futimens(&copy, &timestamps(&stat))?;
+        self.place_copy(node, &stat, has_record, &temp)?;
+        let copied = blocks(&temp.stat()?);
         room.used(copied, 1);
         self.counts.copied_up(copied);
         Ok(())
     }
 
-    /// The last steps of copying up a file: its names.
-    fn place_copy(&self, node: &Arc<Node>, from: &Stat, has_record: bool, temp: Temp<'_>) -> Res<()> {
-        let links = node.inner.lock().links.clone();
+    /// The last steps of copying up: the object's names.
+    fn place_copy(&self, node: &Arc<Node>, from: &Stat, has_record: bool, temp: &Temp<'_>) -> Res<()> {
+        let _changing = node.names.begin();
+        let (links, left) = {
+            let inner = node.inner.lock();
+            (inner.links.clone(), u32::try_from(i64::from(from.nlink) + inner.extra_links).unwrap_or(0))
+        };
+        // Names that nobody knows yet will have to lead here.
+        let entry = if from.nlink > 1 && (left > 1 || left > 0 && links.is_empty()) {
+            Some(self.add_entry(node, temp, left)?)
+        } else {
+            let number = self.numbers.describe(node.ino);
+            match &temp.fd {
+                Some(fd) => self.write_origin(At::Fd(fd.as_fd()), node)?,
+                None => self.upper()?.sidecar.set_number(&temp.stat()?, &number)?,
+            }
+            None
+        };
         let mut placed: Option<(Fd, Box<[u8]>)> = None;
-        let mut count = 0;
         for link in &links {
             let last = self.copy_up(&link.parent).and_then(|()| {
                 let state = link.parent.dir()?.state.write();
                 if state.removed || !node.has_link(&link.parent, &link.name) {
-                    return Ok(false);
+                    return Ok(());
                 }
                 let dir = link.parent.upper_dir()?;
                 let fd = self.fd(dir)?;
@@ -198,27 +227,31 @@ impl Engine {
                 self.restore_times(fd.as_fd(), &before);
                 if placed.is_none() {
                     placed = Some((fd, link.name.clone()));
-                    let copy = Arc::new(rustix::io::fcntl_dupfd_cloexec(&temp.fd, 0)?);
-                    self.become_upper(node, link, from, has_record, copy)?;
+                    self.become_upper(node, Some(link), from, has_record, temp, entry.is_some())?;
+                } else {
+                    node.inner.lock().extra_links -= 1;
                 }
                 drop(state);
-                Ok(true)
+                Ok(())
             });
             match last {
-                Ok(true) => count += 1,
-                Ok(false) => {}
+                Ok(()) => {}
                 // The object is in the upper under one name at least; the others are
                 // linked when they are looked up next.
-                Err(err) if count > 0 => tracing::debug!(?err, "a hard link was left behind by a copy-up"),
+                Err(err) if placed.is_some() => {
+                    tracing::debug!(?err, "a hard link was left behind by a copy-up");
+                }
                 Err(err) => return Err(err),
             }
         }
-        if count == 0 {
+        if placed.is_none() {
             // Unlinked: open descriptors know it, and names of the layer that nobody asked for yet.
-            self.become_unlinked(node, from, has_record, &temp)?;
-        } else {
-            self.note_links(node, from, count);
+            self.become_upper(node, None, from, has_record, temp, entry.is_some())?;
         }
+        if let Some(entry) = entry {
+            entry.keep();
+        }
+        self.note_links(node);
         self.place_late_links(node, &links);
         Ok(())
     }
@@ -237,139 +270,70 @@ impl Engine {
         }
     }
 
-    /// Of `from.nlink` names below, `placed` are in the upper now.
-    fn note_links(&self, node: &Arc<Node>, from: &Stat, placed: i64) {
-        node.inner.lock().extra_links += i64::from(from.nlink) - placed;
-        self.keep(node);
-    }
-
-    /// From here on the node is the copy. The lock of the first name's directory is held.
-    fn become_upper(&self, node: &Arc<Node>, first: &Link, from: &Stat, has_record: bool, fd: Fd) -> Res<()> {
-        let key = stat_fd(fd.as_fd())?.key;
-        self.note_alias(node, from, key);
+    /// From here on the node is the copy, which has this name in the upper (the lock of its directory is
+    /// held), or none.
+    fn become_upper(
+        &self,
+        node: &Arc<Node>,
+        first: Option<&Link>,
+        from: &Stat,
+        has_record: bool,
+        temp: &Temp<'_>,
+        entry: bool,
+    ) -> Res<()> {
+        let key = temp.stat()?.key;
+        let place = match first {
+            Some(_) => Place::Upper,
+            None => self.place_of_unlinked(node, from, temp, entry)?,
+        };
+        self.forget_covered(node);
         let (old, queue) = {
             let mut inner = node.inner.lock();
             inner.origin = Some(node.ino);
             inner.key = key;
-            inner.place = Place::Upper;
+            inner.place = place;
             inner.has_record = has_record;
-            if let Some(at) = inner.links.iter().position(|l| l.is(&first.parent, &first.name)) {
+            inner.entry = entry;
+            // Of the names in the layer this one is in the upper, where the entry counts, too.
+            inner.extra_links += i64::from(from.nlink) - i64::from(first.is_some()) - i64::from(entry);
+            if let Some(first) = first
+                && let Some(at) = inner.links.iter().position(|l| l.is(&first.parent, &first.name))
+            {
                 inner.links.swap(0, at);
             }
             // The descriptor of the layer's file must not be found any more.
             let old = node.file.take();
-            (old, node.kind == Kind::File && node.file.put(fd, true))
+            let copy = temp.fd.clone().filter(|_| first.is_some() && node.kind == Kind::File);
+            (old, copy.is_some_and(|copy| node.file.put(copy, true)))
         };
         drop(old);
+        if entry {
+            self.upper()?.links.insert(node.ino, key.ino);
+        }
         if queue {
             self.tree.ring.push(Holder::File(Arc::downgrade(node)));
         }
         Ok(())
     }
 
-    /// Where nothing on disk says the number, memory must: after a remount the names of a hard link are
-    /// separate files again and must not share one.
-    fn note_alias(&self, node: &Node, from: &Stat, key: crate::attr::Key) {
-        if from.nlink > 1 {
-            self.table.aliases.insert(key, node.ino);
+    fn place_of_unlinked(&self, node: &Node, from: &Stat, temp: &Temp<'_>, entry: bool) -> Res<Place> {
+        let upper = self.upper()?;
+        let left = node.inner.lock().extra_links + i64::from(from.nlink);
+        if entry && left > 0 {
+            return Ok(Place::Parked(Arc::new(self.entry_place(node)?)));
         }
+        let Some(fd) = &temp.fd else { return Ok(Place::Gone(Arc::new(Stat { nlink: 0, ..*from }))) };
+        if let Ok(pinned) = self.pins.pin(fd.clone()) {
+            pinned.is_last();
+            return Ok(Place::Unlinked(Arc::new(pinned)));
+        }
+        let ((), name) = upper.make_temp(|name| temp.link(upper.work.as_fd(), name))?;
+        Ok(Place::Parked(Arc::new(self.parked(upper, name))))
     }
 
     /// Notes the number that a copy goes on with.
     fn write_origin(&self, at: At<'_>, node: &Node) -> Res<()> {
         sys::set_xattr(at, ORIGIN, self.numbers.describe(node.ino).as_bytes(), XattrFlags::empty())
-    }
-
-    fn become_unlinked(&self, node: &Arc<Node>, from: &Stat, has_record: bool, temp: &Temp<'_>) -> Res<()> {
-        let upper = self.upper()?;
-        let fd: Fd = Arc::new(rustix::io::fcntl_dupfd_cloexec(&temp.fd, 0)?);
-        let key = stat_fd(fd.as_fd())?.key;
-        // Names that the layer still has of it, which must lead to the copy.
-        let more_below = (node.inner.lock().extra_links + i64::from(from.nlink)).max(0);
-        let pinned = if more_below == 0 { self.pins.pin(fd) } else { Err(fd) };
-        let place = match pinned {
-            Ok(pinned) => {
-                pinned.is_last();
-                Place::Unlinked(Arc::new(pinned))
-            }
-            Err(fd) => {
-                let ((), name) = upper.make_temp(|name| match &temp.name {
-                    Some(old) => rustix::fs::linkat(&upper.work, &**old, &upper.work, name, AtFlags::empty()),
-                    None => link_fd(fd.as_fd(), upper.work.as_fd(), name),
-                })?;
-                Place::Parked(Arc::new(self.parked(upper, name)))
-            }
-        };
-        if more_below > 0 {
-            self.note_alias(node, from, key);
-        }
-        let mut inner = node.inner.lock();
-        inner.origin = Some(node.ino);
-        inner.key = key;
-        inner.place = place;
-        inner.has_record = has_record;
-        // Counted again: names may have gone meanwhile.
-        inner.extra_links = (inner.extra_links + i64::from(from.nlink)).max(0);
-        let old = node.file.take();
-        drop(inner);
-        drop(old);
-        self.keep(node);
-        Ok(())
-    }
-
-    /// Copies up something that has a name from the start: a symbolic link, a real fifo.
-    fn copy_up_named(
-        &self,
-        node: &Arc<Node>,
-        stat: &Stat,
-        meta: Meta,
-        mut make: impl FnMut(&[u8]) -> Res<()>,
-    ) -> Res<()> {
-        let upper = self.upper()?;
-        let ((), temp) = upper.make_temp(|name| make(name))?;
-        let done = || -> Res<()> {
-            rustix::fs::utimensat(&upper.work, &*temp, &timestamps(stat), AtFlags::SYMLINK_NOFOLLOW)?;
-            let copy = stat_at(upper.work.as_fd(), &temp)?;
-            self.settle_new(At::Name(upper.work.as_fd(), &temp), &meta, &copy)?;
-            if stat.nlink <= 1 {
-                upper.sidecar.set_number(&copy, &self.numbers.describe(node.ino))?;
-            }
-            let mut placed = 0;
-            let links = node.inner.lock().links.clone();
-            for link in &links {
-                self.copy_up(&link.parent)?;
-                let state = link.parent.dir()?.state.write();
-                if state.removed || !node.has_link(&link.parent, &link.name) {
-                    continue;
-                }
-                let dir = link.parent.upper_dir()?;
-                let fd = self.fd(dir)?;
-                let before = stat_fd(fd.as_fd())?;
-                rustix::fs::linkat(&upper.work, &*temp, &fd, &*link.name, AtFlags::empty())?;
-                self.restore_times(fd.as_fd(), &before);
-                if placed == 0 {
-                    self.mark_impure(dir)?;
-                    self.note_alias(node, stat, copy.key);
-                    let mut inner = node.inner.lock();
-                    inner.origin = Some(node.ino);
-                    inner.key = copy.key;
-                    inner.place = Place::Upper;
-                    if let Some(at) = inner.links.iter().position(|l| l.is(&link.parent, &link.name)) {
-                        inner.links.swap(0, at);
-                    }
-                }
-                placed += 1;
-            }
-            if placed == 0 {
-                node.inner.lock().place = Place::Gone(Arc::new(Stat { nlink: 0, ..*stat }));
-            } else {
-                self.note_links(node, stat, placed);
-                self.place_late_links(node, &links);
-            }
-            Ok(())
-        }();
-        upper.remove_temp(&temp);
-        done
     }
 
     /// Brings a directory, and the directories above it, into the upper. Its entries
@@ -489,6 +453,7 @@ impl Engine {
         let before = stat_fd(fd.as_fd())?;
         self.mark_impure(dir)?;
         self.note_entry(parent);
+        let changing = node.names.begin();
         match rustix::fs::linkat(&from, &**from_name, &fd, name, AtFlags::empty()) {
             Ok(()) => {}
             Err(Errno::EXIST) => return Ok(()),
@@ -497,7 +462,7 @@ impl Engine {
         self.restore_times(fd.as_fd(), &before);
         let parked = {
             let mut inner = node.inner.lock();
-            inner.extra_links -= 1;
+            inner.extra_links = (inner.extra_links - 1).max(-i64::from(inner.entry));
             matches!(inner.place, Place::Parked(_)).then(|| {
                 if let Some(at) = inner.links.iter().position(|l| l.is(parent, name)) {
                     inner.links.swap(0, at);
@@ -506,9 +471,9 @@ impl Engine {
             })
         };
         // The last of these takes the name in the work directory with it.
-        drop((place, parked));
+        drop((place, parked, changing));
         drop(state);
-        self.keep(node);
+        self.note_links(node);
         Ok(())
     }
 

@@ -195,6 +195,8 @@ impl Engine {
                     place: Place::Upper,
                     links: vec![Link { parent: parent.clone(), name: name.into() }],
                     extra_links: 0,
+                    below: 0,
+                    entry: false,
                     has_record,
                     has_acl: extras.access.is_some(),
                     no_capability: true,
@@ -215,9 +217,11 @@ impl Engine {
     /// Writes down the number of a new object that is not the disk's.
     fn note_number(&self, node: &Node, dir: &Arc<RealDir>, fd: BorrowedFd<'_>, name: &[u8], stat: &Stat) {
         let number = self.numbers.describe(node.ino);
-        let noted = self.mark_impure(dir).and_then(|()| match node.kind {
-            Kind::Symlink => self.upper()?.sidecar.set_number(stat, &number),
-            _ => sys::set_xattr(At::Name(fd, name), NUMBER, number.as_bytes(), XattrFlags::empty()),
+        let noted = self.mark_impure(dir).and_then(|()| {
+            if crate::sidecar::is_needed(stat) {
+                return self.upper()?.sidecar.set_number(stat, &number);
+            }
+            sys::set_xattr(At::Name(fd, name), NUMBER, number.as_bytes(), XattrFlags::empty())
         });
         if let Err(err) = noted {
             tracing::debug!(?err, "an object will have another number after a remount");
@@ -309,6 +313,7 @@ impl Engine {
             let inner = node.inner.lock();
             (inner.place.clone(), inner.links.first().cloned())
         };
+        let changing = node.names.begin();
         let source = match (&place, from) {
             (Place::Upper, Some(link)) => (self.upper_fd(&link.parent)?, link.name),
             (Place::Parked(parked), _) => (parked.work.clone(), parked.name.clone()),
@@ -321,7 +326,13 @@ impl Engine {
             })?,
             other => other?,
         }
-        node.inner.lock().links.push(Link { parent: parent.clone(), name: name.into() });
+        let before = {
+            let mut inner = node.inner.lock();
+            // The one that is in the upper for sure comes first.
+            inner.links.insert(0, Link { parent: parent.clone(), name: name.into() });
+            matches!(inner.place, Place::Parked(_)).then(|| std::mem::replace(&mut inner.place, Place::Upper))
+        };
+        drop((place, before, changing));
         if let Some(listing) = &mut state.listing {
             listing.insert(&self.hasher, name, node.ino, node.kind);
         }
@@ -355,6 +366,7 @@ impl Engine {
             Err(Errno::NOENT) => None,
             Err(err) => return Err(err),
         };
+        let changing = node.names.begin();
         let parked = self.park(&node, parent, name, in_upper.as_ref(), &held)?;
         match in_upper {
             Some(_) if covers => self.put_whiteout(dir, name, true)?,
@@ -363,6 +375,7 @@ impl Engine {
             None => return Err(Errno::NOENT),
         }
         self.name_gone(&node, parent, name, in_upper.as_ref(), held, parked);
+        drop(changing);
         if let Some(listing) = &mut state.listing {
             listing.remove(&self.hasher, name);
         }
@@ -399,14 +412,16 @@ impl Engine {
         held: &Held,
     ) -> Res<Option<Arc<Parked>>> {
         let Some(stat) = in_upper else { return Ok(None) };
-        let (known_elsewhere, more_below) = {
+        let (known_elsewhere, entry, left) = {
             let inner = node.inner.lock();
-            (inner.links.iter().any(|l| !l.is(parent, name)), inner.extra_links > 0)
+            (inner.links.iter().any(|l| !l.is(parent, name)), inner.entry, inner.left())
         };
         // A layer has further names of it, which must lead to what it is now.
-        let will_return = stat.nlink <= 1 && more_below;
+        if entry && stat.nlink <= 2 && left > 0 {
+            return Ok(Some(Arc::new(self.entry_place(node)?)));
+        }
         let reachable = known_elsewhere && stat.nlink > 1 || !matches!(held, Held::Nothing);
-        if node.kind != Kind::File || reachable && !will_return {
+        if node.kind != Kind::File || reachable {
             return Ok(None);
         }
         let upper = self.upper()?;
@@ -414,8 +429,6 @@ impl Engine {
         let link = |temp: &[u8]| rustix::fs::linkat(&fd, name, &upper.work, temp, AtFlags::empty());
         let temp = match upper.make_temp(link) {
             Ok(((), temp)) => temp,
-            // A full disk must not stop anybody from removing files.
-            Err(_) if reachable => return Ok(None),
             Err(err) => return Err(err),
         };
         Ok(Some(Arc::new(self.parked(upper, temp))))
@@ -423,7 +436,7 @@ impl Engine {
 
     /// A file that has (also) this name in the work directory.
     pub(crate) fn parked(&self, upper: &crate::engine::Upper, name: Box<[u8]>) -> Parked {
-        Parked { work: upper.work.clone(), name, quota: self.hooks.quota.clone() }
+        Parked { work: upper.work.clone(), name, temporary: true, quota: self.hooks.quota.clone() }
     }
 
     /// Notes that a name of an object is gone. `in_upper` is what stood at the name in
@@ -443,16 +456,11 @@ impl Engine {
         let Some(stat) = in_upper else {
             // A name of a layer was covered; the layer still counts it.
             inner.extra_links -= 1;
-            let gone = matches!(inner.place, Place::Parked(_)) && inner.extra_links <= 0;
-            let key = inner.key;
             drop(inner);
             drop(old);
-            if gone {
-                self.table.aliases.remove(key);
-            }
-            return self.keep(node);
+            return self.note_links(node);
         };
-        let last = stat.nlink <= 1;
+        let last = stat.nlink <= 1 + u32::from(inner.entry);
         let no_name = inner.links.is_empty();
         let (mut ended, mut freed) = (false, false);
         if matches!(inner.place, Place::Upper) && (last || no_name) {
@@ -470,22 +478,21 @@ impl Engine {
                 }
             };
             if last {
-                inner.extra_links = inner.extra_links.max(0);
+                if !inner.entry {
+                    inner.extra_links = inner.extra_links.max(0);
+                }
                 ended = true;
             }
         }
-        let gone = inner.extra_links == 0 || !matches!(inner.place, Place::Parked(_));
         let key = inner.key;
         drop(inner);
         drop(old);
         if let (true, Some(quota)) = (freed, self.quota()) {
             released(quota, node.kind, stat);
         }
+        self.note_links(node);
         if ended {
-            if gone {
-                self.table.aliases.remove(key);
-            }
-            self.keep(node);
+            self.table.aliases.remove(key);
             let slot = node.file.take();
             drop(slot);
         }

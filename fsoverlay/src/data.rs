@@ -201,6 +201,9 @@ impl Engine {
                 Place::Lower { dir, name } => {
                     Some(changed_below(rustix::fs::readlinkat(&*self.fd(&dir)?, &*name, Vec::new()))?)
                 }
+                Place::Parked(parked) => {
+                    Some(rustix::fs::readlinkat(&*parked.work, &*parked.name, Vec::new())?)
+                }
                 Place::Generated(index) => return Ok(self.generated.node(index).bytes().to_vec()),
                 _ => return Err(Errno::STALE),
             };

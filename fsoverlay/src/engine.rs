@@ -4,7 +4,6 @@
 //! `lookup`, `readdir`, `copyup`, `whiteout`, `rename`, `create`, `setattr`, `xattr`,
 //! `data`. They speak of [`Node`]s and errno; FUSE is known to [`crate::fs`] only.
 
-use std::collections::HashMap;
 use std::hash::RandomState;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -23,6 +22,7 @@ use crate::hooks::{AccessKind, Counts, Hooks};
 use crate::inode::{DirState, Inner, NewNode, Node, Place, ROOT, Table};
 use crate::journal::Journal;
 use crate::layer::{Hidden, Layer, LayerIdx, RealDir, Tree, UPPER, open_root, stat_at, stat_fd};
+use crate::links::Links;
 use crate::numbers::InodeNumbers;
 use crate::ownership::Ownership;
 use crate::sidecar::Sidecar;
@@ -42,6 +42,7 @@ pub(crate) struct Upper {
     pub(crate) sidecar: Sidecar,
     /// How it says that it keeps owners.
     mark: Option<String>,
+    pub(crate) links: Links,
     /// Something was changed through this overlay.
     touched: AtomicBool,
     /// The upper held something before the first change; set with `touched`.
@@ -55,6 +56,8 @@ pub(crate) struct Upper {
 
 /// See [`OverlaySpec::patience`].
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How often the names of an object are counted while somebody changes them.
+const MAX_COUNTS: u32 = 10_000;
 
 /// How many [`crate::inode::Aliases`] outlive their objects.
 const MAX_ALIASES: usize = 1 << 16;
@@ -74,8 +77,6 @@ pub(crate) struct Engine {
     static_nlink: bool,
     pub(crate) no_redirects: bool,
     pub(crate) no_acl: bool,
-    /// Nodes that must outlive the kernel's interest; see [`Engine::keep`].
-    kept: Mutex<HashMap<u64, Arc<Node>>>,
     /// Held by one sync at a time; nobody waits for it.
     pub(crate) syncing: Mutex<()>,
     pub(crate) listings: crate::readdir::Kept,
@@ -152,6 +153,9 @@ impl Engine {
                 numbers.meet(dir.key.dev, fd.as_fd());
             }
         }
+        if let (Some(upper), Some(spec)) = (&upper, &spec.upper) {
+            upper.links.load(upper, &numbers).map_err(|err| open_error(&spec.work, err))?;
+        }
         Ok(Self {
             layers,
             generated,
@@ -164,7 +168,6 @@ impl Engine {
             static_nlink: spec.static_nlink,
             no_redirects: spec.no_redirects,
             no_acl,
-            kept: Mutex::default(),
             syncing: Mutex::default(),
             listings: Default::default(),
             hasher: RandomState::new(),
@@ -209,27 +212,6 @@ impl Engine {
         self.upper.as_ref().ok_or(Errno::ROFS)
     }
 
-    /// Keeps an object beyond the kernel's interest while it says more than the disk: a copied-up
-    /// file that has names in a layer which are not in the upper yet, and would show the old content (also
-    /// when all it had in the upper are gone);
-    /// a layer's file of whose names some are gone, which the layer counts. Lets it go otherwise.
-    pub(crate) fn keep(&self, node: &Arc<Node>) {
-        let before = {
-            let mut kept = self.kept.lock();
-            // Looked at with the lock on what is kept: of two who decide, the later one has seen more.
-            let needed = {
-                let inner = node.inner.lock();
-                match inner.place {
-                    Place::Upper | Place::Parked(_) => inner.extra_links > 0,
-                    Place::Lower { .. } => inner.extra_links < 0 && !inner.links.is_empty(),
-                    _ => false,
-                }
-            };
-            if needed { kept.insert(node.ino, node.clone()) } else { kept.remove(&node.ino) }
-        };
-        drop(before);
-    }
-
     /// Descriptor of a directory of a layer.
     pub(crate) fn fd(&self, dir: &Arc<RealDir>) -> Res<Fd> {
         self.tree.fd(dir)
@@ -267,7 +249,17 @@ impl Engine {
 
     /// The attributes of an object, as they are to be reported.
     pub(crate) fn attr(&self, node: &Arc<Node>) -> Res<Attr> {
-        Ok(self.report(node, self.stat(node)?))
+        let mut tries = 0;
+        loop {
+            let before = node.names.settled();
+            let attr = self.report(node, self.stat(node)?);
+            if before.is_some() && node.names.settled() == before || tries == MAX_COUNTS {
+                return Ok(attr);
+            }
+            // Somebody is between two steps of changing its names.
+            tries += 1;
+            std::thread::yield_now();
+        }
     }
 
     /// Puts what the disk says and what is recorded together.
@@ -306,7 +298,8 @@ impl Engine {
                 // The name in the work directory is not the object's.
                 (Place::Parked(parked), cached) => {
                     let stat = cached.map_or_else(|| stat_at(parked.work.as_fd(), &parked.name), Ok)?;
-                    return Ok(Stat { nlink: stat.nlink.saturating_sub(1), ..stat });
+                    // (Of an entry `extra_links` knows.)
+                    return Ok(Stat { nlink: stat.nlink.saturating_sub(parked.temporary.into()), ..stat });
                 }
                 (_, Some(stat)) => return Ok(stat),
                 (Place::Upper, None) => {
@@ -572,6 +565,7 @@ impl Upper {
         Ok(Self {
             root: RealDir::root(UPPER, Arc::new(dir), stat.key, None),
             sidecar: Sidecar::new(work.clone()),
+            links: Links::default(),
             work,
             counter: AtomicU64::new(u64::from(std::process::id()) << 32),
             whiteout_form: WhiteoutForm::default(),
@@ -705,6 +699,8 @@ fn make_root(
             place: Place::Upper,
             links: Vec::new(),
             extra_links: 0,
+            below: 0,
+            entry: false,
             has_record: inner_marks.record.is_some(),
             has_acl: inner_marks.acl,
             no_capability: true,
@@ -930,38 +926,12 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_late_decision_to_keep_a_file_undoes_no_newer_one() {
-        let scratch = Scratch::new("late");
-        let engine = &scratch.engine;
-        let file = &scratch.make(b"file", Kind::File);
-        file.inner.lock().extra_links = 1;
-        let decides = std::sync::atomic::AtomicI32::new(0);
-        std::thread::scope(|scope| {
-            let kept = engine.kept.lock();
-            scope.spawn(|| {
-                decides.store(nix::unistd::gettid().as_raw(), Ordering::Release);
-                engine.keep(file);
-            });
-            // Until it waits for the lock.
-            loop {
-                let thread = format!("/proc/self/task/{}/stat", decides.load(Ordering::Acquire));
-                if std::fs::read_to_string(thread).is_ok_and(|stat| stat.contains(") S ")) {
-                    break;
-                }
-                std::thread::yield_now();
-            }
-            file.inner.lock().extra_links = 0;
-            drop(kept);
-        });
-        assert!(engine.kept.lock().is_empty());
-    }
-
-    #[test]
-    fn files_are_kept_only_while_a_name_of_theirs_is_not_in_the_upper() {
-        let scratch = Scratch::new("kept");
+    fn entries_last_while_a_name_of_theirs_is_not_in_the_upper() {
+        let scratch = Scratch::new("entries");
         let (engine, lower) = (&scratch.engine, scratch.dir.join("lower"));
-        let kept = || engine.kept.lock().len();
+        let entries = || std::fs::read_dir(scratch.dir.join("work/links")).map_or(0, Iterator::count);
         let look = |name: &str| engine.lookup(engine.root(), name.as_bytes()).expect("found");
+        let links = |node: &Arc<Node>| engine.attr(node).map(|attr| attr.stat.nlink);
         for file in ["changed", "partly", "gone", "removed"] {
             std::fs::write(lower.join(file), file).expect("written");
             std::fs::hard_link(lower.join(file), lower.join(format!("{file}2"))).expect("linked");
@@ -970,30 +940,58 @@ pub(crate) mod tests {
         let file = look("changed");
         assert_eq!(look("changed2").ino, file.ino);
         assert_eq!(engine.copy_up(&file), Ok(()));
-        assert_eq!(kept(), 0);
+        assert_eq!((entries(), links(&file)), (0, Ok(2)));
         let number = file.ino;
         drop(file);
         assert_eq!([look("changed").ino, look("changed2").ino], [number; 2]);
         // One is known; the other must not lead to the layer's file later.
         assert_eq!(engine.copy_up(&look("partly")), Ok(()));
-        assert_eq!(kept(), 1);
+        assert_eq!((entries(), links(&look("partly"))), (1, Ok(2)));
         assert_eq!(look("partly2").ino, look("partly").ino);
-        assert_eq!(kept(), 0);
+        assert_eq!((entries(), links(&look("partly"))), (0, Ok(2)));
         // The one that was changed is gone; nobody knows the other yet.
         assert_eq!(engine.write(&look("gone"), 0, b"N", false), Ok(1));
         assert_eq!(engine.unlink(engine.root(), b"gone"), Ok(()));
-        assert_eq!(kept(), 1);
+        assert_eq!(entries(), 1);
         let other = look("gone2");
         let mut byte = [0];
         assert_eq!((engine.read(&other, 0, &mut byte), byte), (Ok(1), *b"N"));
-        assert_eq!((kept(), engine.attr(&other).map(|attr| attr.stat.nlink)), (0, Ok(1)));
+        assert_eq!((entries(), links(&other)), (0, Ok(1)));
         // Names that are gone without a copy-up.
-        assert_eq!(look("removed").ino, look("removed2").ino);
         let file = look("removed");
         assert_eq!(look("removed2").ino, file.ino);
         assert_eq!(engine.unlink(engine.root(), b"removed"), Ok(()));
-        assert_eq!((kept(), engine.attr(&file).map(|attr| attr.stat.nlink)), (1, Ok(1)));
+        assert_eq!((entries(), links(&file)), (1, Ok(1)));
         assert_eq!(engine.unlink(engine.root(), b"removed2"), Ok(()));
-        assert_eq!((kept(), engine.attr(&file).map(|attr| attr.stat.nlink)), (0, Ok(0)));
+        assert_eq!((entries(), links(&file)), (0, Ok(0)));
+    }
+
+    #[test]
+    fn names_are_counted_right_while_they_change() {
+        let scratch = Scratch::new("count");
+        let (engine, lower) = (&scratch.engine, scratch.dir.join("lower"));
+        std::fs::write(lower.join("a0"), "x").expect("written");
+        for i in 1..400 {
+            std::fs::hard_link(lower.join("a0"), lower.join(format!("a{i}"))).expect("linked");
+        }
+        let file = engine.lookup(engine.root(), b"a0").expect("found");
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                assert_eq!(engine.write(&file, 0, b"y", false), Ok(1));
+                // Each comes into the upper; the first goes away meanwhile, and back again.
+                for i in 1..400 {
+                    let name = format!("a{i}");
+                    assert_eq!(engine.lookup(engine.root(), name.as_bytes()).map(|n| n.ino), Ok(file.ino));
+                }
+                over.store(true, Ordering::Release);
+            });
+            scope.spawn(|| {
+                while !over.load(Ordering::Acquire) {
+                    assert_eq!(engine.attr(&file).map(|attr| attr.stat.nlink), Ok(400));
+                }
+            });
+        });
+        assert_eq!(std::fs::read_dir(scratch.dir.join("work/links")).map_or(0, Iterator::count), 0);
     }
 }

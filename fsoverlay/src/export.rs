@@ -2,7 +2,8 @@
 //!
 //! The kernel's overlayfs reads our uppers when it is mounted with `userxattr`, but for one thing: it
 //! follows redirects with `trusted.*` marks only, and shows no directory that has another one.
-//! [`export`] brings what they lead to into the upper, which then says the same without them.
+//! [`export`] brings what they lead to into the upper, which then says the same without them. So it does
+//! with names of a layer that lead to a copy ([`crate::links`]), for which everything below is looked at.
 //!
 //! Each directory gets its copies first, then its mark that nothing of a layer shows in it, and only then
 //! loses its redirect; so it can be stopped at any moment and begun again.
@@ -21,8 +22,8 @@ use crate::readdir::for_each_entry;
 
 /// Turns the upper into one that the kernel's overlayfs, mounted with `userxattr` over the same layers,
 /// shows as it is shown here: directories that were renamed get copies of what the layers have in
-/// them. What was recorded because an ordinary user may not do it (owners, set*id bits, devices) the
-/// kernel does not know. Gives the number of such directories.
+/// them, and a changed file has all its names. What was recorded because an ordinary user may not do it
+/// (owners, set*id bits, devices) the kernel does not know. Gives the number of such directories.
 ///
 /// `spec` is the one that the overlay was opened with. Nobody may serve the upper meanwhile.
 ///
@@ -37,6 +38,9 @@ pub fn export(spec: &OverlaySpec) -> Result<usize, Error> {
 
 impl Engine {
     fn export(&self) -> Res<usize> {
+        if self.upper.as_ref().is_some_and(|upper| !upper.links.is_empty()) {
+            self.find_all_names()?;
+        }
         let mut work = vec![self.root().clone()];
         let mut count = 0;
         while let Some(dir) = work.pop() {
@@ -60,6 +64,21 @@ impl Engine {
             }
         }
         Ok(count)
+    }
+
+    /// Names of a layer that lead to a copy come into the upper when they are looked up: all are.
+    fn find_all_names(&self) -> Res<()> {
+        let mut work = vec![self.root().clone()];
+        while let Some(dir) = work.pop() {
+            for name in self.entry_names(&dir)? {
+                match self.lookup(&dir, &name) {
+                    Ok(node) if node.kind == Kind::Dir => work.push(node),
+                    Ok(_) | Err(Errno::NOENT) => {}
+                    Err(err) => return Err(err),
+                }
+            }
+        }
+        Ok(())
     }
 
     fn replace_redirect(&self, top: &Arc<Node>) -> Res<()> {

@@ -428,7 +428,19 @@ mod tests {
         use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
         let (mut sum, mut seen) = ((0, 0), std::collections::HashSet::new());
         seen.extend(dir.join("work/owners").metadata().map(|meta| meta.ino()));
+        let links = dir.join("work/links");
         let mut dirs = vec![dir.join("upper"), dir.join("work")];
+        if links.exists() {
+            seen.extend(links.metadata().map(|meta| meta.ino()));
+            for entry in std::fs::read_dir(&links).expect("a directory") {
+                let entry = entry.expect("an entry");
+                // A count of covered names.
+                if entry.file_name().to_string_lossy().contains('-') {
+                    seen.insert(entry.metadata().expect("there").ino());
+                }
+            }
+            dirs.push(links);
+        }
         while let Some(dir) = dirs.pop() {
             for entry in std::fs::read_dir(dir).expect("a directory") {
                 let path = entry.expect("an entry").path();

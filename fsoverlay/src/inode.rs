@@ -12,7 +12,7 @@
 //! |---|---|
 //! | `Node::copying` | one copy-up at a time of this object; held over its I/O |
 //! | `DirPart::state` of directories, by rising inode number | the names in the directory: read while a name is resolved, written while one changes |
-//! | `Engine::kept` | which nodes outlive the kernel's interest |
+//! | the entries of `links` | which names of a layer lead to a copy |
 //! | `Node::inner` | owner, mode, names, place; never held over I/O |
 //! | a shard of the table | counts of lookups |
 
@@ -29,6 +29,7 @@ use crate::far::Far;
 use crate::handle::{Fd, FdSlot, Pinned};
 use crate::hooks::Quota;
 use crate::layer::{RealDir, stat_at};
+use crate::links::Changes;
 use crate::listing::Listing;
 use crate::numbers::InodeNumbers;
 use crate::sync::{Mutex, RwLock};
@@ -48,24 +49,28 @@ pub(crate) enum Place {
     /// In the upper, without a name any more.
     Unlinked(Arc<Pinned>),
     /// In the work directory: there were too many descriptors to keep one, or a layer has further names
-    /// of it that will have to lead to it.
+    /// of it that will have to lead to it ([`crate::links`]).
     Parked(Arc<Parked>),
     /// Unlinked and without content that could still be asked for.
     Gone(Arc<Stat>),
 }
 
-/// A file without a name in the upper's tree, under a temporary name in the work
-/// directory; removed when nobody knows it any more.
+/// A file without a name in the upper's tree, under a name in the work directory.
 #[derive(Debug)]
 pub(crate) struct Parked {
     pub(crate) work: Fd,
     pub(crate) name: Box<[u8]>,
+    /// To be removed when nobody knows the file any more.
+    pub(crate) temporary: bool,
     /// Is told if the file is gone with this name.
     pub(crate) quota: Option<Arc<dyn Quota>>,
 }
 
 impl Drop for Parked {
     fn drop(&mut self) {
+        if !self.temporary {
+            return;
+        }
         if let Some(quota) = &self.quota
             && let Ok(stat) = stat_at(self.work.as_fd(), &self.name)
             && stat.nlink <= 1
@@ -102,8 +107,12 @@ pub(crate) struct Inner {
     pub(crate) place: Place,
     /// Known names; a directory has one, the root none.
     pub(crate) links: Vec<Link>,
-    /// Names that the disk does not count (or counts though they are gone).
+    /// Names that the disk does not count (or counts though they are gone, or are none).
     pub(crate) extra_links: i64,
+    /// How many names a layer's object has, if it has several.
+    pub(crate) below: u32,
+    /// A copy has an entry among [`crate::links`].
+    pub(crate) entry: bool,
     /// There is a record on disk that must be kept true or removed.
     pub(crate) has_record: bool,
     /// An access ACL is stored; chmod must change it.
@@ -151,6 +160,7 @@ pub(crate) struct Node {
     pub(crate) kind: Kind,
     pub(crate) inner: Mutex<Inner>,
     pub(crate) copying: Mutex<()>,
+    pub(crate) names: Changes,
     pub(crate) file: FdSlot,
     pub(crate) dir: Option<Box<DirPart>>,
     /// A layer has it in a file system that may never answer; whether it is the root of that.
@@ -225,8 +235,7 @@ struct Entry {
     lookups: u64,
 }
 
-/// Inode numbers that the disk does not tell: of copied-up hard links, and of objects whose own number is
-/// in use.
+/// Inode numbers that the disk does not tell: of objects whose own number is in use.
 ///
 /// While an object is known its alias must be: without it a second node would be made. So that the
 /// number stays the same when the kernel asks again later, aliases outlive their objects, up to a
@@ -331,6 +340,7 @@ impl Table {
                 kind: new.kind,
                 inner: Mutex::new(new.inner),
                 copying: Mutex::new(()),
+                names: Changes::default(),
                 file: FdSlot::default(),
                 dir,
                 far: OnceLock::new(),
@@ -392,6 +402,8 @@ mod tests {
                 place: Place::Upper,
                 links: Vec::new(),
                 extra_links: 0,
+                below: 0,
+                entry: false,
                 has_record: false,
                 has_acl: false,
                 no_capability: true,

@@ -101,9 +101,9 @@ impl Engine {
         if self.journal.capacity == 0 {
             return Ok(());
         }
-        let (links, in_upper) = {
+        let (links, in_upper, entry) = {
             let inner = node.inner.lock();
-            (inner.links.clone(), matches!(inner.place, Place::Upper))
+            (inner.links.clone(), matches!(inner.place, Place::Upper), inner.entry)
         };
         if links.is_empty() && Self::is_root(node) {
             self.note_entry(node);
@@ -112,7 +112,8 @@ impl Engine {
             self.note_entry(&link.parent);
         }
         // Names that nobody asked for are in directories that nobody knows.
-        if node.kind != Kind::Dir && in_upper && self.stat(node)?.nlink as usize > links.len() {
+        let known = links.len() + usize::from(entry);
+        if node.kind != Kind::Dir && in_upper && self.stat(node)?.nlink as usize > known {
             self.journal.give_up();
         }
         Ok(())

@@ -84,6 +84,7 @@ mod inode;
 mod journal;
 mod later;
 mod layer;
+mod links;
 mod listing;
 mod live;
 mod lookup;
@@ -226,6 +227,7 @@ impl Overlay {
         let engine = engine::Engine::open(spec)?;
         if let (Some(upper), Some(spec)) = (&engine.upper, &spec.upper) {
             upper.claim(spec)?;
+            engine.sweep_links();
         }
         Ok(Self { engine, workers: spec.workers.max(1) })
     }

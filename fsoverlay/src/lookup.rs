@@ -18,7 +18,7 @@ use crate::errno::{Errno, Res};
 use crate::far::Far;
 use crate::generated::GenBody;
 use crate::hooks::AccessKind;
-use crate::inode::{DirState, Inner, Link, NewNode, Node, Place};
+use crate::inode::{DirState, Inner, Link, NewNode, Node, Parked, Place};
 use crate::layer::{RealDir, UPPER, stat_at};
 use crate::live::Fresh;
 use crate::numbers::InodeNumbers;
@@ -52,6 +52,10 @@ pub(crate) struct Found {
     key: Key,
     /// `ino` is an alias of `key`.
     aliased: bool,
+    /// See [`Inner`].
+    extra_links: i64,
+    below: u32,
+    entry: bool,
     origin: Option<u64>,
     place: Place,
     marks: Marks,
@@ -192,6 +196,9 @@ impl Engine {
                     stat: Some(self.generated_stat(index)),
                     key: Key { dev: u64::MAX, ino: u64::from(index) },
                     aliased: false,
+                    extra_links: 0,
+                    below: 0,
+                    entry: false,
                     origin: None,
                     place: Place::Generated(index),
                     marks: Marks::default(),
@@ -225,13 +232,27 @@ impl Engine {
                         break;
                     }
                     let Seen { stat, meta, .. } = *seen;
+                    let number = self.numbers.number(stat.key);
+                    let below = if stat.nlink > 1 { stat.nlink } else { 0 };
+                    if below > 0
+                        && let Some((seen, place)) = self.copy_of(number)?
+                    {
+                        return self.found_by_entry(*seen, place, number).map(Some);
+                    }
+                    let covered = match &self.upper {
+                        Some(upper) if below > 0 => upper.links.covered(number),
+                        _ => 0,
+                    };
                     let place = Place::Lower { dir: lower.clone(), name: name.into() };
                     return Ok(Some(Found {
-                        ino: self.alias(stat.key).unwrap_or_else(|| self.numbers.number(stat.key)),
+                        ino: self.alias(stat.key).unwrap_or(number),
                         meta,
                         stat: Some(stat),
                         key: stat.key,
                         aliased: false,
+                        extra_links: -i64::from(covered),
+                        below,
+                        entry: false,
                         origin: None,
                         place,
                         marks: Marks::default(),
@@ -263,14 +284,25 @@ impl Engine {
         Ok(Some(self.found_dir(parent, name, top, upper_dir, upper_seen, dirs)))
     }
 
+    /// A name of a layer leads to a copy.
+    fn found_by_entry(&self, seen: Seen, place: Parked, number: u64) -> Res<Found> {
+        let found =
+            self.found_in_upper(Seen { stat: Stat { nlink: seen.stat.nlink.max(2), ..seen.stat }, ..seen })?;
+        // The attributes come later: the name will be in the upper by then.
+        Ok(Found { ino: number, stat: None, place: Place::Parked(Arc::new(place)), ..found })
+    }
+
     fn found_in_upper(&self, seen: Seen) -> Res<Found> {
+        let links = self.links_of(&seen)?;
         let Seen { stat, meta, marks } = seen;
         let alias = self.alias(stat.key);
-        let written = match meta.kind {
-            Kind::Symlink => self.upper()?.sidecar.number(&stat)?,
-            _ => marks.origin.or(marks.number),
+        let written = if crate::sidecar::is_needed(&stat) {
+            self.upper()?.sidecar.number(&stat)?
+        } else {
+            marks.origin.or(marks.number)
         };
-        let origin = written.map(|origin| self.numbers.of(origin));
+        let origin =
+            links.map(|known| known.number).or_else(|| written.map(|origin| self.numbers.of(origin)));
         let ino = alias.or(origin).unwrap_or_else(|| self.numbers.number(stat.key));
         Ok(Found {
             ino,
@@ -278,6 +310,9 @@ impl Engine {
             stat: Some(stat),
             key: stat.key,
             aliased: alias.is_some(),
+            extra_links: links.map_or(0, |known| i64::from(known.left) - 1),
+            below: 0,
+            entry: links.is_some(),
             origin,
             place: Place::Upper,
             marks,
@@ -330,6 +365,9 @@ impl Engine {
             stat: Some(stat),
             key: upper_key.or(lower_key).unwrap_or_default(),
             aliased: alias.is_some(),
+            extra_links: 0,
+            below: 0,
+            entry: false,
             origin,
             place: Place::Upper,
             marks,
@@ -373,8 +411,8 @@ impl Engine {
             }
             match inner.place {
                 Place::Gone(_) => false,
-                // Changed, and without a name in the upper; this is one that a layer has of it.
-                Place::Parked(_) if inner.extra_links > 0 && below && inner.origin == Some(number) => !single,
+                // Just copied up, and without a name in the upper; this is one that a layer has of it.
+                Place::Parked(_) if inner.entry && below && inner.origin == Some(number) => !single,
                 // Held open without a known name: the same file if the disk says so.
                 Place::Unlinked(_) | Place::Parked(_) => inner.key == key,
                 Place::Generated(_) => generated,
@@ -395,7 +433,9 @@ impl Engine {
                 origin: found.origin,
                 place: found.place,
                 links: vec![link.clone()],
-                extra_links: 0,
+                extra_links: found.extra_links,
+                below: found.below,
+                entry: found.entry,
                 has_record: found.marks.record.is_some(),
                 has_acl: found.marks.acl,
                 no_capability: found.marks.was_read && !found.marks.capability,
@@ -414,12 +454,17 @@ impl Engine {
             let mut inner = node.inner.lock();
             let mut before = None;
             if !inner.links.iter().any(|l| l.is(parent, name)) {
-                inner.links.push(link);
                 // It had further names on disk after all.
                 if in_upper && matches!(inner.place, Place::Unlinked(_) | Place::Parked(_)) {
                     before = Some(std::mem::replace(&mut inner.place, Place::Upper));
+                    inner.links.insert(0, link);
+                } else {
+                    inner.links.push(link);
                 }
             }
+            // Where names are not all on disk they are counted anew.
+            let plain = inner.extra_links == 0 && !inner.entry;
+            stat = stat.filter(|_| plain && node.names.settled().is_some());
             drop(inner);
             // The name in the work directory counted, and goes with this.
             stat = stat.filter(|_| !matches!(before, Some(Place::Parked(_))));
@@ -452,7 +497,7 @@ impl Engine {
                 return Err(Errno::NOENT);
             }
             let found = self.resolve(parent, &state, name)?.ok_or(Errno::NOENT)?;
-            let below = matches!(found.place, Place::Lower { .. } | Place::Generated(_));
+            let below = matches!(found.place, Place::Lower { .. } | Place::Generated(_) | Place::Parked(_));
             if self.hooks.trace.is_some() {
                 self.trace_found(&found);
             }

@@ -229,6 +229,7 @@ impl Engine {
             Some(target) if target.kind == Kind::Dir => Some(self.stat_of_removed(target)),
             _ => None,
         };
+        let changing = target.as_ref().map(|target| target.names.begin());
         let parked = match &target {
             Some(target) => self.park(target, new_parent, new_name, in_upper.as_ref(), &held)?,
             None => None,
@@ -247,6 +248,7 @@ impl Engine {
                 None => self.name_gone(target, new_parent, new_name, in_upper.as_ref(), held, parked),
             }
         }
+        drop(changing);
         self.moved(&mut guards, &source, &from, &to)?;
         if let Some(listing) = &mut guards.get(parent)?.listing {
             listing.remove(&self.hasher, name);
@@ -276,7 +278,9 @@ impl Engine {
             return if merged && !redirect()? { self.copy_up_tree(node) } else { Ok(Vec::new()) };
         }
         // A further name of a hard link may not be in the upper yet.
-        self.materialise(node, parent, name)?;
+        if node.inner.lock().left() > 0 {
+            self.materialise(node, parent, name)?;
+        }
         Ok(Vec::new())
     }
 

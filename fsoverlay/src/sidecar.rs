@@ -5,7 +5,8 @@
 //! work directory: `INO BTIME UID GID`, the inode number and the time of birth of the
 //! link in the upper, in hexadecimal and decimal. Later lines win; an owner of `-`
 //! takes a line back. One that was copied up, whose number is not the disk's, gets a line
-//! `INO BTIME = ORIGIN` ([`crate::numbers`]). A number that the file system used again for another link is
+//! `INO BTIME = ORIGIN` ([`crate::numbers`]), and one of several names `INO BTIME + COUNT`
+//! ([`crate::links`]). A number that the file system used again for another link is
 //! told apart by the time of birth. The upper itself stays as the kernel's overlayfs
 //! wants it; without the file (the work directory was emptied, the upper copied
 //! elsewhere) links belong to the default owner again.
@@ -20,7 +21,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{Mode, OFlags};
 
-use crate::attr::Stat;
+use crate::attr::{Kind, Stat};
 use crate::errno::{Errno, Res};
 use crate::handle::Fd;
 use crate::numbers::Origin;
@@ -37,11 +38,17 @@ fn id(stat: &Stat) -> LinkId {
     (stat.key.ino, stat.btime.sec, stat.btime.nsec)
 }
 
+/// Whether something in the upper cannot hold attributes.
+pub(crate) fn is_needed(stat: &Stat) -> bool {
+    !matches!(stat.kind(), Some(Kind::File | Kind::Dir))
+}
+
 /// What lines say of a link.
 #[derive(Debug, Default, Clone, Copy)]
 struct Said {
     owner: Option<(u32, u32)>,
     number: Option<Origin>,
+    links: Option<u32>,
 }
 
 /// What one line says.
@@ -49,6 +56,7 @@ struct Said {
 enum Line {
     Owner(Option<(u32, u32)>),
     Number(Origin),
+    Links(u32),
 }
 
 impl Said {
@@ -56,6 +64,7 @@ impl Said {
         match line {
             Line::Owner(owner) => self.owner = owner,
             Line::Number(origin) => self.number = Some(origin),
+            Line::Links(count) => self.links = Some(count),
         }
     }
 }
@@ -138,6 +147,15 @@ impl Sidecar {
         self.add(link, &format!("= {origin}"))
     }
 
+    /// How many names in a layer are still to lead to a link.
+    pub(crate) fn links(&self, link: &Stat) -> Res<Option<u32>> {
+        Ok(self.said(link)?.links)
+    }
+
+    pub(crate) fn set_links(&self, link: &Stat, count: u32) -> Res<()> {
+        self.add(link, &format!("+ {count}"))
+    }
+
     /// Appends a line about a link.
     fn add(&self, link: &Stat, text: &str) -> Res<()> {
         let mut loaded = self.loaded.lock();
@@ -170,6 +188,7 @@ fn parse(line: &str) -> Option<(LinkId, Line)> {
         match uid {
             "-" => Line::Owner(None),
             "=" => Line::Number(Origin::parse(gid.as_bytes())?),
+            "+" => Line::Links(gid.parse().ok()?),
             _ => Line::Owner(Some((uid.parse().ok()?, gid.parse().ok()?))),
         },
     ))

@@ -48,6 +48,8 @@ pub(crate) const OWNERS: &str = "user.fsoverlay.owners";
 pub(crate) const ORIGIN: &str = "user.fsoverlay.origin";
 /// The number of one that was made here, where it is not the disk's.
 pub(crate) const NUMBER: &str = "user.fsoverlay.number";
+/// How many names in a layer are still to lead to a copy; see [`crate::links`].
+pub(crate) const LINKS: &str = "user.fsoverlay.links";
 
 const OVERLAY: &str = "user.overlay.";
 const OVERLAY_ESCAPED: &str = "user.overlay.overlay.";
@@ -78,6 +80,7 @@ pub(crate) struct Marks {
     pub(crate) owners: Option<String>,
     pub(crate) origin: Option<Origin>,
     pub(crate) number: Option<Origin>,
+    pub(crate) links: Option<u32>,
     pub(crate) whiteout: bool,
     pub(crate) acl: bool,
     pub(crate) default_acl: bool,
@@ -124,6 +127,10 @@ impl Marks {
                 ACL_DEFAULT => marks.real_default_acl = true,
                 ORIGIN => marks.origin = sys::get_xattr_vec(at, ORIGIN)?.as_deref().and_then(Origin::parse),
                 NUMBER => marks.number = sys::get_xattr_vec(at, NUMBER)?.as_deref().and_then(Origin::parse),
+                LINKS => {
+                    let value = sys::get_xattr_vec(at, LINKS)?;
+                    marks.links = value.and_then(|text| std::str::from_utf8(&text).ok()?.parse().ok());
+                }
                 IMPURE => marks.impure = true,
                 REDIRECT => marks.redirect = sys::get_xattr_vec(at, REDIRECT)?,
                 WHITEOUT => marks.whiteout = true,
@@ -639,7 +646,7 @@ mod tests {
         ] {
             let disk = to_disk(name).expect("short").expect("storable");
             assert_eq!(from_disk(&disk, false).as_deref(), Some(name), "{disk}");
-            for mark in [OPAQUE, WHITEOUT, WHITEOUTS, IMPURE, REDIRECT, RECORD, ORIGIN, NUMBER] {
+            for mark in [OPAQUE, WHITEOUT, WHITEOUTS, IMPURE, REDIRECT, RECORD, ORIGIN, NUMBER, LINKS] {
                 assert_ne!(disk, mark);
                 assert_eq!(from_disk(mark, false), None);
             }
@@ -651,8 +658,9 @@ mod tests {
     #[test]
     fn copy_up_leaves_marks_behind() {
         let of_the_kernel = [REDIRECT, "user.overlay.origin"];
-        for mark in
-            [OPAQUE, WHITEOUT, WHITEOUTS, IMPURE, RECORD, ORIGIN, NUMBER].into_iter().chain(of_the_kernel)
+        for mark in [OPAQUE, WHITEOUT, WHITEOUTS, IMPURE, RECORD, ORIGIN, NUMBER, LINKS]
+            .into_iter()
+            .chain(of_the_kernel)
         {
             assert!(!copied_up(mark), "{mark}");
         }

@@ -12,6 +12,7 @@
 
 mod disk;
 mod durability;
+mod hardlinks;
 mod harness;
 mod layers;
 mod limits;
@@ -40,6 +41,7 @@ fn cases() -> Vec<Case> {
     cases.extend(upper::CASES);
     cases.extend(redirects::CASES);
     cases.extend(numbers::CASES);
+    cases.extend(hardlinks::CASES);
     cases.extend(random::CASES);
     cases.extend(durability::CASES);
     cases.extend(robust::CASES);

@@ -1,0 +1,438 @@
+//! Files of a layer with several names, which stay one file.
+//!
+//! Copied up, such a file gets the names that are known then, and each further one when that is looked up.
+//! What leads from those to the copy, in this run and later ones, is an entry in the directory `links` of
+//! the work directory (what the kernel's overlayfs calls its index):
+//!
+//! | entry | is |
+//! |---|---|
+//! | `ORIGIN` | one more name of the copy of this object |
+//! | `ORIGIN-COUNT` | an empty file: the object is not copied up, COUNT of its names are covered |
+//!
+//! `ORIGIN` is the object's number as [`crate::numbers`] writes it down, which the copy goes on with. How
+//! many names in the layer are still to lead to the copy is noted with it ([`LINKS`]; of a symbolic link
+//! in [`crate::sidecar`]): `st_nlink` counts them. When there is none any more the entry goes, and the
+//! number is written down as with any copy. Until then a copy that has lost all its names in the upper lives
+//! on in its entry.
+//!
+//! A count is lowered after the name is made or covered: stopped in between, the server leaves one that is too
+//! high, an entry that stays longer than it is needed, never one that is missing.
+//!
+//! The entries are read once, at the start. Nothing is asked for objects with one name, and nothing at
+//! all while there is no entry. The lock is held over small I/O; it comes after the directories' locks.
+//!
+//! The names of a copy are counted by looking at the disk and adding what that does not know. Whoever
+//! changes both holds a [`Changing`]; who counted meanwhile counts again.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use rustix::fs::{AtFlags, Mode, OFlags, XattrFlags};
+
+use crate::attr::Stat;
+use crate::copyup::{Temp, make_placeholder};
+use crate::engine::{Engine, Upper};
+use crate::errno::{Errno, Res, missing_ok};
+use crate::handle::Fd;
+use crate::inode::{Inner, Node, Parked, Place};
+use crate::layer::{RealDir, UPPER, stat_fd};
+use crate::lookup::{Probe, Seen};
+use crate::numbers::{InodeNumbers, Origin};
+use crate::readdir::for_each_entry;
+use crate::sidecar::is_needed;
+use crate::sys::{self, At};
+use crate::xattr::{LINKS, ORIGIN};
+
+const NAME: &str = "links";
+
+#[derive(Debug, Clone, Copy)]
+enum Entry {
+    /// The copy's inode number in the upper.
+    Copy(u64),
+    Covered(u32),
+}
+
+#[derive(Debug, Default)]
+struct Entries {
+    by_number: HashMap<u64, Entry>,
+    /// Numbers by the copy's inode number in the upper.
+    by_copy: HashMap<u64, u64>,
+    dir: Option<Arc<RealDir>>,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Links {
+    entries: crate::sync::RwLock<Entries>,
+    /// There is an entry, or was one.
+    any: AtomicBool,
+}
+
+/// What is known of the names of an object in the upper.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Known {
+    pub(crate) number: u64,
+    /// Names in the layer that are still to lead to it.
+    pub(crate) left: u32,
+}
+
+/// How often the names of a node were changed, and by how many they are being changed.
+#[derive(Debug, Default)]
+pub(crate) struct Changes(AtomicU32);
+
+const CHANGED: u32 = 1 << 8;
+
+impl Changes {
+    /// What must be the same before and after names are counted; `None` while it is of no use.
+    pub(crate) fn settled(&self) -> Option<u32> {
+        Some(self.0.load(Ordering::Acquire)).filter(|changes| changes % CHANGED == 0)
+    }
+
+    pub(crate) fn begin(&self) -> Changing<'_> {
+        self.0.fetch_add(1, Ordering::AcqRel);
+        Changing(self)
+    }
+}
+
+/// Names of a node are being changed.
+#[derive(Debug)]
+pub(crate) struct Changing<'a>(&'a Changes);
+
+impl Drop for Changing<'_> {
+    fn drop(&mut self) {
+        self.0.0.fetch_add(CHANGED - 1, Ordering::AcqRel);
+    }
+}
+
+/// An entry that goes again unless it is kept.
+pub(crate) struct NewEntry {
+    dir: Fd,
+    name: Option<String>,
+}
+
+impl NewEntry {
+    pub(crate) fn keep(mut self) {
+        self.name = None;
+    }
+}
+
+impl Drop for NewEntry {
+    fn drop(&mut self) {
+        if let Some(name) = &self.name
+            && let Err(err) = rustix::fs::unlinkat(&self.dir, name, AtFlags::empty())
+        {
+            tracing::debug!(?err, "cannot remove an entry of hard links");
+        }
+    }
+}
+
+fn open_links(upper: &Upper) -> Res<Arc<RealDir>> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = rustix::fs::openat(&upper.work, NAME, flags, Mode::empty())?;
+    let key = stat_fd(fd.as_fd())?.key;
+    Ok(RealDir::root(UPPER, Arc::new(fd), key, None))
+}
+
+impl Links {
+    /// Reads the entries of a work directory.
+    pub(crate) fn load(&self, upper: &Upper, numbers: &InodeNumbers) -> Res<()> {
+        let Some(dir) = missing_ok(open_links(upper))? else { return Ok(()) };
+        let Some(fd) = dir.slot.get(false) else { return Ok(()) };
+        let mut entries = self.entries.write();
+        for_each_entry(&crate::layer::open_for_reading(fd.as_fd())?, |name, _, ino| {
+            let (origin, covered) = match name.iter().position(|&b| b == b'-') {
+                Some(at) => {
+                    (&name[..at], std::str::from_utf8(&name[at + 1..]).ok().and_then(|n| n.parse().ok()))
+                }
+                None => (name, Some(0)),
+            };
+            if let (Some(origin), Some(covered)) = (Origin::parse(origin), covered) {
+                let number = numbers.of(origin);
+                if covered > 0 {
+                    entries.by_number.entry(number).or_insert(Entry::Covered(covered));
+                } else {
+                    entries.by_number.insert(number, Entry::Copy(ino));
+                    entries.by_copy.insert(ino, number);
+                }
+            }
+            true
+        })?;
+        self.any.store(!entries.by_number.is_empty(), Ordering::Release);
+        entries.dir = Some(dir);
+        Ok(())
+    }
+
+    fn get(&self, number: u64) -> Option<(Entry, Arc<RealDir>)> {
+        if !self.any.load(Ordering::Acquire) {
+            return None;
+        }
+        let entries = self.entries.read();
+        Some((*entries.by_number.get(&number)?, entries.dir.clone()?))
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        !self.any.load(Ordering::Acquire)
+    }
+
+    /// The number of an object of the upper that has an entry.
+    pub(crate) fn number(&self, copy: &Stat) -> Option<u64> {
+        if copy.nlink <= 1 || !self.any.load(Ordering::Acquire) {
+            return None;
+        }
+        self.entries.read().by_copy.get(&copy.key.ino).copied()
+    }
+
+    /// How many names of a layer's object are covered.
+    pub(crate) fn covered(&self, number: u64) -> u32 {
+        match self.get(number) {
+            Some((Entry::Covered(count), _)) => count,
+            _ => 0,
+        }
+    }
+
+    /// From here on the copy of this number is found.
+    pub(crate) fn insert(&self, number: u64, copy: u64) {
+        let mut entries = self.entries.write();
+        entries.by_number.insert(number, Entry::Copy(copy));
+        entries.by_copy.insert(copy, number);
+        self.any.store(true, Ordering::Release);
+    }
+}
+
+impl Entries {
+    /// The directory of entries, made when there is the first.
+    fn dir(&mut self, upper: &Upper) -> Res<Fd> {
+        if self.dir.is_none() {
+            match rustix::fs::mkdirat(&upper.work, NAME, Mode::from_raw_mode(0o700)) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(err) => return Err(err),
+            }
+            self.dir = Some(open_links(upper)?);
+        }
+        self.dir.as_ref().and_then(|dir| dir.slot.get(false)).ok_or(Errno::STALE)
+    }
+}
+
+fn covered_name(origin: &str, count: u32) -> String {
+    format!("{origin}-{count}")
+}
+
+impl Engine {
+    /// The copy of a layer's object with several names that has this number.
+    pub(crate) fn copy_of(&self, number: u64) -> Res<Option<(Box<Seen>, Parked)>> {
+        let Some(upper) = &self.upper else { return Ok(None) };
+        let Some((Entry::Copy(ino), dir)) = upper.links.get(number) else { return Ok(None) };
+        let name = self.numbers.describe(number);
+        match self.probe(&dir, name.as_bytes(), false)? {
+            Probe::Found(seen) if seen.stat.key.ino == ino => {
+                let fd = dir.slot.get(false).ok_or(Errno::STALE)?;
+                Ok(Some((
+                    seen,
+                    Parked { work: fd, name: name.into_bytes().into(), temporary: false, quota: None },
+                )))
+            }
+            // Somebody removed it.
+            _ => Ok(None),
+        }
+    }
+
+    /// What is known of the names of an object of the upper, if it has an entry.
+    pub(crate) fn links_of(&self, seen: &Seen) -> Res<Option<Known>> {
+        let Some(upper) = &self.upper else { return Ok(None) };
+        let Some(number) = upper.links.number(&seen.stat) else { return Ok(None) };
+        let left = if is_needed(&seen.stat) { upper.sidecar.links(&seen.stat)? } else { seen.marks.links };
+        Ok(Some(Known { number, left: left.unwrap_or(0) }))
+    }
+
+    /// Makes the entry of a copy that has no name yet, and notes how many names are to lead to it.
+    pub(crate) fn add_entry(&self, node: &Node, temp: &Temp<'_>, left: u32) -> Res<NewEntry> {
+        let upper = self.upper()?;
+        let name = self.numbers.describe(node.ino);
+        match &temp.fd {
+            Some(fd) => set_left(At::Fd(fd.as_fd()), left)?,
+            None => upper.sidecar.set_links(&temp.stat()?, left)?,
+        }
+        let fd = upper.links.entries.write().dir(upper)?;
+        match temp.link(fd.as_fd(), name.as_bytes()) {
+            // Nobody knows it: it is left over.
+            Err(Errno::EXIST) => {
+                rustix::fs::unlinkat(&fd, &*name, AtFlags::empty())?;
+                temp.link(fd.as_fd(), name.as_bytes())?;
+            }
+            other => other?,
+        }
+        Ok(NewEntry { dir: fd, name: Some(name) })
+    }
+
+    /// The place of a copy that has no name but its entry.
+    pub(crate) fn entry_place(&self, node: &Node) -> Res<Parked> {
+        let upper = self.upper()?;
+        let work = upper.links.entries.write().dir(upper)?;
+        Ok(Parked {
+            work,
+            name: self.numbers.describe(node.ino).into_bytes().into(),
+            temporary: false,
+            quota: None,
+        })
+    }
+
+    /// Writes down how many names are left after a change of them. What fails leaves a count too high.
+    pub(crate) fn note_links(&self, node: &Arc<Node>) {
+        let concerned = {
+            let inner = node.inner.lock();
+            inner.entry || inner.below > 1 && matches!(inner.place, Place::Lower { .. })
+        };
+        if concerned && let Err(err) = self.write_links(node) {
+            tracing::debug!(?err, "cannot write down how many names a file has");
+        }
+    }
+
+    fn write_links(&self, node: &Arc<Node>) -> Res<()> {
+        let upper = self.upper()?;
+        let name = self.numbers.describe(node.ino);
+        let mut entries = upper.links.entries.write();
+        // Looked at with the lock: of two who write, the later one has seen more.
+        let (entry, left, covered, place) = {
+            let inner = node.inner.lock();
+            let covered = (!inner.entry).then(|| inner.extra_links.min(0).unsigned_abs());
+            (inner.entry, inner.left(), covered, inner.place.clone())
+        };
+        let fd = entries.dir(upper)?;
+        if let Some(covered) = covered {
+            if !matches!(place, Place::Lower { .. }) {
+                return Ok(());
+            }
+            return self.write_covered(
+                node,
+                &mut entries,
+                &fd,
+                &name,
+                u32::try_from(covered).unwrap_or(u32::MAX),
+            );
+        }
+        if !entry {
+            return Ok(());
+        }
+        let at = At::Name(fd.as_fd(), name.as_bytes());
+        let stat = crate::layer::stat_at(fd.as_fd(), name.as_bytes())?;
+        if left > 0 {
+            return if is_needed(&stat) { upper.sidecar.set_links(&stat, left) } else { set_left(at, left) };
+        }
+        // Nobody else has the number any more.
+        if is_needed(&stat) {
+            upper.sidecar.set_number(&stat, &name)?;
+        } else {
+            // Without the count it is 0. Both together might need a block more.
+            match sys::remove_xattr(at, LINKS) {
+                Ok(()) | Err(Errno::NODATA) => {}
+                Err(err) => return Err(err),
+            }
+            sys::set_xattr(at, ORIGIN, name.as_bytes(), XattrFlags::empty())?;
+        }
+        let _changing = node.names.begin();
+        let alone = if let Place::Parked(parked) = &place
+            && !parked.temporary
+        {
+            // For those who have it open.
+            let moved = |temp: &[u8]| rustix::fs::renameat(&fd, &*name, &upper.work, temp);
+            let ((), temp) = upper.make_temp(moved)?;
+            Some(Place::Parked(Arc::new(self.parked(upper, temp))))
+        } else {
+            rustix::fs::unlinkat(&fd, &*name, AtFlags::empty())?;
+            None
+        };
+        if let Some(Entry::Copy(ino)) = entries.by_number.remove(&node.ino) {
+            entries.by_copy.remove(&ino);
+        }
+        let mut inner = node.inner.lock();
+        inner.entry = false;
+        inner.extra_links = 0;
+        let before = alone.map(|alone| std::mem::replace(&mut inner.place, alone));
+        drop(inner);
+        drop(before);
+        Ok(())
+    }
+
+    fn write_covered(&self, node: &Node, entries: &mut Entries, fd: &Fd, name: &str, count: u32) -> Res<()> {
+        let old = match entries.by_number.get(&node.ino) {
+            Some(Entry::Covered(old)) => Some(covered_name(name, *old)),
+            Some(Entry::Copy(_)) => return Ok(()),
+            None => None,
+        };
+        let below = node.inner.lock().below;
+        if count == 0 || count >= below {
+            // All are covered: nobody can ask for it again.
+            if let Some(old) = old {
+                entries.by_number.remove(&node.ino);
+                rustix::fs::unlinkat(fd, old, AtFlags::empty())?;
+            }
+            return Ok(());
+        }
+        let new = covered_name(name, count);
+        match old {
+            Some(old) => rustix::fs::renameat(fd, old, fd, new)?,
+            None => match make_placeholder(fd.as_fd(), new.as_bytes()) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(err) => return Err(err),
+            },
+        }
+        entries.by_number.insert(node.ino, Entry::Covered(count));
+        self.upper()?.links.any.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Covered names of an object are not counted any more: it is copied up.
+    pub(crate) fn forget_covered(&self, node: &Node) {
+        let Ok(upper) = self.upper() else { return };
+        if upper.links.covered(node.ino) == 0 {
+            return;
+        }
+        let mut entries = upper.links.entries.write();
+        let Some(Entry::Covered(count)) = entries.by_number.remove(&node.ino) else { return };
+        let name = covered_name(&self.numbers.describe(node.ino), count);
+        let removed = entries.dir(upper).and_then(|fd| rustix::fs::unlinkat(fd, name, AtFlags::empty()));
+        if let Err(err) = removed {
+            tracing::debug!(?err, "cannot remove a count of covered names");
+        }
+    }
+
+    /// Removes entries of copies that no name leads to any more, which a killed server may leave.
+    pub(crate) fn sweep_links(&self) {
+        if let Err(err) = self.remove_unused_links() {
+            // They take room, and nobody asks for them.
+            tracing::debug!(?err, "entries of hard links were left");
+        }
+    }
+
+    fn remove_unused_links(&self) -> Res<()> {
+        let Some(upper) = self.upper.as_ref().filter(|upper| !upper.links.is_empty()) else { return Ok(()) };
+        let copies: Vec<u64> = {
+            let entries = upper.links.entries.read();
+            entries.by_copy.values().copied().collect()
+        };
+        for number in copies {
+            let Some((seen, place)) = self.copy_of(number)? else { continue };
+            let left = self.links_of(&Seen { stat: Stat { nlink: 2, ..seen.stat }, ..*seen })?;
+            if seen.stat.nlink <= 1 && left.is_some_and(|known| known.left == 0) {
+                let mut entries = upper.links.entries.write();
+                entries.by_number.remove(&number);
+                entries.by_copy.remove(&seen.stat.key.ino);
+                rustix::fs::unlinkat(&place.work, &*place.name, AtFlags::empty())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Inner {
+    /// How many names in a layer are still to lead to a copy.
+    pub(crate) fn left(&self) -> u32 {
+        u32::try_from(self.extra_links + i64::from(self.entry)).unwrap_or(0)
+    }
+}
+
+fn set_left(at: At<'_>, left: u32) -> Res<()> {
+    sys::set_xattr(at, LINKS, left.to_string().as_bytes(), XattrFlags::empty())
+}
