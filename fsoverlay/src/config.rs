@@ -80,6 +80,9 @@ pub struct LayerSpec {
     pub owners: Owners,
     /// Where records are looked for.
     pub records: Records,
+    /// Files called `.wh.NAME` and `.wh..wh..opq` are whiteouts, as in archives of layers, unless the layer is
+    /// marked as an upper of this crate. Otherwise they are files like any other.
+    pub oci_whiteouts: bool,
     /// Paths below `dir`, relative to it, shown as empty directories whatever
     /// they hold (`proc`, `sys`, `dev`, `run`, the upper's own place).
     pub hidden: Vec<PathBuf>,

@@ -120,19 +120,23 @@ impl Engine {
                     .chain(layer.hidden.iter().map(|path| (&**path, None))),
             );
             far.extend(mounts.iter().filter_map(|(_, far)| far.clone()));
+            let marks = match (layer.records, layer.oci_whiteouts) {
+                (Records::Everywhere, false) => Marks::default(),
+                _ => Marks::read_of_layer(sys::At::Name(fd.as_fd(), b"."), index)
+                    .map_err(|err| open_error(&layer.dir, err))?,
+            };
             let records = match layer.records {
                 Records::Everywhere => {
                     layer.owners != Owners::Numeric || layer.dir != std::path::Path::new("/")
                 }
                 Records::IfMarked => {
-                    let marks = Marks::read_of_layer(sys::At::Name(fd.as_fd(), b"."), index);
-                    let marks = marks.map_err(|err| open_error(&layer.dir, err))?;
-                    marks.record.is_some() || marks.owners.is_some_and(|form| form != "native")
+                    marks.record.is_some() || marks.owners.as_ref().is_some_and(|form| form != "native")
                 }
             };
             let root = RealDir::root(index, fd, stat.key, hidden);
             let whiteouts = layer.branch == Branch::Whiteouts;
-            layers.push(Layer { root, owners: layer.owners.clone(), records, whiteouts });
+            let oci_whiteouts = whiteouts && layer.oci_whiteouts && marks.owners.is_none();
+            layers.push(Layer { root, owners: layer.owners.clone(), records, whiteouts, oci_whiteouts });
         }
         let owners = Ownership::new(spec);
         // The ids in real ACLs are not translated.
@@ -687,7 +691,8 @@ fn make_root(
                 .or_else(|| layer.meta(&stat).map(|meta| owners.shown(meta)));
         }
         state.lowers.push(layer.root.clone());
-        opaque = marks.opaque;
+        opaque = marks.opaque
+            || layer.oci_whiteouts && crate::oci::is_opaque_by_name(fd.as_fd()).map_err(root_error)?;
     }
     let key = upper.map_or_else(|| layers.last().map(|l| l.root.key).unwrap_or_default(), |u| u.root.key);
     let new = NewNode {

@@ -49,6 +49,8 @@ pub(crate) struct RealDir {
     pub(crate) far: Option<Arc<Far>>,
     /// The directory may hold whiteouts in the form of an xattr (`opaque=x`).
     pub(crate) xattr_whiteouts: std::sync::atomic::AtomicBool,
+    /// See [`crate::oci`].
+    pub(crate) gone: std::sync::OnceLock<Option<Arc<crate::oci::Gone>>>,
     /// `user.overlay.impure` is known to be set.
     pub(crate) impure: std::sync::atomic::AtomicBool,
 }
@@ -75,6 +77,7 @@ impl RealDir {
             hidden,
             far,
             xattr_whiteouts: false.into(),
+            gone: std::sync::OnceLock::new(),
             impure: false.into(),
         })
     }
@@ -217,6 +220,8 @@ pub(crate) struct Layer {
     pub(crate) records: bool,
     /// Whether it may hide what is below it.
     pub(crate) whiteouts: bool,
+    /// See [`crate::oci`].
+    pub(crate) oci_whiteouts: bool,
 }
 
 impl Layer {

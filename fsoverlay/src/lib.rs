@@ -90,6 +90,7 @@ mod live;
 mod lookup;
 mod mount;
 mod numbers;
+mod oci;
 mod ownership;
 mod readdir;
 mod redirect;
@@ -113,6 +114,7 @@ pub use hooks::{
 };
 pub use journal::ChangedDir;
 pub use mount::{MountSpec, Mounted};
+pub use oci::convert_upper;
 
 /// setxattr(2) of this name with the value `UID:GID` (decimal, `-1` keeps) on an
 /// object of the mount records an owner that chown(2) cannot name because the

@@ -22,6 +22,7 @@ use crate::inode::{DirState, Inner, Link, NewNode, Node, Parked, Place};
 use crate::layer::{RealDir, UPPER, stat_at};
 use crate::live::Fresh;
 use crate::numbers::InodeNumbers;
+use crate::oci::{Said, is_opaque_below, said};
 use crate::redirect::{Descent, InMemory, Step};
 use crate::sys::At;
 use crate::xattr::Marks;
@@ -87,9 +88,24 @@ impl Engine {
             Err(err) if dir.layer != UPPER && gone_below(err) => return Ok(Probe::Missing),
             other => other?,
         };
+        let named = self.has_named_whiteouts(dir);
+        let is_gone = |name: &[u8]| -> Res<bool> {
+            Ok(named && self.gone_names(dir)?.is_some_and(|gone| gone.contains(name)))
+        };
+        if named
+            && match said(name, None) {
+                Said::Nothing => false,
+                Said::Other => true,
+                Said::Gone(gone) => is_gone(gone)?,
+            }
+        {
+            return Ok(Probe::Missing);
+        }
         let stat = match stat_at(fd.as_fd(), name) {
             Ok(stat) => stat,
-            Err(Errno::NOENT) => return Ok(Probe::Missing),
+            Err(Errno::NOENT) => {
+                return if is_gone(name)? { Ok(Probe::Whiteout) } else { Ok(Probe::Missing) };
+            }
             // A directory of a layer that the caller may not search appears empty.
             Err(Errno::ACCESS | Errno::PERM) if dir.layer != UPPER => return Ok(Probe::Missing),
             Err(err) => return Err(err),
@@ -111,12 +127,15 @@ impl Engine {
             Kind::File => records || xattr_whiteout,
             _ => false,
         };
-        let marks = if wanted {
+        let mut marks = if wanted {
             let marks = Marks::read_of_layer(At::Name(fd.as_fd(), name), dir.layer)?;
             if whiteouts { marks } else { marks.harmless() }
         } else {
             Marks::default()
         };
+        if named && kind == Kind::Dir && wanted && !marks.opaque {
+            marks.opaque = is_gone(name)? || is_opaque_below(fd.as_fd(), name)?;
+        }
         if xattr_whiteout && marks.whiteout {
             return Ok(Probe::Whiteout);
         }

@@ -22,6 +22,7 @@ use crate::hooks::AccessKind;
 use crate::inode::{DirState, Node, ROOT};
 use crate::layer::{RealDir, UPPER, open_for_reading, stat_at};
 use crate::listing::{Builder, Entry, Listing};
+use crate::oci::{Said, said};
 use crate::sync::Mutex;
 
 /// Entries kept in all listings together.
@@ -167,11 +168,21 @@ impl Engine {
     fn add_real(&self, builder: &mut Builder<'_>, node: &Node, dir: &Arc<RealDir>) -> Res<()> {
         let impure = dir.impure.load(Ordering::Relaxed);
         let mut failed = None;
+        let named = self.has_named_whiteouts(dir);
+        let mut gone: Vec<Box<[u8]>> = Vec::new();
         if let Some(fd) = self.open_entries(dir, builder)? {
             self.trace(dir, None, AccessKind::Listed);
             for_each_entry(&fd, |name, kind, ino| {
                 if dir.hides(name) {
                     return true;
+                }
+                match if named { said(name, kind) } else { Said::Nothing } {
+                    Said::Nothing => {}
+                    Said::Gone(name) => {
+                        gone.push(name.into());
+                        return true;
+                    }
+                    Said::Other => return true,
                 }
                 let far = dir.far_at(name).map(|far| far.root().0.kind());
                 let kind = match far.map_or_else(|| self.check_entry(dir, name, kind), Ok) {
@@ -194,6 +205,10 @@ impl Engine {
         }
         if let Some(err) = failed {
             return Err(err);
+        }
+        // What stands beside its own whiteout is there.
+        for name in gone {
+            builder.add(&name, None, 0, true)?;
         }
         for name in dir.hidden.iter().flat_map(|h| h.names()) {
             builder.add(name, Some(Kind::Dir), self.synthetic_number(node, name), true)?;

@@ -199,9 +199,14 @@ fn overlay_spec(spec: &OverlayMountSpec, mountpoint: &Path, program: &str) -> Re
     }
     let ours: Vec<&Path> =
         upper.iter().flat_map(|upper| [&*upper.dir, &*upper.work]).chain([mountpoint]).collect();
+    let oci_whiteouts = spec.oci_whiteouts.unwrap_or(program == FUSE_OVERLAYFS);
+    if let Some(UpperSpec { dir, .. }) = upper.as_ref().filter(|_| oci_whiteouts && !spec.read_only) {
+        fsoverlay::convert_upper(dir).map_err(|error| failed(&error))?;
+    }
     let layer = |dir: &PathBuf| LayerSpec {
         dir: dir.clone(),
         records: Records::IfMarked,
+        oci_whiteouts,
         // Looking into the mount from its own server would wait for itself.
         hidden: ours.iter().filter_map(|path| path.strip_prefix(dir).ok()).map(Path::to_owned).collect(),
         ..LayerSpec::default()
@@ -212,7 +217,13 @@ fn overlay_spec(spec: &OverlayMountSpec, mountpoint: &Path, program: &str) -> Re
             .collect::<Vec<_>>()
     };
     Ok(OverlaySpec {
-        layers: lowers.iter().rev().map(layer).collect(),
+        // What is not to be changed is a layer like any other.
+        layers: lowers
+            .iter()
+            .rev()
+            .chain(upper.iter().filter(|_| spec.read_only).map(|upper| &upper.dir))
+            .map(layer)
+            .collect(),
         upper: upper.filter(|_| !spec.read_only),
         live: spec.live,
         workers: spec.threads.unwrap_or_else(default_threads),

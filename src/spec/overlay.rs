@@ -59,6 +59,8 @@ pub struct OverlayMountSpec {
     pub no_acl: bool,
     /// `redirect_dir=on` or `off`.
     pub redirects: Option<bool>,
+    /// `oci_whiteouts`: `.wh.NAME` in layers says that NAME is gone below.
+    pub oci_whiteouts: Option<bool>,
     /// SELinux contexts, as mount(2) takes them.
     pub contexts: Vec<String>,
     /// `debug`: log, and stay in the foreground.
@@ -252,6 +254,12 @@ fn one(spec: &mut OverlayMountSpec, option: &[u8]) -> Result<(), OverlayOptionEr
             1 => spec.volatile = false,
             _ => return Err(wrong("0 or 1 is wanted")),
         },
+        "oci_whiteouts" => {
+            spec.oci_whiteouts = match value {
+                None => Some(true),
+                Some(_) => Some(number()? != 0),
+            };
+        }
         "writeback" => {
             if number()? == 0 {
                 return refused("the kernel always gathers writes");
@@ -446,6 +454,11 @@ mod tests {
     fn what_is_kept_how() {
         let spec = read("lowerdir=/l,volatile,static_nlink,noacl,redirect_dir=off").expect("read");
         assert!(spec.volatile && spec.static_nlink && spec.no_acl);
+        let oci = |text: &str| read(&format!("lowerdir=/l,{text}")).map(|spec| spec.oci_whiteouts);
+        assert_eq!(
+            (oci("ro"), oci("oci_whiteouts"), oci("oci_whiteouts=0")),
+            (Ok(None), Ok(Some(true)), Ok(Some(false)))
+        );
         assert_eq!(spec.redirects, Some(false));
         assert_eq!(read("lowerdir=/l,fsync=0").map(|spec| (spec.volatile, spec.sync)), Ok((true, false)));
         assert_eq!(read("lowerdir=/l,sync=0").map(|spec| (spec.volatile, spec.sync)), Ok((true, false)));

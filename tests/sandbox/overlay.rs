@@ -60,13 +60,13 @@ fn it_answers_to_the_name_fuse_overlayfs() {
 set -e
 $F -olowerdir=a -o lowerdir=b:a,upperdir=u,workdir=w m; cat m/both; umount m
 $F name m -o rw,suid,dev,lowerdir=a; cat m/both; touch m/x 2>&1 || :; umount m
-$F m -o upperdir=u,workdir=w,lowerdir=a,ro; touch m/x 2>&1 || :
+touch u/upper; $F m -o upperdir=u,workdir=w,lowerdir=a,ro; touch m/x 2>&1 || :; ls m
 grep -o \" $PWD/m fuse.fuse-overlayfs ro,\" /proc/mounts | wc -l; umount m
 $F --version";
     let out = inside(&home, script).run().ok();
     let denied = "touch: cannot touch 'm/x': Read-only file system";
     let version = env!("CARGO_PKG_VERSION");
-    out.prints(&format!("ba{denied}\n{denied}\n1\nfuse-overlayfs {version} (rootlet)"));
+    out.prints(&format!("ba{denied}\n{denied}\nboth\nupper\n1\nfuse-overlayfs {version} (rootlet)"));
 }
 
 #[test]
@@ -347,4 +347,57 @@ fusermount3 -u m; cat u/f; stat -c %a u/f";
     let user = home.command("id").arg("-un").run().text();
     let out = home.command("sh").args(["-c", script]).env("R", rootlet_binary());
     out.env("O", "lowerdir=a:b,upperdir=u,workdir=w").run().ok().prints(&format!("a{user}\nkept\n444"));
+}
+
+#[test]
+fn whiteouts_by_name_count_in_layers_where_that_is_asked_for() {
+    let home = Home::new();
+    prepared(&home);
+    for file in ["d/one", "d/two", "closed/below", "gone/below", "again/below", ".wh.plain.x", "x"] {
+        home.file(format!("work/b/{file}"), "b");
+    }
+    for file in ["d/.wh.one", "closed/.wh..wh..opq", "closed/top", ".wh.gone", ".wh.again", "again/top"] {
+        home.file(format!("work/a/{file}"), "");
+    }
+    let show = "find . -mindepth 1 | sort | tr '\\n' ' '; stat d/one gone closed/below again/below 2>&1 | grep -c cannot";
+    let script = format!(
+        "
+set -e
+$R overlay -o $O m; (cd m; ls -A . d closed | grep -c '\\.wh'); umount m
+for options in oci_whiteouts ro,oci_whiteouts; do $R overlay -o $O,$options m; (cd m; {show}); umount m; done
+$F -o $O m; cd m; {show}
+# What is made in the mount is what it is called, also in the next one and as a layer.
+echo new >d/one; mkdir gone; echo mine >.wh.x; echo mine >d/.wh.two; cd ..; umount m
+$F -o $O m; cat m/.wh.x m/x m/d/.wh.two m/d/two m/d/one; ls m/gone | wc -l; umount m
+mkdir u2 w2; $F -o lowerdir=u:a:b,upperdir=u2,workdir=w2 m; cat m/.wh.x m/x m/d/.wh.two m/d/two m/d/one; ls m/gone | wc -l; umount m"
+    );
+    let seen = "./.wh.plain.x ./again ./again/top ./below ./both ./closed ./closed/top ./d ./d/two ./x 4\n";
+    // In `b`, the lowest, there is nothing below that could be gone; a name that says so does not show.
+    let seen = seen.replace("./.wh.plain.x ", "");
+    let made = "mine\nbmine\nbnew\n0\n";
+    inside(&home, &script).run().ok().prints(format!("5\n{}{}", seen.repeat(3), made.repeat(2)).trim_end());
+}
+
+#[test]
+fn an_upper_of_fuse_overlayfs_is_read() {
+    let home = Home::new();
+    prepared(&home);
+    for file in ["d/one", "d/two", "closed/below", "marked/below", "again/below", "dev"] {
+        home.file(format!("work/b/{file}"), "b");
+    }
+    for file in
+        ["d/.wh.one", "closed/.wh..wh..opq", "closed/top", ".wh.both", ".wh.again", "again/top", "marked/top"]
+    {
+        home.file(format!("work/u/{file}"), "");
+    }
+    let script = "
+set -e
+mknod u/dev c 0 0; setfattr -n user.fuseoverlayfs.opaque -v y u/marked; setfattr -n user.fuseoverlayfs.origin -v x u/marked/top
+for again in 1 2; do
+  $F -o $O m; (cd m; find . -mindepth 1 | sort | tr '\\n' ' '; cat both dev d/one again/below closed/below marked/below 2>&1 | grep -c 'No such')
+  getfattr -d m/marked m/marked/top 2>/dev/null | grep -c fuseoverlayfs || :; umount m
+done
+find u -name '.wh.*' | wc -l; find u -type c | sort | tr '\\n' ' '; getfattr -n user.overlay.opaque u/closed u/again 2>/dev/null | grep -c y";
+    let seen = "./again ./again/top ./below ./closed ./closed/top ./d ./d/two ./marked ./marked/top 6\n0\n";
+    inside(&home, script).run().ok().prints(&format!("{}0\nu/both u/d/one u/dev 2", seen.repeat(2)));
 }
