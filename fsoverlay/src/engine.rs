@@ -267,11 +267,16 @@ impl Engine {
     }
 
     /// Puts what the disk says and what is recorded together.
-    pub(crate) fn report(&self, node: &Node, mut stat: Stat) -> Attr {
-        let (mut meta, extra_links) = {
+    pub(crate) fn report(&self, node: &Node, stat: Stat) -> Attr {
+        let (meta, extra_links) = {
             let inner = node.inner.lock();
             (inner.meta, inner.extra_links)
         };
+        self.report_as(node.ino, meta, stat, extra_links)
+    }
+
+    /// The same for an object that need not be a node.
+    pub(crate) fn report_as(&self, ino: u64, mut meta: Meta, mut stat: Stat, extra_links: i64) -> Attr {
         (meta.uid, meta.gid) = self.owners.reported(meta.uid, meta.gid);
         stat.nlink = u32::try_from(i64::from(stat.nlink) + extra_links).unwrap_or(0);
         if self.static_nlink && meta.kind == Kind::Dir {
@@ -283,7 +288,7 @@ impl Engine {
         if stat.blksize == 0 {
             stat.blksize = 4096;
         }
-        Attr { ino: node.ino, meta, stat }
+        Attr { ino, meta, stat }
     }
 
     /// stat of the object wherever it is now. For directories that are merged from

@@ -475,11 +475,12 @@ impl FuseFs {
     /// Looks a name up for the kernel.
     fn look(&self, parent: INodeNo, name: &OsStr) -> Res<Told> {
         let found =
-            self.engine().node(parent.0).and_then(|dir| self.engine().lookup_attr(&dir, bytes_of(name)));
+            self.engine().node(parent.0).and_then(|dir| self.engine().lookup_known(&dir, bytes_of(name)));
         match found {
             Ok((node, attr)) => {
-                let (attr_ttl, ttl) = (self.attr_ttl(&node), self.ttl(&node));
-                Ok(Told { attr: self.known(&node, &attr), attr_ttl, ttl })
+                let ttls = node.map(|node| (self.attr_ttl(&node), self.ttl(&node)));
+                let (attr_ttl, ttl) = ttls.unwrap_or((TTL, TTL));
+                Ok(Told { attr: file_attr(&attr), attr_ttl, ttl })
             }
             Err(Errno::NOENT) => {
                 let ttl = self.ttl_of_missing(parent);
@@ -1177,23 +1178,27 @@ impl FuseFs {
 
     /// Adds one entry with its attributes; true if there was no room for it.
     fn add_plus(&self, dir: &Arc<Node>, next: u64, entry: &Entry, reply: &mut ReplyDirectoryPlus) -> bool {
-        let found = (next > 2).then(|| self.engine().lookup_attr(dir, &entry.name));
-        self.add_found(next, entry, found, reply)
+        if next <= 2 {
+            return self.add_found(next, entry, None, reply);
+        }
+        let found = self.engine().lookup_known(dir, &entry.name);
+        self.add_known(next, entry, found, reply)
     }
 
-    fn add_found(&self, next: u64, entry: &Entry, found: Looked, reply: &mut ReplyDirectoryPlus) -> bool {
+    fn add_known(
+        &self,
+        next: u64,
+        entry: &Entry,
+        found: Res<(Option<Arc<Node>>, Attr)>,
+        reply: &mut ReplyDirectoryPlus,
+    ) -> bool {
         let name: &OsStr = std::os::unix::ffi::OsStrExt::from_bytes(&entry.name);
-        let Some(found) = found else {
-            // The kernel does not count these two as lookups.
-            let attr = FileAttr { ino: INodeNo(entry.ino), kind: FileType::Directory, ..no_entry() };
-            return reply.add(INodeNo(entry.ino), next, name, &TTL, &attr, GENERATION);
-        };
         match found {
             Ok((node, attr)) => {
-                let attr = self.known(&node, &attr);
-                let full = reply.add(INodeNo(attr.ino.0), next, name, &self.ttl(&node), &attr, GENERATION);
+                let ttl = node.map_or(TTL, |node| self.ttl(&node));
+                let full = reply.add(INodeNo(attr.ino), next, name, &ttl, &file_attr(&attr), GENERATION);
                 if full {
-                    self.engine().table.forget(node.ino, 1);
+                    self.engine().table.forget(attr.ino, 1);
                 }
                 full
             }
@@ -1203,6 +1208,20 @@ impl FuseFs {
                 false
             }
         }
+    }
+
+    fn add_found(&self, next: u64, entry: &Entry, found: Looked, reply: &mut ReplyDirectoryPlus) -> bool {
+        let name: &OsStr = std::os::unix::ffi::OsStrExt::from_bytes(&entry.name);
+        let Some(found) = found else {
+            // The kernel does not count these two as lookups.
+            let attr = FileAttr { ino: INodeNo(entry.ino), kind: FileType::Directory, ..no_entry() };
+            return reply.add(INodeNo(entry.ino), next, name, &TTL, &attr, GENERATION);
+        };
+        let found = found.map(|(node, attr)| {
+            self.engine().table.remember(&node);
+            (Some(node), attr)
+        });
+        self.add_known(next, entry, found, reply)
     }
 }
 

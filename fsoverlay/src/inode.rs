@@ -16,7 +16,7 @@
 //! | `Node::inner` | owner, mode, names, place; never held over I/O |
 //! | a shard of the table | counts of lookups |
 
-use std::collections::HashMap;
+use std::collections::{HashMap, hash_map};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
@@ -229,10 +229,66 @@ pub(crate) struct NewNode {
 
 #[derive(Debug)]
 struct Entry {
-    node: Weak<Node>,
-    /// Keeps the node alive for the kernel, with the number of its lookups.
-    kernel: Option<Arc<Node>>,
+    what: Known,
+    /// How often the kernel has learnt of it.
     lookups: u64,
+}
+
+/// What stands behind a number.
+#[derive(Debug)]
+enum Known {
+    Node {
+        node: Weak<Node>,
+        /// Keeps the node alive for the kernel.
+        kernel: Option<Arc<Node>>,
+    },
+    /// A file of a layer that the kernel has learnt of and nobody has used yet. It takes a third of the
+    /// memory of a node, which it becomes when it is asked for.
+    Name(Box<Named>),
+}
+
+/// What a node of a layer's file with a single name begins with.
+#[derive(Debug)]
+pub(crate) struct Named {
+    pub(crate) parent: Arc<Node>,
+    /// Where it is in the layer, by the same name.
+    pub(crate) dir: Arc<RealDir>,
+    pub(crate) name: Arc<[u8]>,
+    pub(crate) meta: Meta,
+    pub(crate) key: Key,
+    pub(crate) has_record: bool,
+    pub(crate) has_acl: bool,
+    pub(crate) no_capability: bool,
+}
+
+impl Named {
+    fn node(&self) -> NewNode {
+        let link = Link { parent: self.parent.clone(), name: (*self.name).into() };
+        NewNode {
+            kind: self.meta.kind,
+            inner: Inner {
+                meta: self.meta,
+                key: self.key,
+                origin: None,
+                place: Place::Lower { dir: self.dir.clone(), name: self.name.clone() },
+                links: vec![link],
+                extra_links: 0,
+                below: 0,
+                entry: false,
+                has_record: self.has_record,
+                has_acl: self.has_acl,
+                no_capability: self.no_capability,
+            },
+            upper: None,
+            state: DirState::default(),
+        }
+    }
+}
+
+/// What a FORGET leaves to be dropped.
+enum Gone {
+    Node(#[expect(dead_code, reason = "only held until it is dropped")] Arc<Node>),
+    Name(#[expect(dead_code, reason = "only held until it is dropped")] Entry),
 }
 
 /// Inode numbers that the disk does not tell: of objects whose own number is in use.
@@ -298,8 +354,44 @@ impl Table {
     }
 
     /// The node of this number.
-    pub(crate) fn get(&self, ino: u64) -> Option<Arc<Node>> {
-        self.shard(ino).lock().get(&ino)?.node.upgrade()
+    pub(crate) fn get(self: &Arc<Self>, ino: u64) -> Option<Arc<Node>> {
+        self.get_in(&mut self.shard(ino).lock(), ino)
+    }
+
+    /// The same, in a shard that is locked. The node may be the last reference by the time it is dropped,
+    /// and its Drop takes this shard, which must be let go first.
+    fn get_in(self: &Arc<Self>, shard: &mut HashMap<u64, Entry>, ino: u64) -> Option<Arc<Node>> {
+        let entry = shard.get_mut(&ino)?;
+        match &entry.what {
+            Known::Node { node, .. } => node.upgrade(),
+            Known::Name(named) => {
+                let node = self.node(ino, named.node());
+                // What this drops refers to nothing that the node does not.
+                entry.what = Known::Node { node: Arc::downgrade(&node), kernel: Some(node.clone()) };
+                Some(node)
+            }
+        }
+    }
+
+    fn node(self: &Arc<Self>, ino: u64, new: NewNode) -> Arc<Node> {
+        let dir = (new.kind == Kind::Dir).then(|| {
+            let upper = OnceLock::new();
+            if let Some(dir) = new.upper {
+                let _ = upper.set(dir);
+            }
+            Box::new(DirPart { upper, state: RwLock::new(new.state) })
+        });
+        Arc::new(Node {
+            ino,
+            kind: new.kind,
+            inner: Mutex::new(new.inner),
+            copying: Mutex::new(()),
+            names: Changes::default(),
+            file: FdSlot::default(),
+            dir,
+            far: OnceLock::new(),
+            table: Arc::downgrade(self),
+        })
     }
 
     /// The node of an object with the number `ino`, found or made. `same` tells whether
@@ -315,10 +407,7 @@ impl Table {
         let mut attempt = 0;
         loop {
             let mut shard = self.shard(number).lock();
-            // The upgraded node may be the last reference by the time it is dropped, and
-            // its Drop takes this shard: so the shard is let go first.
-            let existing = shard.get(&number).and_then(|entry| entry.node.upgrade());
-            if let Some(node) = existing {
+            if let Some(node) = self.get_in(&mut shard, number) {
                 drop(shard);
                 if same(&node) {
                     return node;
@@ -327,27 +416,35 @@ impl Table {
                 number = InodeNumbers::clashed(ino, attempt);
                 continue;
             }
-            let new = make();
-            let dir = (new.kind == Kind::Dir).then(|| {
-                let upper = OnceLock::new();
-                if let Some(dir) = new.upper {
-                    let _ = upper.set(dir);
-                }
-                Box::new(DirPart { upper, state: RwLock::new(new.state) })
-            });
-            let node = Arc::new(Node {
-                ino: number,
-                kind: new.kind,
-                inner: Mutex::new(new.inner),
-                copying: Mutex::new(()),
-                names: Changes::default(),
-                file: FdSlot::default(),
-                dir,
-                far: OnceLock::new(),
-                table: Arc::downgrade(self),
-            });
-            shard.insert(number, Entry { node: Arc::downgrade(&node), kernel: None, lookups: 0 });
+            let node = self.node(number, make());
+            let what = Known::Node { node: Arc::downgrade(&node), kernel: None };
+            shard.insert(number, Entry { what, lookups: 0 });
             return node;
+        }
+    }
+
+    /// The kernel is about to learn of a file of a layer that needs no node yet. False, and nothing is
+    /// done, if there is one, or its number stands for something else.
+    pub(crate) fn remember_name(
+        &self,
+        ino: u64,
+        parent: &Node,
+        name: &[u8],
+        make: impl FnOnce() -> Named,
+    ) -> bool {
+        match self.shard(ino).lock().entry(ino) {
+            hash_map::Entry::Vacant(vacant) => {
+                vacant.insert(Entry { what: Known::Name(Box::new(make())), lookups: 1 });
+                true
+            }
+            hash_map::Entry::Occupied(mut known) => {
+                let is = |named: &Named| named.parent.ino == parent.ino && *named.name == *name;
+                let same = matches!(&known.get().what, Known::Name(named) if is(named));
+                if same {
+                    known.get_mut().lookups += 1;
+                }
+                same
+            }
         }
     }
 
@@ -356,13 +453,12 @@ impl Table {
     pub(crate) fn remember(&self, node: &Arc<Node>) {
         let mut shard = self.shard(node.ino).lock();
         let entry = shard.entry(node.ino).or_insert_with(|| Entry {
-            node: Arc::downgrade(node),
-            kernel: None,
+            what: Known::Node { node: Arc::downgrade(node), kernel: None },
             lookups: 0,
         });
         entry.lookups += 1;
-        if entry.kernel.is_none() {
-            entry.kernel = Some(node.clone());
+        if let Known::Node { kernel, .. } = &mut entry.what {
+            kernel.get_or_insert_with(|| node.clone());
         }
     }
 
@@ -372,7 +468,11 @@ impl Table {
             let mut shard = self.shard(ino).lock();
             let Some(entry) = shard.get_mut(&ino) else { return };
             entry.lookups = entry.lookups.saturating_sub(count);
-            if entry.lookups == 0 { entry.kernel.take() } else { None }
+            match &mut entry.what {
+                _ if entry.lookups > 0 => None,
+                Known::Node { kernel, .. } => kernel.take().map(Gone::Node),
+                Known::Name(_) => shard.remove(&ino).map(Gone::Name),
+            }
         };
         // Dropped without the shard's lock: the node's Drop takes it.
         drop(gone);
@@ -381,7 +481,8 @@ impl Table {
     fn remove_dead(&self, ino: u64, key: Key) {
         let mut shard = self.shard(ino).lock();
         // The number may have been taken over by a node made since, of the same object or another.
-        if shard.get(&ino).is_some_and(|entry| entry.node.strong_count() == 0) {
+        let dead = |what: &Known| matches!(what, Known::Node { node, .. } if node.strong_count() == 0);
+        if shard.get(&ino).is_some_and(|entry| dead(&entry.what)) {
             shard.remove(&ino);
             self.aliases.release(key, ino);
         }

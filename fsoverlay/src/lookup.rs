@@ -9,8 +9,8 @@
 //! empty, so that fake root can work in it.
 
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, RwLockReadGuard};
 
 use crate::attr::{Attr, Key, Kind, Meta, Stat};
 use crate::engine::{Engine, gone_below};
@@ -18,7 +18,7 @@ use crate::errno::{Errno, Res};
 use crate::far::Far;
 use crate::generated::GenBody;
 use crate::hooks::AccessKind;
-use crate::inode::{DirState, Inner, Link, NewNode, Node, Parked, Place};
+use crate::inode::{DirState, Inner, Link, Named, NewNode, Node, Parked, Place};
 use crate::layer::{RealDir, UPPER, stat_at};
 use crate::live::Fresh;
 use crate::numbers::InodeNumbers;
@@ -507,40 +507,93 @@ impl Engine {
         Ok((node, attr))
     }
 
-    fn lookup_stat(&self, parent: &Arc<Node>, name: &[u8]) -> Res<(Arc<Node>, Option<Stat>)> {
-        let ((node, stat), below) = {
-            let state = parent.dir()?.state.read();
-            if let Some(listing) = state.listing.as_ref().filter(|l| !l.partial && self.live.is_none())
-                && !listing.contains(&self.hasher, name)
-            {
-                return Err(Errno::NOENT);
-            }
-            let found = self.resolve(parent, &state, name)?.ok_or(Errno::NOENT)?;
-            let below = matches!(found.place, Place::Lower { .. } | Place::Generated(_) | Place::Parked(_));
-            if self.hooks.trace.is_some() {
-                self.trace_found(&found);
-            }
-            let fresh = self.live.map(|_| Fresh {
-                meta: found.meta,
-                key: found.key,
-                place: found.place.clone(),
-                lowers: found.state.lowers.clone(),
-                in_upper: found.upper.is_some(),
-            });
-            let known = self.intern(parent, name, found);
-            if let Some(fresh) = fresh {
-                self.renew(&known.0, fresh);
-            }
-            (known, below)
+    /// The attributes of what `name` stands for, of which the kernel is about to learn; with its node,
+    /// unless it is nothing but a name so far. Must be followed by a reply, or by [`Table::forget`].
+    ///
+    /// [`Table::forget`]: crate::inode::Table::forget
+    pub(crate) fn lookup_known(&self, parent: &Arc<Node>, name: &[u8]) -> Res<(Option<Arc<Node>>, Attr)> {
+        let state = parent.dir()?.state.read();
+        let found = self.find(parent, &state, name)?;
+        if let Some(stat) = self.remember_name(parent, name, &found) {
+            return Ok((None, self.report_as(found.ino, found.meta, stat, 0)));
+        }
+        let (node, stat) = self.settle(parent, state, name, found);
+        self.table.remember(&node);
+        let attr = stat.map_or_else(|| self.attr(&node), |stat| Ok(self.report(&node, stat)));
+        let attr = attr.inspect_err(|_| self.table.forget(node.ino, 1))?;
+        Ok((Some(node), attr))
+    }
+
+    /// Gives the stat of what was found if the kernel can learn of it without a node: it has one name, in a
+    /// layer, and there is nothing to keep about it.
+    fn remember_name(&self, parent: &Arc<Node>, name: &[u8], found: &Found) -> Option<Stat> {
+        let stat = found.stat.filter(|stat| stat.nlink == 1 && self.live.is_none())?;
+        let Place::Lower { dir, name: lower_name } = &found.place else { return None };
+        if found.meta.kind == Kind::Dir || dir.far.is_some() || dir.far_at(lower_name).is_some() {
+            return None;
+        }
+        let named = || Named {
+            parent: parent.clone(),
+            dir: dir.clone(),
+            name: lower_name.clone(),
+            meta: found.meta,
+            key: found.key,
+            has_record: found.marks.record.is_some(),
+            has_acl: found.marks.acl,
+            no_capability: found.marks.was_read && !found.marks.capability,
         };
+        (**lower_name == *name && self.table.remember_name(found.ino, parent, name, named)).then_some(stat)
+    }
+
+    /// What a name in a directory stands for. The caller holds (at least) its read lock.
+    fn find(&self, parent: &Node, state: &DirState, name: &[u8]) -> Res<Found> {
+        if let Some(listing) = state.listing.as_ref().filter(|l| !l.partial && self.live.is_none())
+            && !listing.contains(&self.hasher, name)
+        {
+            return Err(Errno::NOENT);
+        }
+        let found = self.resolve(parent, state, name)?.ok_or(Errno::NOENT)?;
+        if self.hooks.trace.is_some() {
+            self.trace_found(&found);
+        }
+        Ok(found)
+    }
+
+    fn lookup_stat(&self, parent: &Arc<Node>, name: &[u8]) -> Res<(Arc<Node>, Option<Stat>)> {
+        let state = parent.dir()?.state.read();
+        let found = self.find(parent, &state, name)?;
+        Ok(self.settle(parent, state, name, found))
+    }
+
+    /// The node of what was found, with its stat if that still says everything.
+    fn settle(
+        &self,
+        parent: &Arc<Node>,
+        state: RwLockReadGuard<'_, DirState>,
+        name: &[u8],
+        found: Found,
+    ) -> (Arc<Node>, Option<Stat>) {
+        let below = matches!(found.place, Place::Lower { .. } | Place::Generated(_) | Place::Parked(_));
+        let fresh = self.live.map(|_| Fresh {
+            meta: found.meta,
+            key: found.key,
+            place: found.place.clone(),
+            lowers: found.state.lowers.clone(),
+            in_upper: found.upper.is_some(),
+        });
+        let (node, stat) = self.intern(parent, name, found);
+        if let Some(fresh) = fresh {
+            self.renew(&node, fresh);
+        }
+        drop(state);
         if below && node.kind != Kind::Dir && node.is_upper() {
             // A further name of a file that was copied up under another one.
             if let Err(err) = self.materialise(&node, parent, name) {
                 tracing::debug!(?err, "a hard link is not in the upper yet");
             }
-            return Ok((node, None));
+            return (node, None);
         }
-        Ok((node, stat))
+        (node, stat)
     }
 
     /// Of a directory the topmost layer counts, as for its attributes.
