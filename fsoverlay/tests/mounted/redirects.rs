@@ -17,6 +17,7 @@ pub(crate) const CASES: &[Case] = &[
     Case { name: "what_is_in_a_renamed_directory_stays_itself", outside: with_tree, inside: stay },
     Case { name: "renamed_directories_as_layers", outside: as_layers, inside: look_through_layers },
     Case { name: "paths_too_long_to_note_are_copied", outside: too_long, inside: rename_deep },
+    Case { name: "long_and_strange_names_outlive_remounts", outside: strange, inside: use_strange_names },
     Case { name: "hostile_redirects_lead_nowhere", outside: hostile, inside: look_at_hostile },
     Case { name: "renamed_directories_are_listed", outside: listed, inside: rename_for_list },
     Case { name: "exported_uppers_are_the_kernels", outside: exported, inside: rename_for_export },
@@ -310,6 +311,75 @@ fn rename_deep(args: &[String]) -> Check {
     let file = rustix::fs::openat(&up, "file", rustix::fs::OFlags::RDONLY, Mode::empty())?;
     same!(rustix::io::read(&file, &mut text)?, 4);
     same!(&text, b"deep");
+    Ok(())
+}
+
+/// As long as a name can be.
+fn name(letter: &str) -> String {
+    letter.repeat(255)
+}
+
+/// What other formats take for marks; here they are names as any.
+const MARKS: [&str; 4] = [".wh.gone", ".wh..wh..opq", ".wh.", "#1"];
+
+fn strange(world: &mut World) -> Check {
+    let dir = world.lower().join(name("d"));
+    fs::create_dir_all(dir.join(name("s")))?;
+    for file in ["f", "g", "h"] {
+        fs::write(dir.join(name(file)), file)?;
+    }
+    fs::write(dir.join(name("s")).join(name("x")), "x")?;
+    fs::write(world.lower().join("gone"), "there")?;
+    fs::write(world.lower().join(MARKS[0]), "lower")?;
+    for step in ["change", "look", "again", "last"] {
+        world.mount().arg(step).run()?;
+        no_leftovers(world)?;
+    }
+    Ok(())
+}
+
+fn use_strange_names(args: &[String]) -> Check {
+    let (dir, moved) = (name("d"), name("m"));
+    match args.first().map(String::as_str) {
+        Some("change") => {
+            same!(fs::read_to_string(MARKS[0])?, "lower");
+            fs::write(format!("{dir}/{}", name("f")), "changed")?;
+            fs::remove_file(format!("{dir}/{}", name("g")))?;
+            fs::rename(format!("{dir}/{}", name("s")), &moved)?;
+            fs::rename(&dir, format!("{moved}/{dir}"))?;
+            for mark in MARKS {
+                fs::write(mark, "mine")?;
+                fs::write(format!("{moved}/{mark}"), "mine, too")?;
+            }
+        }
+        Some("look") => {
+            errno!(fs::metadata(&dir), NOENT);
+            same!(fs::read_to_string(format!("{moved}/{}", name("x")))?, "x");
+            same!(fs::read_to_string(format!("{moved}/{dir}/{}", name("f")))?, "changed");
+            same!(fs::read_to_string(format!("{moved}/{dir}/{}", name("h")))?, "h");
+            errno!(fs::metadata(format!("{moved}/{dir}/{}", name("g"))), NOENT);
+            errno!(fs::metadata(format!("{moved}/{dir}/{}", name("s"))), NOENT);
+            for mark in MARKS {
+                same!(fs::read_to_string(mark)?, "mine");
+                same!(fs::read_to_string(format!("{moved}/{mark}"))?, "mine, too");
+            }
+            same!(fs::read_to_string("gone")?, "there");
+            same!(fs::read_dir(&moved)?.count(), 2 + MARKS.len());
+        }
+        Some("again") => {
+            renameat(&format!("{moved}/{dir}"), MARKS[0], RenameFlags::EXCHANGE)?;
+            fs::remove_file(MARKS[1])?;
+            fs::rename(&moved, name("n"))?;
+        }
+        _ => {
+            same!(fs::read_to_string(format!("{}/{}", MARKS[0], name("h")))?, "h");
+            same!(fs::read_to_string(format!("{}/{dir}", name("n")))?, "mine");
+            errno!(fs::metadata(MARKS[1]), NOENT);
+            errno!(fs::metadata(&moved), NOENT);
+            fs::remove_dir_all(name("n"))?;
+            fs::remove_dir_all(MARKS[0])?;
+        }
+    }
     Ok(())
 }
 
