@@ -14,9 +14,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::fs::{AtFlags, Mode, OFlags};
 
 use crate::Error;
+use crate::attr::Kind;
 use crate::config::UpperSpec;
 use crate::engine::{Upper, open_error};
 use crate::errno::{Errno, Res, missing_ok};
+use crate::layer::stat_at;
 
 /// The way to the mark, in the work directory.
 const MARK: [&str; 3] = ["work", "incompat", "volatile"];
@@ -67,7 +69,14 @@ impl Upper {
                     Err(err) => return Err(err),
                 }
             }
-            at = open_dir(&at, name)?;
+            at = match open_dir(&at, name) {
+                // The kernel's overlayfs takes all rights from its directory, which root needs none of.
+                Err(Errno::ACCESS) if stat_at(at.as_fd(), name.as_bytes())?.kind() == Some(Kind::Dir) => {
+                    rustix::fs::chmodat(&at, name, Mode::from_raw_mode(0o700), AtFlags::empty())?;
+                    open_dir(&at, name)?
+                }
+                other => other?,
+            };
         }
         Ok(at)
     }
