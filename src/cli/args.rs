@@ -281,8 +281,12 @@ pub(super) struct OverlayArgs {
     /// Serve with one thread
     #[arg(short = 's')]
     pub(super) single: bool,
+    /// Mount nothing: make the upper one that the kernel's overlayfs shows the same, by copying what redirects
+    /// lead to. Nobody may have it mounted meanwhile
+    #[arg(long, conflicts_with_all = ["foreground", "single", "mountpoint"])]
+    pub(super) export: bool,
     /// Where to mount; what stands before it is shown as the source
-    #[arg(required = true, num_args = 1..=2, value_name = "[SOURCE] MOUNTPOINT")]
+    #[arg(required_unless_present = "export", num_args = 1..=2, value_name = "[SOURCE] MOUNTPOINT")]
     pub(super) mountpoint: Vec<OsString>,
 }
 

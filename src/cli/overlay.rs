@@ -78,6 +78,9 @@ pub(super) fn overlay(args: &OverlayArgs, program: &str) -> Result<u8, Failure> 
     if args.single {
         spec.threads = Some(1);
     }
+    if args.export {
+        return export(&spec, program);
+    }
     let (source, mountpoint) = match args.mountpoint.as_slice() {
         // As mount.fuse3(8) calls it.
         [source, mountpoint] => (Some(source), mountpoint),
@@ -94,7 +97,7 @@ pub(super) fn overlay(args: &OverlayArgs, program: &str) -> Result<u8, Failure> 
     // Before any thread exists: they are waited for, by one thread.
     let signals = SigSet::from_iter([Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM]);
     let opened =
-        Overlay::open(&overlay_spec(&spec, &mountpoint, program)?).map_err(|error| failed(&error))?;
+        Overlay::open(&overlay_spec(&spec, Some(&mountpoint), program)?).map_err(|error| failed(&error))?;
     if args.foreground || args.debug || spec.debug {
         return serve(opened, &mountpoint, &mount, signals, None);
     }
@@ -121,6 +124,19 @@ pub(super) fn overlay(args: &OverlayArgs, program: &str) -> Result<u8, Failure> 
             }
         }
     }
+}
+
+/// `--export`: see [`fsoverlay::export`].
+fn export(spec: &OverlayMountSpec, program: &str) -> Result<u8, Failure> {
+    if spec.upper.is_none() || spec.read_only {
+        return Err(Failure::text("--export changes an upper: give -o lowerdir=…,upperdir=…,workdir=…")
+            .code(super::WRONG_USAGE));
+    }
+    // Copies have the modes of what they are copies of.
+    nix::sys::stat::umask(nix::sys::stat::Mode::empty());
+    let count = fsoverlay::export(&overlay_spec(spec, None, program)?).map_err(|error| failed(&error))?;
+    output::print(&format!("directories that had been renamed and are copies now: {count}\n"));
+    Ok(0)
 }
 
 /// The serving process, until the mount is gone.
@@ -169,7 +185,11 @@ fn go_to_background(mut tell: std::io::PipeWriter) -> std::io::Result<()> {
     tell.write_all(b"r").or(Ok(()))
 }
 
-fn overlay_spec(spec: &OverlayMountSpec, mountpoint: &Path, program: &str) -> Result<OverlaySpec, Failure> {
+fn overlay_spec(
+    spec: &OverlayMountSpec,
+    mountpoint: Option<&Path>,
+    program: &str,
+) -> Result<OverlaySpec, Failure> {
     if spec.permissions == Permissions::Privileged
         && !(is_initial_namespace() && nix::unistd::geteuid().is_root())
     {
@@ -198,7 +218,7 @@ fn overlay_spec(spec: &OverlayMountSpec, mountpoint: &Path, program: &str) -> Re
         }
     }
     let ours: Vec<&Path> =
-        upper.iter().flat_map(|upper| [&*upper.dir, &*upper.work]).chain([mountpoint]).collect();
+        upper.iter().flat_map(|upper| [&*upper.dir, &*upper.work]).chain(mountpoint).collect();
     let oci_whiteouts = spec.oci_whiteouts.unwrap_or(program == FUSE_OVERLAYFS);
     if let Some(UpperSpec { dir, .. }) = upper.as_ref().filter(|_| oci_whiteouts && !spec.read_only) {
         fsoverlay::convert_upper(dir).map_err(|error| failed(&error))?;

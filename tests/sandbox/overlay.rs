@@ -52,6 +52,35 @@ umount m; ls m";
 }
 
 #[test]
+fn an_exported_upper_is_the_same_in_the_kernels_overlay() {
+    let home = Home::new();
+    prepared(&home);
+    home.file("work/b/old/deep/file", "content");
+    let script = "
+set -e
+$R overlay -o $O m; mv m/old m/new; echo more >m/new/more; umount m; mkdir k
+kernel() { mount -t overlay o -o userxattr,$O k 2>/dev/null || { echo skip; exit; }; ls -R k/new 2>&1 | wc -l; umount k; }
+before=$(kernel); test \"$before\" != skip || { echo skip; exit; }
+$R overlay --export -o $O
+after=$(kernel); test \"$before\" != \"$after\"; echo $after
+mount -t overlay o -o userxattr,$O k; cat k/new/deep/file k/new/more; test ! -e k/old; umount k
+$R overlay -o $O m; cat m/new/deep/file m/new/more; umount m
+$R overlay --export -o $O";
+    let out = inside(&home, script).run().ok();
+    if out.text() == "skip" {
+        skip!("the kernel's overlayfs cannot be mounted here");
+    }
+    let copied = "directories that had been renamed and are copies now:";
+    out.prints(&format!("{copied} 1\n6\ncontentmore\ncontentmore\n{copied} 0"));
+    for wrong in
+        ["--export -o lowerdir=a", "--export -o $O m", "--export -o lowerdir=a,upperdir=nowhere,workdir=w"]
+    {
+        let out = inside(&home, &format!("$R overlay {wrong}; echo $?")).run().ok();
+        assert_ne!(out.text(), "0", "{wrong}");
+    }
+}
+
+#[test]
 fn it_answers_to_the_name_fuse_overlayfs() {
     let home = Home::new();
     prepared(&home);
