@@ -147,7 +147,8 @@ impl Trouble {
             ),
             Self::NamespaceLimit => (
                 "not about disk space: a limit on namespaces is reached or 0",
-                "`sysctl -a | grep 'user.max_.*_namespaces'` shows them; raise it with `sudo sysctl -w user.max_…_namespaces=10000`"
+                "`sysctl -a | grep 'user.max_.*_namespaces'` shows them; in bash, \
+                 `sudo sysctl -w user.max_{user,pid,mnt,uts,ipc,net,cgroup,time}_namespaces=65536` sets them all"
                     .into(),
             ),
             Self::UsernsDepth => ("the kernel nests user namespaces 32 deep", "start it in an outer sandbox".into()),
