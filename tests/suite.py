@@ -25,6 +25,9 @@ RESULT = re.compile(
 def main():
     label, limit, tally, separator, *command = sys.argv[1:]
     assert separator == "--", __doc__
+    # A background job or nohup(1) above us ignores some, and what is ignored is inherited by the tests.
+    for ignored in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_DFL)
     names = list_tests(command)
     skips_file = os.environ.get("ROOTLET_TEST_SKIPS")
     started = time.monotonic()
