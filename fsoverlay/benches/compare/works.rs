@@ -34,6 +34,7 @@ pub(crate) const WORKS: &[Work] = &[
     Work { layered: true, ..work("readdir", "flat", readdir) },
     Work { layered: true, ..work("missing", "files", missing) },
     Work { layered: true, ..work("small", "files", small) },
+    work("threads", "files", threads),
     work("read", "big", read),
     Work { writes: true, ..work("write", "big", write) },
     Work { writes: true, ..work("create", "empty", create) },
@@ -119,6 +120,27 @@ fn small(at: &Path) -> Vec<(&'static str, Duration)> {
             }
         }
     })
+}
+
+/// As many small files read by one thread as, after it, others by four together.
+fn threads(at: &Path) -> Vec<(&'static str, Duration)> {
+    let dirs = dirs(at);
+    let read_all = |dirs: &[PathBuf], files: std::ops::Range<usize>| {
+        for dir in dirs {
+            for file in files.clone() {
+                std::fs::read(dir.join(format!("file-{file:03}.txt"))).unwrap();
+            }
+        }
+    };
+    let one = timed(|| read_all(&dirs, 20..30));
+    let four = timed(|| {
+        std::thread::scope(|scope| {
+            for part in dirs.chunks(dirs.len().div_ceil(4)) {
+                scope.spawn(|| read_all(part, 30..40));
+            }
+        });
+    });
+    vec![("one reader", one), ("four readers", four)]
 }
 
 /// Numbers that look random and are the same for all.
