@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::IdExtent;
+use super::validate::wrong_extent;
 
 /// An overlay to be mounted.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -176,6 +177,8 @@ fn one(spec: &mut OverlayMountSpec, option: &[u8]) -> Result<(), OverlayOptionEr
         path.map(|path| OsString::from_vec(path).into()).ok_or_else(|| wrong("a directory is wanted"))
     };
     let number = || text().parse::<u32>().map_err(|_| wrong("a number is wanted"));
+    // The largest number says "no id" to the kernel.
+    let id = || text().parse().ok().filter(|&id| id < u32::MAX).ok_or_else(|| wrong("an id is wanted"));
     let refused = |reason| {
         let option = String::from_utf8_lossy(option).into_owned();
         Err(OverlayOptionError::Refused { option, reason })
@@ -192,7 +195,10 @@ fn one(spec: &mut OverlayMountSpec, option: &[u8]) -> Result<(), OverlayOptionEr
         "upperdir" => spec.upper = Some(path()?),
         "workdir" => spec.work = Some(path()?),
         "fsname" => spec.source = Some(OsString::from_vec(unescaped(value.unwrap_or_default()))),
-        "subtype" => spec.subtype = Some(text()),
+        "subtype" => match text() {
+            name if name.is_empty() => return Err(wrong("a name is wanted")),
+            name => spec.subtype = Some(name),
+        },
         "context" | "fscontext" | "defcontext" | "rootcontext" => {
             if value.is_none_or(<[u8]>::is_empty) {
                 return Err(wrong("an SELinux context is wanted"));
@@ -229,10 +235,13 @@ fn one(spec: &mut OverlayMountSpec, option: &[u8]) -> Result<(), OverlayOptionEr
                 _ => return Err(wrong("0 (none), 1 (security.*) or 2 (user.*) is wanted")),
             };
         }
-        "squash_to_uid" => spec.squash_uid = Some(number()?),
-        "squash_to_gid" => spec.squash_gid = Some(number()?),
+        "squash_to_uid" => spec.squash_uid = Some(id()?),
+        "squash_to_gid" => spec.squash_gid = Some(id()?),
         "uidmapping" | "gidmapping" => {
             let extents = mapping(&text()).ok_or_else(|| wrong("ID:MAPPED-ID:COUNT is wanted, repeated"))?;
+            if let Some((_, reason)) = wrong_extent(&extents) {
+                return Err(wrong(reason));
+            }
             *(if name == "uidmapping" { &mut spec.uids } else { &mut spec.gids }) = extents;
         }
         // fuse-overlayfs takes it for `fsync`; for mount(8) it is something else, and has no value.
@@ -445,7 +454,18 @@ mod tests {
             read("lowerdir=/l,gidmapping=:0:100:10").map(|spec| spec.gids),
             Ok(vec![extent(0, 100, 10)])
         );
-        for text in ["uidmapping=0:1", "uidmapping=", "uidmapping", "gidmapping=a:b:c", "squash_to_uid=-1"] {
+        for text in [
+            "uidmapping=0:1",
+            "uidmapping=",
+            "uidmapping",
+            "gidmapping=a:b:c",
+            "squash_to_uid=-1",
+            "squash_to_gid=4294967295",
+            "uidmapping=0:0:0",
+            "uidmapping=0:0:5:2:7:5",
+            "gidmapping=4294967290:0:10",
+            "subtype=",
+        ] {
             assert!(refusal(text).starts_with("wrong value"), "{text}");
         }
     }

@@ -325,27 +325,35 @@ fn check_extents(field: &'static str, extents: Option<&[IdExtent]>) -> Result<()
             format!("there may be at most {EXTENTS_MAX}"),
         ));
     }
-    for (at, extent) in extents.iter().enumerate() {
+    if let Some((extent, reason)) = wrong_extent(extents) {
         let text = format!("{}:{}:{}", extent.inside, extent.outside, extent.count);
-        if extent.count == 0 {
-            return Err(invalid(field, text, "the count is 0"));
-        }
-        let end = |first: u32| first.checked_add(extent.count);
-        if end(extent.inside).is_none() || end(extent.outside).is_none() {
-            return Err(invalid(field, text, "it goes beyond the largest id, 4294967294"));
-        }
-        let overlap = |a: u32, an: u32, b: u32, bn: u32| {
-            u64::from(a) < u64::from(b) + u64::from(bn) && u64::from(b) < u64::from(a) + u64::from(an)
-        };
-        for other in &extents[..at] {
-            if overlap(extent.inside, extent.count, other.inside, other.count)
-                || overlap(extent.outside, extent.count, other.outside, other.count)
-            {
-                return Err(invalid(field, text, "it overlaps another extent"));
-            }
-        }
+        return Err(invalid(field, text, reason));
     }
     Ok(())
+}
+
+/// The first extent that maps nothing, ends beyond the ids, or maps what another maps, and which it is.
+pub(super) fn wrong_extent(extents: &[IdExtent]) -> Option<(&IdExtent, &'static str)> {
+    let overlap = |a: u32, an: u32, b: u32, bn: u32| {
+        u64::from(a) < u64::from(b) + u64::from(bn) && u64::from(b) < u64::from(a) + u64::from(an)
+    };
+    extents.iter().enumerate().find_map(|(at, extent)| {
+        let end = |first: u32| first.checked_add(extent.count);
+        let overlaps = |other: &IdExtent| {
+            overlap(extent.inside, extent.count, other.inside, other.count)
+                || overlap(extent.outside, extent.count, other.outside, other.count)
+        };
+        let reason = if extent.count == 0 {
+            "the count is 0"
+        } else if end(extent.inside).is_none() || end(extent.outside).is_none() {
+            "it goes beyond the largest id, 4294967294"
+        } else if extents[..at].iter().any(overlaps) {
+            "it overlaps another extent"
+        } else {
+            return None;
+        };
+        Some((extent, reason))
+    })
 }
 
 fn check_time(time: &TimeSpec) -> Result<(), SpecError> {
