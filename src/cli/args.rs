@@ -253,12 +253,17 @@ pub(super) struct DoctorArgs {
 }
 
 const OVERLAY_HELP: &str = "\
-Options (-o), separated by commas; all of fuse-overlayfs's and of mount(8)'s are known:
-  lowerdir=DIR[:DIR...]   layers, the topmost first, never changed (`\\:` for a colon in a name)
-  upperdir=DIR            where changes go; without it the mount is read-only
-  workdir=DIR             an empty directory on the same file system
-  ro, nosuid, nodev, ...  as mount(8) has them
+Options (-o), separated by commas, as fuse-overlayfs and mount(8) have them:
+  lowerdir=DIR[:DIR...]     layers, the topmost first, never changed (`\\:` and `\\,` in names)
+  upperdir=DIR              where changes go; without it the mount is read-only
+  workdir=DIR               an empty directory on the same file system
+  ro, nosuid, noexec, sync, allow_other, fsname=NAME, subtype=NAME
+  timeout=SECONDS           others change the layers, and that shows after this time
+  volatile                  sync nothing
   threaded=0, max_threads=N
+  xattr_permissions=0|1|2   owners on the files, in security.* or in user.* attributes
+  uidmapping=ID:SHOWN:COUNT[:...], gidmapping=..., squash_to_root, squash_to_uid=ID, squash_to_gid=ID
+  noacl, static_nlink, oci_whiteouts[=0], redirect_dir=on|off
 
 Exit status: 0 once the mount can be used (with -f: when it is gone), 1 failed, 2 wrong usage.
 

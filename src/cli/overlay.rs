@@ -21,7 +21,7 @@ use crate::error::errno_of;
 use crate::log;
 use crate::spec::IdExtent;
 use crate::spec::overlay::{OverlayMountSpec, Permissions, parse};
-use crate::sys::process::{close_all_but, exit_now, fork};
+use crate::sys::process::{close_all_but, exit_now, fork, is_ignored};
 
 /// The other name of this command.
 const FUSE_OVERLAYFS: &str = "fuse-overlayfs";
@@ -94,8 +94,10 @@ pub(super) fn overlay(args: &OverlayArgs, program: &str) -> Result<u8, Failure> 
     raise_descriptors();
     // Modes are set as asked for; the requester's umask has been applied to them.
     nix::sys::stat::umask(nix::sys::stat::Mode::empty());
-    // Before any thread exists: they are waited for, by one thread.
-    let signals = SigSet::from_iter([Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM]);
+    // One thread waits for them. What the caller has ignored (nohup(1), a script's `&`) stays ignored:
+    // blocked, it would arrive all the same.
+    let signals = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM];
+    let signals = signals.into_iter().filter(|&signal| !is_ignored(signal)).collect();
     let opened =
         Overlay::open(&overlay_spec(&spec, Some(&mountpoint), program)?).map_err(|error| failed(&error))?;
     if args.foreground || args.debug || spec.debug {
@@ -181,8 +183,8 @@ fn go_to_background(mut tell: std::io::PipeWriter) -> std::io::Result<()> {
     rustix::stdio::dup2_stdin(null.as_fd())?;
     rustix::stdio::dup2_stdout(null.as_fd())?;
     rustix::stdio::dup2_stderr(null.as_fd())?;
-    // If the caller is gone there is nobody to tell.
-    tell.write_all(b"r").or(Ok(()))
+    // If the caller is gone (interrupted, killed), nobody knows of the mount: it fails, and is undone.
+    tell.write_all(b"r")
 }
 
 fn overlay_spec(
@@ -211,9 +213,11 @@ fn overlay_spec(
         // Half-made objects would show, or what is in the work directory as part of the tree.
         apart(("work directory", work), ("upper directory", dir))?;
         for lower in &lowers {
-            // A layer must not change.
-            if lower.starts_with(dir) {
-                return Err(nested(("layer", lower), ("upper directory", dir)));
+            // A layer must not change, and what a killed server left in the work directory is removed.
+            for (role, ours) in [("upper directory", dir), ("work directory", work)] {
+                if lower.starts_with(ours) {
+                    return Err(nested(("layer", lower), (role, ours)));
+                }
             }
         }
     }
@@ -317,7 +321,10 @@ fn directory(role: &str, path: &Path) -> Result<PathBuf, Failure> {
         Ok(_) => Err(failure().cause("it is not a directory")),
         Err(error) => {
             let cause = errno_of(&error).map_or_else(|| error.to_string(), crate::error::errno_text);
-            Err(failure().cause(cause))
+            let hint = (errno_of(&error) == Some(nix::errno::Errno::ENOTCONN)).then_some(
+                "what is mounted there is not served any more: `umount` it, or `fusermount3 -u` it",
+            );
+            Err(failure().cause(cause).hint(hint))
         }
     }
 }
@@ -346,6 +353,9 @@ fn failed(error: &fsoverlay::Error) -> Failure {
         fsoverlay::Error::Mount { .. } if errno_of(error) == Some(nix::errno::Errno::EPERM) => Some(
             "mounting needs a mount namespace of the caller's user namespace: `unshare -rm`, `podman unshare`",
         ),
+        fsoverlay::Error::Open { path, .. } if path == Path::new("/dev/fuse") => {
+            Some("`rootlet doctor` tells how to get it")
+        }
         _ => None,
     };
     Failure::new(error).hint(hint)

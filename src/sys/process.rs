@@ -131,6 +131,15 @@ pub(crate) fn default_signal(signal: nix::sys::signal::Signal) -> Result<(), Err
     unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigDfl) }.map(drop)
 }
 
+/// Whether this process ignores a signal (sigaction(2)), as one that nohup(1) starts does SIGHUP.
+pub(crate) fn is_ignored(signal: nix::sys::signal::Signal) -> bool {
+    // SAFETY: sigaction is plain data, for which zero is valid.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: without a new action the call only stores the old one in `action`, which outlives it.
+    let done = unsafe { libc::sigaction(signal as libc::c_int, std::ptr::null(), &raw mut action) };
+    done == 0 && action.sa_sigaction == libc::SIG_IGN
+}
+
 /// execveat(2) of an open file.
 ///
 /// # Errors

@@ -1,7 +1,7 @@
 //! `rootlet overlay`, and the same program by the name `fuse-overlayfs`, mounting in namespaces of
 //! their own as Podman has it.
 
-use crate::common::{Cmd, Home, has_subids, is_root, rootlet_binary, skip};
+use crate::common::{Cmd, Home, has_subids, is_root, need, rootlet_binary, skip};
 
 /// Directories `a` over `b`, an upper, a work directory and a mount point.
 fn prepared(home: &Home) {
@@ -118,6 +118,7 @@ fn what_cannot_be_mounted_is_refused_before_anything_is_mounted() {
     let home = Home::new();
     prepared(&home);
     home.file("work/file", "");
+    home.file("work/w/work/f", "of a layer");
     home.dir("work/u/inner");
     let cases = [
         ("lowerdir=a:none", "cannot use the layer none"),
@@ -126,6 +127,8 @@ fn what_cannot_be_mounted_is_refused_before_anything_is_mounted() {
         ("lowerdir=a,upperdir=u", "upperdir needs workdir"),
         ("lowerdir=a,upperdir=u,workdir=u/inner", "the work directory is inside the upper directory"),
         ("lowerdir=u/inner,upperdir=u,workdir=w", "the layer is inside the upper directory"),
+        ("lowerdir=w/work,upperdir=u,workdir=w", "the layer is inside the work directory"),
+        ("lowerdir=a,upperdir=u,workdir=a", "the layer is inside the work directory"),
         ("lowerdir=a,frobnicate=1", "unknown option frobnicate"),
         ("lowerdir=a,plugins=x", "the option plugins=x is not supported"),
         ("upperdir=u,ro=7,workdir=w", "it takes no value"),
@@ -138,6 +141,60 @@ fn what_cannot_be_mounted_is_refused_before_anything_is_mounted() {
     let out =
         inside(&home, "$R overlay -o lowerdir=a none; echo $?; $R overlay -o lowerdir=a,q m; echo $?").run();
     assert!(out.text() == "1\n2" && out.errors().contains("cannot use the mount point none"), "{out}");
+    assert!(home.path("work/w/work/f").exists());
+}
+
+#[test]
+fn a_signal_that_the_caller_ignores_is_ignored() {
+    let home = Home::new();
+    prepared(&home);
+    // What is waited for is blocked: SIGTERM, but neither this one nor SIGINT, which sh ignores for `&`.
+    // While a thread is made, all are.
+    let script = "
+trap '' HUP
+$R overlay -f -o $O m & server=$!
+until grep -q \" $PWD/m \" /proc/mounts; do kill -0 $server || exit 3; done
+cat m/both; echo
+until grep SigBlk /proc/$server/status | grep -v ffff; do kill -0 $server || exit 4; done
+kill -HUP $server; kill -TERM $server; wait $server; echo $?";
+    inside(&home, script).run().ok().prints("a\nSigBlk:\t0000000000004000\n0");
+}
+
+#[test]
+fn nothing_is_mounted_for_a_caller_who_is_gone() {
+    need!("strace");
+    let home = Home::new();
+    prepared(&home);
+    // The process in the background stops at its first step, and goes on when the caller is dead.
+    let script = "
+strace -f -qq -e trace=setsid -e inject=setsid:signal=STOP -o log $R overlay -o $O m & strace=$!
+until grep -q 'stopped by SIGSTOP' log 2>/dev/null; do kill -0 $strace || exit 3; done
+server=$(awk '/stopped by SIGSTOP/ { print $1 }' log)
+caller=$(sed -n 's/^PPid:[[:space:]]*//p' /proc/$server/status)
+kill -KILL $caller
+until [ ! -e /proc/$caller ]; do kill -0 $strace || exit 4; done
+kill -CONT $server
+wait $strace; grep -c \" $PWD/m \" /proc/mounts";
+    let out = inside(&home, script).run();
+    assert_eq!(out.text(), "0", "{out}");
+}
+
+#[test]
+fn errors_say_what_can_be_done() {
+    let home = Home::new();
+    prepared(&home);
+    let dead = "
+$R overlay -f -o lowerdir=a m & server=$!
+until grep -q \" $PWD/m \" /proc/mounts; do kill -0 $server || exit 3; done
+kill -KILL $server; wait $server
+$R overlay -o lowerdir=a m; umount m";
+    let out = inside(&home, dead).run();
+    assert!(out.errors().contains("ENOTCONN") && out.errors().contains("`umount` it"), "{out}");
+    let out = inside(&home, "mount -t tmpfs none /dev; $R overlay -o lowerdir=a m").run();
+    assert!(
+        out.errors().contains("cannot open /dev/fuse") && out.errors().contains("rootlet doctor"),
+        "{out}"
+    );
 }
 
 #[test]
