@@ -1,5 +1,5 @@
-//! What an upper goes through when a server takes it: left-overs go, and it is seen whether its content
-//! can be relied on.
+//! What an upper goes through when a server takes it: left-overs go, unless they are another server's, and
+//! it is seen whether its content can be relied on.
 //!
 //! An upper that is served *volatile* is never synced. Until the machine stops that makes no difference:
 //! what was written is in the memory of the kernel, whoever wrote it. After a power failure any part of
@@ -11,7 +11,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 
 use crate::Error;
 use crate::attr::Kind;
@@ -39,9 +39,17 @@ impl Upper {
     /// Makes the upper this server's own.
     pub(crate) fn claim(&self, spec: &UpperSpec) -> Result<(), Error> {
         let failed = |err| open_error(&spec.work, err);
-        if let Err(err) = self.remove_leftovers() {
-            // They take room, and nothing looks at them.
-            tracing::debug!(?err, "the work directory cannot be cleaned");
+        if self.lock().map_err(|err| open_error(&spec.dir, err))? {
+            if let Err(err) = self.remove_leftovers() {
+                // They take room, and nothing looks at them.
+                tracing::debug!(?err, "the work directory cannot be cleaned");
+            }
+        } else {
+            // As with the kernel's overlayfs. One that is about to end must not keep the next from starting.
+            tracing::warn!(
+                upper = %spec.dir.display(),
+                "another server has this upper: what it shows and keeps if both change it is not defined"
+            );
         }
         let mark = missing_ok(self.mark(false)).map_err(failed)?;
         if let Some(mark) = &mark {
@@ -56,6 +64,21 @@ impl Upper {
             (true, None) => self.write_mark().map_err(failed),
             (false, Some(mark)) => self.remove_mark(&mark).map_err(failed),
             _ => Ok(()),
+        }
+    }
+
+    /// Takes the upper's lock, for as long as it is open; false if another server has it.
+    fn lock(&self) -> Res<bool> {
+        let root = self.root.slot.get(false).ok_or(Errno::STALE)?;
+        let fd = open_dir(&root, ".")?;
+        match rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {
+                let _ = self.locked.set(fd);
+                Ok(true)
+            }
+            Err(Errno::WOULDBLOCK) => Ok(false),
+            // A file system without locks.
+            Err(_) => Ok(true),
         }
     }
 

@@ -5,9 +5,9 @@
 //! `data`. They speak of [`Node`]s and errno; FUSE is known to [`crate::fs`] only.
 
 use std::hash::RandomState;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{AtFlags, Mode, OFlags};
@@ -52,6 +52,8 @@ pub(crate) struct Upper {
     pub(crate) dir_meta_changed: AtomicBool,
     /// Nothing is synced.
     pub(crate) volatile: bool,
+    /// Open while it holds the upper's lock.
+    pub(crate) locked: OnceLock<OwnedFd>,
 }
 
 /// See [`OverlaySpec::patience`].
@@ -583,6 +585,7 @@ impl Upper {
             held_something: AtomicBool::new(false),
             dir_meta_changed: AtomicBool::new(false),
             volatile: spec.volatile,
+            locked: OnceLock::new(),
         })
     }
 

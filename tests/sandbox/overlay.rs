@@ -81,6 +81,21 @@ $R overlay --export -o $O";
 }
 
 #[test]
+fn an_upper_in_use_is_named_and_not_cleaned() {
+    let home = Home::new();
+    prepared(&home);
+    let script = "
+set -e
+mkdir m2; $R overlay -o $O m; : >w/#f1
+$R overlay -o $O m2; ls w | grep -c f1
+umount m2; umount -l m
+until $R overlay -o $O m 2>err && ! grep -q 'another server' err; do umount m; done
+ls w | grep -c f1 || :; umount m";
+    let out = inside(&home, script).run().ok();
+    out.says("another server has this upper").prints("1\n0");
+}
+
+#[test]
 fn it_answers_to_the_name_fuse_overlayfs() {
     let home = Home::new();
     prepared(&home);
