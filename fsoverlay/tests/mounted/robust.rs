@@ -357,7 +357,7 @@ fn killed_processes(args: &[String]) -> Check {
     }
     let mut random = Random::new(3);
     for i in 0..size(10, 200) {
-        let (mut child, output) = other_process(&["busy", &format!("busy{}", i % 4)])?;
+        let (mut child, output) = other_process(&["busy", &format!("busy{i}")])?;
         let lines = 1 + random.below(6);
         same!(output.lines().take(lines).count(), lines);
         child.kill()?;
