@@ -420,7 +420,8 @@ impl Engine {
         if entry && stat.nlink <= 2 && left > 0 {
             return Ok(Some(Arc::new(self.entry_place(node)?)));
         }
-        let reachable = known_elsewhere && stat.nlink > 1 || !matches!(held, Held::Nothing);
+        // It may have been copied up since it was held, when nothing was needed yet.
+        let reachable = known_elsewhere && stat.nlink > 1 || matches!(held, Held::Pinned(_));
         if node.kind != Kind::File || reachable {
             return Ok(None);
         }

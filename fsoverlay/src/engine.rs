@@ -921,6 +921,20 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn what_was_copied_up_since_it_was_held_stays_reachable() {
+        let scratch = Scratch::new("held");
+        std::fs::write(scratch.dir.join("lower/file"), "content").expect("written");
+        let engine = &scratch.engine;
+        let file = engine.lookup(engine.root(), b"file").expect("is there");
+        let held = engine.hold(&file);
+        assert_eq!(engine.copy_up(&file), Ok(()));
+        let dir = engine.upper_fd(engine.root()).expect("the upper");
+        let stat = stat_at(dir.as_fd(), b"file").expect("a copy");
+        let parked = engine.park(&file, engine.root(), b"file", Some(&stat), &held);
+        assert!(parked.is_ok_and(|parked| parked.is_some()));
+    }
+
+    #[test]
     fn an_upper_directory_outlives_the_one_below() {
         let scratch = Scratch::new("outlives");
         let engine = &scratch.engine;

@@ -438,10 +438,12 @@ impl Table {
                 true
             }
             hash_map::Entry::Occupied(mut known) => {
-                let is = |named: &Named| named.parent.ino == parent.ino && *named.name == *name;
-                let same = matches!(&known.get().what, Known::Name(named) if is(named));
+                let Entry { what: Known::Name(named), lookups } = known.get_mut() else { return false };
+                let same = named.parent.ino == parent.ino && *named.name == *name;
                 if same {
-                    known.get_mut().lookups += 1;
+                    // The layer may say something else by now.
+                    **named = make();
+                    *lookups += 1;
                 }
                 same
             }

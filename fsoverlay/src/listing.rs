@@ -206,7 +206,11 @@ impl<'a> Builder<'a> {
     /// type are for a lookup to tell.
     pub(crate) fn add(&mut self, name: &[u8], kind: Option<Kind>, ino: u64, exact: bool) -> Res<()> {
         let start = u32::try_from(self.names.len()).map_err(|_| Errno::NOMEM)?;
-        let length = u8::try_from(name.len()).map_err(|_| Errno::NAMETOOLONG)?;
+        let Ok(length) = u8::try_from(name.len()) else {
+            // FAT and NTFS have longer ones than can be asked for here.
+            self.partial = true;
+            return Ok(());
+        };
         self.names.extend_from_slice(name);
         let at = position(self.hasher, name);
         let slot = Slot { at, ino, name: start, length, kind: kind.unwrap_or(Kind::File) };
@@ -317,6 +321,17 @@ mod tests {
         assert_eq!(look_up, [b"d"[..].into()]);
         let f = listing.after(0, 9).into_iter().find(|(_, entry)| *entry.name == *b"f").expect("is there");
         assert_eq!((f.1.ino, f.1.kind), (2, Kind::File));
+    }
+
+    #[test]
+    fn a_name_that_is_too_long_is_left_out() {
+        let hasher = RandomState::new();
+        let mut builder = Builder::new(&hasher);
+        for name in [&[b'x'; 300][..], b"short"] {
+            assert_eq!(builder.add(name, Some(Kind::File), 1, true), Ok(()));
+        }
+        let (listing, _) = builder.finish();
+        assert_eq!((names(&listing), listing.partial), (vec!["short".to_owned()], true));
     }
 
     #[test]

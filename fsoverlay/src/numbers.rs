@@ -29,6 +29,9 @@ use crate::sync::RwLock;
 
 /// Bits 61 and 62 say who made a number that is not simply (file system, number).
 const MIXED: u64 = 1 << 62;
+/// How many file systems have a prefix. An upper may name any number that does not exist; those beyond have
+/// mixed numbers.
+const MAX_FILE_SYSTEMS: usize = 1024;
 const GENERATED: u64 = 1 << 61;
 const CLASHED: u64 = 3 << 61;
 
@@ -165,7 +168,11 @@ impl InodeNumbers {
             Origin::Number(number) => number,
             Origin::Object { fs, ino } => {
                 let known = self.known.read().iter().find(|known| known.id == fs).map(|fs| compose(fs, ino));
-                known.unwrap_or_else(|| compose(find(&mut self.known.write(), fs), ino))
+                known.unwrap_or_else(|| {
+                    let mut known = self.known.write();
+                    let room = known.len() < MAX_FILE_SYSTEMS || known.iter().any(|known| known.id == fs);
+                    if room { compose(find(&mut known, fs), ino) } else { mixed(fs, ino) }
+                })
             }
         }
     }
@@ -200,7 +207,11 @@ fn find(known: &mut Vec<FileSystem>, id: FsId) -> &mut FileSystem {
 fn compose(fs: &FileSystem, ino: u64) -> u64 {
     // 0 means "none" to FUSE and 1 the root of the mount.
     let plain = ino < PLAIN && !(fs.prefix == 0 && ino < 2);
-    if plain { fs.prefix * PLAIN + ino } else { MIXED | mix(ino ^ fs.id.hash()) >> 3 }
+    if plain { fs.prefix * PLAIN + ino } else { mixed(fs.id, ino) }
+}
+
+fn mixed(fs: FsId, ino: u64) -> u64 {
+    MIXED | mix(ino ^ fs.hash()) >> 3
 }
 
 /// The number of `name` in a directory of the generated layer that has the number `parent`.
@@ -216,6 +227,19 @@ pub(crate) fn hash(seed: u64, name: &[u8]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn file_systems_that_are_only_named_are_bounded() {
+        let numbers = InodeNumbers::default();
+        let here = numbers.number(Key { dev: 5, ino: 77 });
+        let mut last = 0;
+        for device in 0..200_000 {
+            last = numbers.of(Origin::Object { fs: FsId::Device(1000 + device), ino: 9 });
+        }
+        assert!(numbers.known.read().len() <= MAX_FILE_SYSTEMS);
+        assert_eq!(last, numbers.of(Origin::Object { fs: FsId::Device(200_999), ino: 9 }));
+        assert_eq!(numbers.number(Key { dev: 5, ino: 77 }), here);
+    }
 
     #[test]
     fn numbers_of_two_file_systems_differ() {
