@@ -7,7 +7,7 @@
 //! Signals: those that ask a program to do something go to the payload. SIGTSTP stops the payload
 //! and then us, so that the caller's shell gets its prompt back; SIGCONT undoes it. An ending signal
 //! that comes before the payload runs is kept for it; a second one, or a start that takes too long
-//! after it ([`START_GRACE`]), ends the launch.
+//! after it (`START_GRACE`), ends the launch.
 
 mod relay;
 pub(crate) mod streams;
