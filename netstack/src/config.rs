@@ -175,6 +175,14 @@ pub(crate) const MAX_DNS_PIPELINE: usize = 16;
 /// Idle time of a TCP connection to the forwarder (RFC 7766 section 6.2.3: a few seconds).
 pub(crate) const DNS_TCP_IDLE: Duration = Duration::from_secs(10);
 
+/// Addresses that are known to be those of a name, at once.
+pub(crate) const MAX_PINS: usize = 4_096;
+/// Names of one address.
+pub(crate) const MAX_PIN_NAMES: usize = 16;
+/// How much longer than its answer's time to live an address is known to be that of a name: programs keep addresses for
+/// a while before they use them.
+pub(crate) const PIN_GRACE: Duration = Duration::from_secs(300);
+
 /// Datagrams being put together from fragments at once.
 pub(crate) const MAX_REASSEMBLIES: usize = 64;
 /// How long fragments wait for the rest (RFC 8200 section 4.5: 60 seconds).

@@ -26,6 +26,7 @@ use smoltcp::wire::{Icmpv6Message, Icmpv6Packet, NdiscRepr, UdpPacket};
 
 use crate::config::{Error, REASSEMBLY, StackSpec};
 use crate::device::{self, ReadResult, Tap};
+use crate::dns::pins::Pins;
 use crate::dns::{Dns, Origin};
 use crate::emit;
 use crate::flow::{Endpoint, FlowId, TimerKey, Timers};
@@ -118,6 +119,8 @@ pub(crate) struct Shared {
     pub(crate) stats: Arc<Counters>,
     pub(crate) budget: Budget,
     pub(crate) random: Random,
+    /// The names by which the guest knows addresses.
+    pub(crate) pins: Pins,
     /// Buffer for datagrams of the host's side.
     pub(crate) datagram: Box<[u8]>,
     /// Datagram sockets with more to read than could be taken: there was no room in the TAP, or others had to get their
@@ -204,11 +207,16 @@ impl Engine {
             stats,
             budget: forward::budget_for(&published),
             random: Random::default(),
+            pins: Pins::default(),
             datagram: device::frame_buffer(),
             unread: BTreeSet::new(),
             descriptor_freed: false,
         };
         sh.watch(sh.tap.as_fd(), Token::Tap, EpollFlags::EPOLLIN)?;
+        for (name, ip) in &spec.dns.hosts {
+            let name = name.trim_end_matches('.').to_ascii_lowercase().into();
+            sh.pins.pin(now, &name, *ip, None);
+        }
         let forward = Forward::new(&mut sh, published)?;
         Ok(Self {
             tcp: Tcp::new(&mut sh, now),

@@ -12,6 +12,7 @@
 //! States of a query: sent over UDP, waiting; or over TCP: connecting, sending, reading. Timer: one per try.
 
 pub(crate) mod message;
+pub(crate) mod pins;
 pub(crate) mod resolv;
 
 use std::collections::HashMap;

@@ -1,0 +1,177 @@
+//! Which names our own DNS has resolved to which addresses: what a rule by name needs to know, since a packet has only
+//! an address. Pure data.
+//!
+//! A pin is made for the name that the guest asked for, not for the names that lead from it to the address: whoever
+//! controls a zone can write an alias to any name. It holds as long as the answer that it came with may be kept (its
+//! time to live), and [`PIN_GRACE`] longer, because programs connect some time after they have asked. The names of the
+//! spec are pinned for ever.
+//!
+//! Bounded twice: [`MAX_PINS`] in all, of which those that end first give way, and [`MAX_PIN_NAMES`] for one address,
+//! since whoever runs a zone can lead any number of names to an address.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use smoltcp::time::{Duration, Instant};
+
+use crate::config::{MAX_PIN_NAMES, MAX_PINS, PIN_GRACE};
+
+#[derive(Debug)]
+struct Pin {
+    /// In lower case, without the dot at the end; bytes that are no letters, digits, hyphens or underscores are written
+    /// `\123` (RFC 1035 section 5.1).
+    name: Arc<str>,
+    /// `None`: for ever.
+    until: Option<Instant>,
+}
+
+impl Pin {
+    fn holds(&self, now: Instant) -> bool {
+        self.until.is_none_or(|until| now < until)
+    }
+}
+
+/// The table.
+#[derive(Debug, Default)]
+pub(crate) struct Pins {
+    by_ip: HashMap<IpAddr, Vec<Pin>>,
+    /// All of them together.
+    count: usize,
+}
+
+impl Pins {
+    /// The names that lead to `ip`: what the guest may have meant by it.
+    #[cfg_attr(not(test), expect(dead_code, reason = "asked by rules by name"))]
+    pub(crate) fn names(&self, now: Instant, ip: IpAddr) -> impl Iterator<Item = &str> {
+        let pins = self.by_ip.get(&ip).map(Vec::as_slice).unwrap_or_default();
+        pins.iter().filter(move |pin| pin.holds(now)).map(|pin| &*pin.name)
+    }
+
+    /// Pins `name` to `ip` for `ttl`, or for ever; whether other pins that hold had to give way.
+    pub(crate) fn pin(&mut self, now: Instant, name: &Arc<str>, ip: IpAddr, ttl: Option<Duration>) -> bool {
+        let until = ttl.map(|ttl| now + ttl + PIN_GRACE);
+        if let Some(pin) = self.by_ip.get_mut(&ip).and_then(|pins| pins.iter_mut().find(|p| p.name == *name))
+        {
+            pin.until = pin.until.zip(until).map(|(a, b)| a.max(b));
+            return false;
+        }
+        let mut lost = self.count >= MAX_PINS && self.make_room(now);
+        let pins = self.by_ip.entry(ip).or_default();
+        if pins.len() >= MAX_PIN_NAMES
+            && let Some(first) =
+                (0..pins.len()).filter(|&i| pins[i].until.is_some()).min_by_key(|&i| pins[i].until)
+        {
+            lost |= pins.swap_remove(first).holds(now);
+            self.count -= 1;
+        }
+        pins.push(Pin { name: Arc::clone(name), until });
+        self.count += 1;
+        lost
+    }
+
+    /// Removes what has ended, and if that is not enough, a sixteenth; whether any of them still held.
+    fn make_room(&mut self, now: Instant) -> bool {
+        let mut ends: Vec<Instant> =
+            self.by_ip.values().flatten().filter_map(|pin| pin.until).filter(|until| *until > now).collect();
+        let mut limit = now;
+        if ends.len() >= MAX_PINS - MAX_PINS / 16 {
+            limit = *ends.select_nth_unstable(MAX_PINS / 16).1;
+        }
+        for pins in self.by_ip.values_mut() {
+            pins.retain(|pin| pin.until.is_none_or(|until| until > limit));
+        }
+        self.by_ip.retain(|_, pins| !pins.is_empty());
+        self.count = self.by_ip.values().map(Vec::len).sum();
+        limit > now
+    }
+
+    #[cfg(test)]
+    pub(crate) fn check_bounds(&self) {
+        assert_eq!(self.count, self.by_ip.values().map(Vec::len).sum::<usize>());
+        assert!(self.count <= MAX_PINS && self.by_ip.values().all(|pins| pins.len() <= MAX_PIN_NAMES));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(s: u64) -> Instant {
+        Instant::ZERO + Duration::from_secs(s)
+    }
+
+    fn ip(n: usize) -> IpAddr {
+        IpAddr::from(u32::try_from(n).expect("small").to_be_bytes())
+    }
+
+    fn names(pins: &Pins, s: u64, address: IpAddr) -> Vec<&str> {
+        pins.names(at(s), address).collect()
+    }
+
+    const MINUTE: Option<Duration> = Some(Duration::from_secs(60));
+
+    #[test]
+    fn a_pin_holds_for_the_time_to_live_and_the_grace() {
+        let mut pins = Pins::default();
+        let grace = PIN_GRACE.secs();
+        pins.pin(at(0), &"a.example".into(), ip(1), MINUTE);
+        pins.pin(at(0), &"own".into(), ip(1), None);
+        assert_eq!(names(&pins, 59 + grace, ip(1)), ["a.example", "own"]);
+        assert_eq!(names(&pins, 60 + grace, ip(1)), ["own"]);
+        assert!(names(&pins, 0, ip(2)).is_empty());
+    }
+
+    #[test]
+    fn a_new_answer_lengthens_a_pin_and_never_shortens_it() {
+        let mut pins = Pins::default();
+        let name: Arc<str> = "a.example".into();
+        let grace = PIN_GRACE.secs();
+        pins.pin(at(0), &name, ip(1), MINUTE);
+        pins.pin(at(30), &name, ip(1), MINUTE);
+        pins.pin(at(31), &name, ip(1), Some(Duration::ZERO));
+        assert_eq!(names(&pins, 89 + grace, ip(1)), ["a.example"]);
+        assert!(names(&pins, 90 + grace, ip(1)).is_empty());
+        pins.pin(at(0), &name, ip(1), None);
+        assert_eq!(names(&pins, 1_000_000, ip(1)), ["a.example"], "for ever is longer than any time");
+        pins.pin(at(0), &name, ip(1), MINUTE);
+        assert_eq!(names(&pins, 1_000_000, ip(1)), ["a.example"]);
+    }
+
+    #[test]
+    fn the_table_is_bounded_and_what_ends_first_gives_way() {
+        let mut pins = Pins::default();
+        pins.pin(at(0), &"own".into(), ip(0), None);
+        let mut lost = false;
+        for i in 0..3 * MAX_PINS {
+            // Later ones end earlier.
+            let ttl = Duration::from_secs(u64::try_from(4 * MAX_PINS - i).expect("small"));
+            lost |= pins.pin(at(0), &"a.example".into(), ip(i + 1), Some(ttl));
+            if i % 500 == 0 {
+                pins.check_bounds();
+            }
+        }
+        pins.check_bounds();
+        assert!(lost);
+        assert_eq!(names(&pins, 0, ip(1)), ["a.example"]);
+        assert_eq!(names(&pins, 0, ip(0)), ["own"]);
+        // What has ended gives way before anything that holds.
+        let later = 4 * u64::try_from(MAX_PINS).expect("small") + PIN_GRACE.secs();
+        for i in 0..MAX_PINS - 2 {
+            assert!(!pins.pin(at(later), &"b.example".into(), ip(i + 1), MINUTE));
+        }
+    }
+
+    #[test]
+    fn an_address_has_a_bounded_number_of_names() {
+        let mut pins = Pins::default();
+        pins.pin(at(0), &"own".into(), ip(1), None);
+        for i in 0..10 * MAX_PIN_NAMES {
+            pins.pin(at(i as u64), &format!("{i}.example").into(), ip(1), MINUTE);
+            pins.check_bounds();
+        }
+        let names = names(&pins, 0, ip(1));
+        assert_eq!(names.len(), MAX_PIN_NAMES);
+        assert!(names.contains(&"own") && names.contains(&&*format!("{}.example", 10 * MAX_PIN_NAMES - 1)));
+    }
+}
