@@ -17,47 +17,36 @@
 //! (there is one mount), and leaves to us the umask (because of default ACLs) and taking
 //! away set*id bits (see [`takes_set_ids`]).
 //!
-//! The workers are few. What copies much (a copy-up of a large file or of a tree, copy_file_range)
-//! goes on with its reply on a thread of its own; so do syncs while another one is under way, and seeks,
-//! which wait for the kernel, which may want a worker first. Names that the kernel is to forget wait on
-//! one thread for all.
-//!
-//! A handler that panics is caught, logged, and answers `EIO` to its one request: the
-//! reply object does that when it is dropped.
+//! When and on which thread a request is served is [`crate::dispatch`]'s.
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock, mpsc};
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, KernelConfig, LockOwner, Notifier, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use rustix::fs::XattrFlags;
 
 use crate::attr::{Attr, Kind, Time};
 use crate::create::NewObject;
 use crate::data::bytes_of;
+use crate::dispatch::{Seek, Shared};
 use crate::engine::Engine;
-use crate::errno::{Errno, FAR, LONG, Res, far_mount, hurried};
-use crate::far::{Far, GiveUp};
+use crate::errno::{Errno, FAR, LONG, Res, hurried};
 use crate::hooks::{Direction, add};
-use crate::inode::{Link, Node};
-use crate::journal::path_of;
-use crate::later::Later;
+use crate::inode::Node;
 use crate::listing::Entry;
 use crate::rename::How;
 use crate::setattr::{SetAttr, SetTime};
-use crate::sync::Mutex;
 
 /// "For ever" in a form that no kernel arithmetic overflows.
-const TTL: Duration = Duration::from_secs(1 << 30);
+pub(crate) const TTL: Duration = Duration::from_secs(1 << 30);
 
 /// The largest read and write.
 const MAX_IO: u32 = 1 << 20;
@@ -69,160 +58,14 @@ thread_local! {
     static READ_BUF: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// What the file system shares with the [`crate::Server`].
-#[derive(Debug)]
-pub(crate) struct Shared {
-    pub(crate) engine: Engine,
-    notifier: OnceLock<Notifier>,
-    waiter: Mutex<Option<mpsc::Sender<Task>>>,
-    /// Names that wait for the kernel to forget them.
-    forgetting: AtomicUsize,
-    /// Threads of requests that take long.
-    aside: Mutex<Vec<std::thread::JoinHandle<()>>>,
-    /// Requests that a limit on rates holds back.
-    later: Later,
-}
-
-/// How many names may wait for the kernel to forget them. Of those beyond, whoever meets them next
-/// brings them up again.
-const MAX_FORGETTING: usize = 1024;
-
-/// How many requests that take long have a thread of their own; those beyond take a worker, or, if no
-/// worker may wait for them, one thread for all.
-const MAX_ASIDE: usize = 64;
-
-/// Something that needs an answer of the kernel, which a worker must not wait for: the kernel may first
-/// want one of the workers.
-#[derive(Debug)]
-enum Task {
-    Seek(Seek),
-    /// A name that does not lead to its object any more.
-    ForgetName(Link),
-}
-
-/// A seek that waits for the kernel to write back what it holds of the file.
-#[derive(Debug)]
-struct Seek {
-    node: Arc<Node>,
-    offset: u64,
-    hole: bool,
-    reply: ReplyLseek,
-}
-
-impl Shared {
-    pub(crate) fn new(engine: Engine) -> Arc<Self> {
-        Arc::new(Self {
-            engine,
-            notifier: OnceLock::new(),
-            waiter: Mutex::new(None),
-            forgetting: AtomicUsize::new(0),
-            aside: Mutex::default(),
-            later: Later::default(),
-        })
-    }
-
-    pub(crate) fn set_notifier(&self, notifier: Notifier) {
-        let _ = self.notifier.set(notifier);
-    }
-
-    /// Ends the threads beside the workers, once the mount is gone: the one that waits for the kernel
-    /// holds a reference to all this, and a copy-up that still goes on changes the upper.
-    pub(crate) fn stop(&self) {
-        self.later.stop();
-        for far in &self.engine.far {
-            far.stop();
-        }
-        let sender = self.waiter.lock().take();
-        drop(sender);
-        let aside = std::mem::take(&mut *self.aside.lock());
-        for thread in aside {
-            // A handler's panic was caught in it.
-            let _ = thread.join();
-        }
-    }
-
-    /// Hands something to the thread that may wait for the kernel; gives it back if there is none.
-    fn hand_over(self: &Arc<Self>, task: Task) -> Result<(), Task> {
-        let mut waiter = self.waiter.lock();
-        if waiter.is_none() {
-            let (sender, receiver) = mpsc::channel::<Task>();
-            let shared = Arc::downgrade(self);
-            let started = std::thread::Builder::new().name("fsoverlay-wait".to_owned()).spawn(move || {
-                while let Ok(task) = receiver.recv() {
-                    let Some(shared) = shared.upgrade() else { return };
-                    shared.perform(task);
-                }
-            });
-            *waiter = started.is_ok().then_some(sender);
-        }
-        match &*waiter {
-            Some(sender) => sender.send(task).map_err(|mpsc::SendError(task)| task),
-            None => Err(task),
-        }
-    }
-
-    fn perform(&self, task: Task) {
-        match task {
-            Task::Seek(seek) => self.flush_and_seek(seek),
-            Task::ForgetName(link) => {
-                if let Some(notifier) = self.notifier.get() {
-                    let name: &OsStr = std::os::unix::ffi::OsStrExt::from_bytes(&link.name);
-                    let _ = notifier.inval_entry(INodeNo(link.parent.ino), name);
-                }
-                self.forgetting.fetch_sub(1, Ordering::AcqRel);
-            }
-        }
-    }
-
-    /// Not on a worker: the kernel's pages come back as WRITE requests.
-    fn flush_and_seek(&self, seek: Seek) {
-        if let Some(notifier) = self.notifier.get() {
-            // Writes back and drops the pages; a failure is the kernel's
-            // not knowing the file, which then holds none.
-            let _ = notifier.inval_inode(INodeNo(seek.node.ino), 0, 0);
-        }
-        answer_seek(&self.engine, seek);
-    }
-
-    /// An object is not what its names lead to any more: somebody changed a layer. The kernel knows
-    /// the names for ever, and opens files without asking: told to forget them, it will look them up
-    /// and find what is there now.
-    fn forget_names(self: &Arc<Self>, node: &Node) {
-        // The kernel detaches what is mounted below a directory that it forgets.
-        if node.kind == Kind::Dir {
-            return;
-        }
-        let links = node.inner.lock().links.clone();
-        for link in links {
-            if self.forgetting.fetch_add(1, Ordering::AcqRel) >= MAX_FORGETTING
-                || self.hand_over(Task::ForgetName(link)).is_err()
-            {
-                self.forgetting.fetch_sub(1, Ordering::AcqRel);
-            }
-        }
-    }
-}
-
-/// A request that may be answered before what it asks for is done.
-struct Waiting<R, F> {
-    reply: Mutex<Option<R>>,
-    refuse: F,
-}
-
-impl<R: Send, F: Fn(R) + Send + Sync> GiveUp for Waiting<R, F> {
-    fn give_up(&self) -> bool {
-        let reply = self.reply.lock().take();
-        reply.map(&self.refuse).is_some()
-    }
-}
-
 /// The file system that fuser drives.
 #[derive(Debug, Clone)]
 pub(crate) struct FuseFs {
     pub(crate) shared: Arc<Shared>,
 }
 
-fn errno(err: Errno) -> fuser::Errno {
+/// What the kernel is told.
+pub(crate) fn errno(err: Errno) -> fuser::Errno {
     // Our own word for it is not for the payload.
     let err = if err == FAR { Errno::IO } else { err };
     fuser::Errno::from_i32(err.raw_os_error())
@@ -291,185 +134,8 @@ fn no_entry() -> FileAttr {
 }
 
 impl FuseFs {
-    fn engine(&self) -> &Engine {
+    pub(crate) fn engine(&self) -> &Engine {
         &self.shared.engine
-    }
-
-    /// Runs the handler of a request.
-    fn run(&self, what: &str, ino: INodeNo, handler: impl FnOnce()) {
-        self.engine().counts.request(what);
-        self.guarded(what, ino, handler);
-    }
-
-    /// Runs a handler, or what is left of it; see the module about panics.
-    fn guarded(&self, what: &str, ino: INodeNo, handler: impl FnOnce()) {
-        tracing::trace!(what, ino = ino.0, "request");
-        if catch_unwind(AssertUnwindSafe(handler)).is_err() {
-            // What the payload can bring about is counted always and logged rarely.
-            let count = self.engine().counts.panics.fetch_add(1, Ordering::Relaxed);
-            if count.is_power_of_two() || count == 0 {
-                let path = self.engine().table.get(ino.0).and_then(|node| path_of(&node));
-                tracing::error!(
-                    what,
-                    ino = ino.0,
-                    ?path,
-                    count = count + 1,
-                    "internal error, answered with EIO"
-                );
-            }
-        }
-    }
-
-    /// Answers a request that may take long: if it does, on a thread of its own, so that the
-    /// workers, who are few, go on with what others ask.
-    fn answer<T: 'static, R: Send + 'static>(
-        &self,
-        what: &'static str,
-        ino: INodeNo,
-        reply: R,
-        send: impl Fn(Res<T>, R) + Copy + Send + Sync + 'static,
-        operation: impl Fn(&Self) -> Res<T> + Send + 'static,
-    ) {
-        self.run(what, ino, || match hurried(|| operation(self)) {
-            Err(LONG) => self.aside(what, ino, move |fs| send(operation(fs), reply)),
-            // Copying may take its time.
-            Err(FAR) => self.afar(what, ino, None, reply, send, operation),
-            done => send(done, reply),
-        });
-    }
-
-    /// Answers a request that is over soon, unless it touches what may never answer ([`crate::far`]): that
-    /// is done `again`, by a closure that has all it needs, where others need not wait for it.
-    fn serve<T: 'static, R: Send + 'static, O: FnOnce(&Self) -> Res<T> + Send + 'static>(
-        &self,
-        what: &'static str,
-        ino: INodeNo,
-        reply: R,
-        send: impl Fn(Res<T>, R) + Copy + Send + Sync + 'static,
-        now: impl FnOnce(&Self) -> Res<T>,
-        again: impl FnOnce() -> O,
-    ) {
-        self.run(what, ino, || {
-            if self.engine().far.is_empty() {
-                return send(now(self), reply);
-            }
-            match hurried(|| now(self)) {
-                Err(FAR) => self.afar(what, ino, Some(self.engine().patience), reply, send, again()),
-                Err(LONG) => {
-                    let again = again();
-                    self.aside(what, ino, move |fs| send(again(fs), reply));
-                }
-                done => send(done, reply),
-            }
-        });
-    }
-
-    /// Does what this thread has met [`FAR`] with on one of the mount's; gives it up when that takes longer
-    /// than `patience`.
-    fn afar<T: 'static, R: Send + 'static>(
-        &self,
-        what: &'static str,
-        ino: INodeNo,
-        patience: Option<Duration>,
-        reply: R,
-        send: impl Fn(Res<T>, R) + Copy + Send + Sync + 'static,
-        operation: impl FnOnce(&Self) -> Res<T> + Send + 'static,
-    ) {
-        let Some(far) = far_mount() else { return send(Err(Errno::IO), reply) };
-        let waiting = Arc::new(Waiting {
-            reply: Mutex::new(Some(reply)),
-            refuse: move |reply| send(Err(Errno::IO), reply),
-        });
-        if let Some(patience) = patience {
-            let request: Arc<dyn GiveUp> = waiting.clone();
-            if let Some(due) = far.wait_for(Arc::downgrade(&request), patience) {
-                self.watch(far.clone(), due);
-            }
-        }
-        let fs = self.clone();
-        far.run(move || {
-            fs.guarded(what, ino, || {
-                if waiting.reply.lock().is_none() {
-                    return;
-                }
-                let done = operation(&fs);
-                let reply = waiting.reply.lock().take();
-                if let Some(reply) = reply {
-                    send(done, reply);
-                }
-            });
-        });
-    }
-
-    /// Sees to it that requests to a far mount are given up in time, as long as there are any.
-    fn watch(&self, far: Arc<Far>, due: Instant) {
-        let fs = self.clone();
-        self.shared.later.at(due, move || {
-            if let Some(next) = far.give_up_late() {
-                fs.watch(far, next);
-            }
-        });
-    }
-
-    /// Runs a handler on a thread of its own, or here if there are too many.
-    fn aside(&self, what: &'static str, ino: INodeNo, handler: impl FnOnce(&Self) + Send + 'static) {
-        if let Err(handler) = self.start_aside(what, ino, handler, |fs, handler| handler(fs)) {
-            handler(self);
-        }
-    }
-
-    /// Starts a thread for something that takes long; gives it back if there are too many.
-    fn start_aside<T: Send + 'static>(
-        &self,
-        what: &'static str,
-        ino: INodeNo,
-        task: T,
-        perform: fn(&Self, T),
-    ) -> Result<(), T> {
-        let mut threads = self.shared.aside.lock();
-        threads.retain(|thread| !thread.is_finished());
-        if threads.len() >= MAX_ASIDE {
-            return Err(task);
-        }
-        // What a thread that cannot be started was to do comes back.
-        let task = Arc::new(Mutex::new(Some(task)));
-        let (fs, theirs) = (self.clone(), task.clone());
-        let start = move || {
-            let task = theirs.lock().take();
-            if let Some(task) = task {
-                fs.guarded(what, ino, || perform(&fs, task));
-            }
-        };
-        match std::thread::Builder::new().name("fsoverlay-long".to_owned()).spawn(start) {
-            Ok(thread) => threads.push(thread),
-            Err(_) => {
-                let task = task.lock().take();
-                return task.map_or(Ok(()), Err);
-            }
-        }
-        Ok(())
-    }
-
-    /// The same with a name, for an operation that can be done twice.
-    fn serve_named<T: 'static, R: Send + 'static>(
-        &self,
-        what: &'static str,
-        ino: INodeNo,
-        name: &OsStr,
-        reply: R,
-        send: impl Fn(Res<T>, R) + Copy + Send + Sync + 'static,
-        operation: impl Fn(&Self, &OsStr) -> Res<T> + Copy + Send + 'static,
-    ) {
-        let again = || {
-            let name = name.to_owned();
-            move |fs: &Self| operation(fs, &name)
-        };
-        self.serve(what, ino, reply, send, |fs| operation(fs, name), again);
-    }
-
-    /// Whether what is asked of an object may never be answered; [`FuseFs::afar`] is for it then.
-    fn is_far(&self, ino: INodeNo) -> bool {
-        !self.engine().far.is_empty() && matches!(hurried(|| self.engine().node(ino.0)), Err(FAR))
     }
 
     /// Looks a name up for the kernel.
@@ -543,52 +209,22 @@ impl FuseFs {
         })
     }
 
-    /// Answers a seek once the kernel has written back what it holds of the file: a series of WRITE
-    /// requests that the workers have to serve, the first of which may copy the file up.
-    fn seek_after_flush(&self, seek: Seek) {
-        let ino = INodeNo(seek.node.ino);
-        let started = self.start_aside("lseek", ino, seek, |fs, seek| fs.shared.flush_and_seek(seek));
-        if let Err(seek) = started
-            && let Err(Task::Seek(seek)) = self.shared.hand_over(Task::Seek(seek))
-        {
-            answer_seek(self.engine(), seek);
-        }
-    }
-
-    /// How long a request for bytes is to wait.
-    fn delay(&self, direction: Direction, bytes: impl FnOnce(&Self) -> u64) -> Option<Duration> {
-        let rate = self.engine().hooks.rate.as_ref()?;
-        Some(rate.delay(direction, bytes(self))).filter(|delay| !delay.is_zero())
-    }
-
-    /// Serves a request when its time has come, on a thread of its own.
-    fn delayed(
-        &self,
-        what: &'static str,
-        ino: INodeNo,
-        delay: Duration,
-        serve: impl FnOnce(&Self) + Send + 'static,
-    ) {
-        let fs = self.clone();
-        let due = Instant::now().checked_add(delay).unwrap_or_else(|| Instant::now() + TTL);
-        self.shared.later.at(due, move || fs.aside(what, ino, serve));
-    }
-
     fn read_now(&self, ino: INodeNo, offset: u64, size: u32, reply: ReplyData) {
         READ_BUF.with_borrow_mut(|buf| {
-            let size = size.min(MAX_IO) as usize;
-            if buf.len() < size {
-                buf.resize(size, 0);
-            }
-            let read = self.on(ino, |n| self.engine().read(n, offset, &mut buf[..size]));
-            match read {
-                Ok(n) => {
-                    add(&self.engine().counts.read_bytes, n as u64);
-                    reply.data(&buf[..n]);
-                }
-                Err(err) => reply.error(errno(err)),
-            }
+            let read = self.read_into(buf, ino, offset, size);
+            reply_data(read.map(|n| &buf[..n]), reply);
         });
+    }
+
+    /// Reads into a buffer that grows as it must; gives how much it holds.
+    fn read_into(&self, buf: &mut Vec<u8>, ino: INodeNo, offset: u64, size: u32) -> Res<usize> {
+        let size = size.min(MAX_IO) as usize;
+        if buf.len() < size {
+            buf.resize(size, 0);
+        }
+        let read = self.on(ino, |n| self.engine().read(n, offset, &mut buf[..size]))?;
+        add(&self.engine().counts.read_bytes, read as u64);
+        Ok(read)
     }
 
     /// Runs an operation on an object; see [`Shared::forget_names`].
@@ -599,13 +235,6 @@ impl FuseFs {
             self.shared.forget_names(&node);
         }
         done
-    }
-}
-
-fn answer_seek(engine: &Engine, seek: Seek) {
-    match engine.seek(&seek.node, seek.offset, seek.hole) {
-        Ok(offset) => seek.reply.offset(i64::try_from(offset).unwrap_or(i64::MAX)),
-        Err(err) => seek.reply.error(errno(err)),
     }
 }
 
@@ -885,9 +514,8 @@ impl Filesystem for FuseFs {
             None if self.is_far(ino) => {
                 let patience = Some(self.engine().patience);
                 self.afar("read", ino, patience, reply, reply_data, move |fs| {
-                    let mut buf = vec![0; size.min(MAX_IO) as usize];
-                    let n = fs.on(ino, |n| fs.engine().read(n, offset, &mut buf))?;
-                    add(&fs.engine().counts.read_bytes, n as u64);
+                    let mut buf = Vec::new();
+                    let n = fs.read_into(&mut buf, ino, offset, size)?;
                     buf.truncate(n);
                     Ok(buf)
                 });
@@ -1259,9 +887,9 @@ fn reply_found(told: Res<Told>, reply: ReplyEntry) {
     }
 }
 
-fn reply_data(data: Res<Vec<u8>>, reply: ReplyData) {
+fn reply_data(data: Res<impl AsRef<[u8]>>, reply: ReplyData) {
     match data {
-        Ok(data) => reply.data(&data),
+        Ok(data) => reply.data(data.as_ref()),
         Err(err) => reply.error(errno(err)),
     }
 }

@@ -72,6 +72,7 @@ mod config;
 mod copyup;
 mod create;
 mod data;
+mod dispatch;
 mod engine;
 mod errno;
 mod export;
@@ -255,7 +256,7 @@ impl Overlay {
     /// The same; with `clone_fd` each worker has a descriptor of its own, where the kernel queues what
     /// it is to be interrupted about.
     fn serve_with(self, fuse: OwnedFd, clone_fd: bool) -> Result<Server, Error> {
-        let shared = fs::Shared::new(self.engine);
+        let shared = dispatch::Shared::new(self.engine);
         let mut config = fuser::Config::default();
         config.acl = fuser::SessionACL::All;
         config.n_threads = Some(self.workers);
@@ -275,7 +276,7 @@ impl Overlay {
 /// this does not unmount it.
 #[derive(Debug)]
 pub struct Server {
-    shared: Arc<fs::Shared>,
+    shared: Arc<dispatch::Shared>,
     session: fuser::BackgroundSession,
 }
 

@@ -1,0 +1,405 @@
+//! When a request is served, and on which thread. What is done for it is the caller's ([`crate::fs`]).
+//!
+//! The workers are few, and each may be needed to answer the kernel before somebody else can go on. So a request
+//! leaves its worker, with its reply, when
+//!
+//! - it *takes long* ([`LONG`]: a copy-up of a large file or of a tree, a copy_file_range, a sync while another
+//!   one is under way): it goes on *aside*, on a thread of its own, of which there are up to [`MAX_ASIDE`];
+//! - it touches what *may never answer* ([`FAR`]): it goes on *afar*, on one of that mount's threads
+//!   ([`crate::far`]), and is given up when that takes too long, unless it may have much to copy;
+//! - a limit on rates holds it back: it waits *without a thread* ([`crate::later`]), and goes on aside;
+//! - it waits for the kernel to write back (a seek), which the kernel may want a worker for: aside as well.
+//!
+//! Names that the kernel is to forget need an answer of the kernel, too. They wait on one thread for all,
+//! which also takes the seeks that have no thread of their own.
+//!
+//! A handler that panics is caught wherever it runs, logged, and answers `EIO` to its one request: the reply
+//! object does that when it is dropped.
+
+use std::ffi::OsStr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::time::{Duration, Instant};
+
+use fuser::{INodeNo, Notifier, ReplyLseek};
+
+use crate::attr::Kind;
+use crate::engine::Engine;
+use crate::errno::{Errno, FAR, LONG, Res, far_mount, hurried};
+use crate::far::{Far, GiveUp};
+use crate::fs::{FuseFs, TTL, errno};
+use crate::hooks::Direction;
+use crate::inode::{Link, Node};
+use crate::journal::path_of;
+use crate::later::Later;
+use crate::sync::Mutex;
+
+/// What the file system shares with the [`crate::Server`].
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) engine: Engine,
+    pub(crate) notifier: OnceLock<Notifier>,
+    waiter: Mutex<Option<mpsc::Sender<Task>>>,
+    /// Names that wait for the kernel to forget them.
+    forgetting: AtomicUsize,
+    /// Threads of requests that take long.
+    aside: Mutex<Vec<std::thread::JoinHandle<()>>>,
+    /// Requests that a limit on rates holds back.
+    later: Later,
+}
+
+/// How many names may wait for the kernel to forget them. Of those beyond, whoever meets them next
+/// brings them up again.
+const MAX_FORGETTING: usize = 1024;
+
+/// How many requests that take long have a thread of their own; those beyond take a worker, or, if no
+/// worker may wait for them, one thread for all.
+const MAX_ASIDE: usize = 64;
+
+/// Something that needs an answer of the kernel, which a worker must not wait for: the kernel may first
+/// want one of the workers.
+#[derive(Debug)]
+enum Task {
+    Seek(Seek),
+    /// A name that does not lead to its object any more.
+    ForgetName(Link),
+}
+
+/// A seek that waits for the kernel to write back what it holds of the file.
+#[derive(Debug)]
+pub(crate) struct Seek {
+    pub(crate) node: Arc<Node>,
+    pub(crate) offset: u64,
+    pub(crate) hole: bool,
+    pub(crate) reply: ReplyLseek,
+}
+
+impl Shared {
+    pub(crate) fn new(engine: Engine) -> Arc<Self> {
+        Arc::new(Self {
+            engine,
+            notifier: OnceLock::new(),
+            waiter: Mutex::new(None),
+            forgetting: AtomicUsize::new(0),
+            aside: Mutex::default(),
+            later: Later::default(),
+        })
+    }
+
+    pub(crate) fn set_notifier(&self, notifier: Notifier) {
+        let _ = self.notifier.set(notifier);
+    }
+
+    /// Ends the threads beside the workers, once the mount is gone: the one that waits for the kernel
+    /// holds a reference to all this, and a copy-up that still goes on changes the upper.
+    pub(crate) fn stop(&self) {
+        self.later.stop();
+        for far in &self.engine.far {
+            far.stop();
+        }
+        let sender = self.waiter.lock().take();
+        drop(sender);
+        let aside = std::mem::take(&mut *self.aside.lock());
+        for thread in aside {
+            // A handler's panic was caught in it.
+            let _ = thread.join();
+        }
+    }
+
+    /// Hands something to the thread that may wait for the kernel; gives it back if there is none.
+    fn hand_over(self: &Arc<Self>, task: Task) -> Result<(), Task> {
+        let mut waiter = self.waiter.lock();
+        if waiter.is_none() {
+            let (sender, receiver) = mpsc::channel::<Task>();
+            let shared = Arc::downgrade(self);
+            let started = std::thread::Builder::new().name("fsoverlay-wait".to_owned()).spawn(move || {
+                while let Ok(task) = receiver.recv() {
+                    let Some(shared) = shared.upgrade() else { return };
+                    shared.perform(task);
+                }
+            });
+            *waiter = started.is_ok().then_some(sender);
+        }
+        match &*waiter {
+            Some(sender) => sender.send(task).map_err(|mpsc::SendError(task)| task),
+            None => Err(task),
+        }
+    }
+
+    fn perform(&self, task: Task) {
+        match task {
+            Task::Seek(seek) => self.flush_and_seek(seek),
+            Task::ForgetName(link) => {
+                if let Some(notifier) = self.notifier.get() {
+                    let name: &OsStr = std::os::unix::ffi::OsStrExt::from_bytes(&link.name);
+                    let _ = notifier.inval_entry(INodeNo(link.parent.ino), name);
+                }
+                self.forgetting.fetch_sub(1, Ordering::AcqRel);
+            }
+        }
+    }
+
+    /// Not on a worker: the kernel's pages come back as WRITE requests.
+    fn flush_and_seek(&self, seek: Seek) {
+        if let Some(notifier) = self.notifier.get() {
+            // Writes back and drops the pages; a failure is the kernel's
+            // not knowing the file, which then holds none.
+            let _ = notifier.inval_inode(INodeNo(seek.node.ino), 0, 0);
+        }
+        answer_seek(&self.engine, seek);
+    }
+
+    /// An object is not what its names lead to any more: somebody changed a layer. The kernel knows
+    /// the names for ever, and opens files without asking: told to forget them, it will look them up
+    /// and find what is there now.
+    pub(crate) fn forget_names(self: &Arc<Self>, node: &Node) {
+        // The kernel detaches what is mounted below a directory that it forgets.
+        if node.kind == Kind::Dir {
+            return;
+        }
+        let links = node.inner.lock().links.clone();
+        for link in links {
+            if self.forgetting.fetch_add(1, Ordering::AcqRel) >= MAX_FORGETTING
+                || self.hand_over(Task::ForgetName(link)).is_err()
+            {
+                self.forgetting.fetch_sub(1, Ordering::AcqRel);
+            }
+        }
+    }
+}
+
+/// A request that may be answered before what it asks for is done.
+struct Waiting<R, F> {
+    reply: Mutex<Option<R>>,
+    refuse: F,
+}
+
+impl<R: Send, F: Fn(R) + Send + Sync> GiveUp for Waiting<R, F> {
+    fn give_up(&self) -> bool {
+        let reply = self.reply.lock().take();
+        reply.map(&self.refuse).is_some()
+    }
+}
+
+impl FuseFs {
+    /// Runs the handler of a request.
+    pub(crate) fn run(&self, what: &str, ino: INodeNo, handler: impl FnOnce()) {
+        self.engine().counts.request(what);
+        self.guarded(what, ino, handler);
+    }
+
+    /// Runs a handler, or what is left of it, on whatever thread; see the module about panics.
+    fn guarded(&self, what: &str, ino: INodeNo, handler: impl FnOnce()) {
+        tracing::trace!(what, ino = ino.0, "request");
+        if catch_unwind(AssertUnwindSafe(handler)).is_err() {
+            // What the payload can bring about is counted always and logged rarely.
+            let count = self.engine().counts.panics.fetch_add(1, Ordering::Relaxed);
+            if count.is_power_of_two() || count == 0 {
+                let path = self.engine().table.get(ino.0).and_then(|node| path_of(&node));
+                tracing::error!(
+                    what,
+                    ino = ino.0,
+                    ?path,
+                    count = count + 1,
+                    "internal error, answered with EIO"
+                );
+            }
+        }
+    }
+
+    /// Answers a request that may take long: if it does, on a thread of its own, so that the
+    /// workers, who are few, go on with what others ask.
+    pub(crate) fn answer<T: 'static, R: Send + 'static>(
+        &self,
+        what: &'static str,
+        ino: INodeNo,
+        reply: R,
+        send: impl Fn(Res<T>, R) + Copy + Send + Sync + 'static,
+        operation: impl Fn(&Self) -> Res<T> + Send + 'static,
+    ) {
+        self.run(what, ino, || match hurried(|| operation(self)) {
+            Err(LONG) => self.aside(what, ino, move |fs| send(operation(fs), reply)),
+            // Copying may take its time.
+            Err(FAR) => self.afar(what, ino, None, reply, send, operation),
+            done => send(done, reply),
+        });
+    }
+
+    /// Answers a request that is over soon, unless it touches what may never answer ([`crate::far`]): that
+    /// is done `again`, by a closure that has all it needs, where others need not wait for it.
+    pub(crate) fn serve<T: 'static, R: Send + 'static, O: FnOnce(&Self) -> Res<T> + Send + 'static>(
+        &self,
+        what: &'static str,
+        ino: INodeNo,
+        reply: R,
+        send: impl Fn(Res<T>, R) + Copy + Send + Sync + 'static,
+        now: impl FnOnce(&Self) -> Res<T>,
+        again: impl FnOnce() -> O,
+    ) {
+        self.run(what, ino, || {
+            if self.engine().far.is_empty() {
+                return send(now(self), reply);
+            }
+            match hurried(|| now(self)) {
+                Err(FAR) => self.afar(what, ino, Some(self.engine().patience), reply, send, again()),
+                Err(LONG) => {
+                    let again = again();
+                    self.aside(what, ino, move |fs| send(again(fs), reply));
+                }
+                done => send(done, reply),
+            }
+        });
+    }
+
+    /// Like [`FuseFs::serve`], for an operation on a name that can be begun twice.
+    pub(crate) fn serve_named<T: 'static, R: Send + 'static>(
+        &self,
+        what: &'static str,
+        ino: INodeNo,
+        name: &OsStr,
+        reply: R,
+        send: impl Fn(Res<T>, R) + Copy + Send + Sync + 'static,
+        operation: impl Fn(&Self, &OsStr) -> Res<T> + Copy + Send + 'static,
+    ) {
+        let again = || {
+            let name = name.to_owned();
+            move |fs: &Self| operation(fs, &name)
+        };
+        self.serve(what, ino, reply, send, |fs| operation(fs, name), again);
+    }
+
+    /// Does what this thread has met [`FAR`] with on one of the mount's; gives it up when that takes longer
+    /// than `patience`.
+    pub(crate) fn afar<T: 'static, R: Send + 'static>(
+        &self,
+        what: &'static str,
+        ino: INodeNo,
+        patience: Option<Duration>,
+        reply: R,
+        send: impl Fn(Res<T>, R) + Copy + Send + Sync + 'static,
+        operation: impl FnOnce(&Self) -> Res<T> + Send + 'static,
+    ) {
+        let Some(far) = far_mount() else { return send(Err(Errno::IO), reply) };
+        let waiting = Arc::new(Waiting {
+            reply: Mutex::new(Some(reply)),
+            refuse: move |reply| send(Err(Errno::IO), reply),
+        });
+        if let Some(patience) = patience {
+            let request: Arc<dyn GiveUp> = waiting.clone();
+            if let Some(due) = far.wait_for(Arc::downgrade(&request), patience) {
+                self.watch(far.clone(), due);
+            }
+        }
+        let fs = self.clone();
+        far.run(move || {
+            fs.guarded(what, ino, || {
+                if waiting.reply.lock().is_none() {
+                    return;
+                }
+                let done = operation(&fs);
+                let reply = waiting.reply.lock().take();
+                if let Some(reply) = reply {
+                    send(done, reply);
+                }
+            });
+        });
+    }
+
+    /// Sees to it that requests to a far mount are given up in time, as long as there are any.
+    fn watch(&self, far: Arc<Far>, due: Instant) {
+        let fs = self.clone();
+        self.shared.later.at(due, move || {
+            if let Some(next) = far.give_up_late() {
+                fs.watch(far, next);
+            }
+        });
+    }
+
+    /// Whether what is asked of an object may never be answered; [`FuseFs::afar`] is for it then.
+    pub(crate) fn is_far(&self, ino: INodeNo) -> bool {
+        !self.engine().far.is_empty() && matches!(hurried(|| self.engine().node(ino.0)), Err(FAR))
+    }
+
+    /// Runs a handler on a thread of its own, or here if there are too many.
+    pub(crate) fn aside(
+        &self,
+        what: &'static str,
+        ino: INodeNo,
+        handler: impl FnOnce(&Self) + Send + 'static,
+    ) {
+        if let Err(handler) = self.start_aside(what, ino, handler, |fs, handler| handler(fs)) {
+            handler(self);
+        }
+    }
+
+    /// Starts a thread for something that takes long; gives it back if there are too many.
+    fn start_aside<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        ino: INodeNo,
+        task: T,
+        perform: fn(&Self, T),
+    ) -> Result<(), T> {
+        let mut threads = self.shared.aside.lock();
+        threads.retain(|thread| !thread.is_finished());
+        if threads.len() >= MAX_ASIDE {
+            return Err(task);
+        }
+        // What a thread that cannot be started was to do comes back.
+        let task = Arc::new(Mutex::new(Some(task)));
+        let (fs, theirs) = (self.clone(), task.clone());
+        let start = move || {
+            let task = theirs.lock().take();
+            if let Some(task) = task {
+                fs.guarded(what, ino, || perform(&fs, task));
+            }
+        };
+        match std::thread::Builder::new().name("fsoverlay-long".to_owned()).spawn(start) {
+            Ok(thread) => threads.push(thread),
+            Err(_) => {
+                let task = task.lock().take();
+                return task.map_or(Ok(()), Err);
+            }
+        }
+        Ok(())
+    }
+
+    /// How long a request for bytes is to wait.
+    pub(crate) fn delay(&self, direction: Direction, bytes: impl FnOnce(&Self) -> u64) -> Option<Duration> {
+        let rate = self.engine().hooks.rate.as_ref()?;
+        Some(rate.delay(direction, bytes(self))).filter(|delay| !delay.is_zero())
+    }
+
+    /// Serves a request when its time has come, on a thread of its own.
+    pub(crate) fn delayed(
+        &self,
+        what: &'static str,
+        ino: INodeNo,
+        delay: Duration,
+        serve: impl FnOnce(&Self) + Send + 'static,
+    ) {
+        let fs = self.clone();
+        let due = Instant::now().checked_add(delay).unwrap_or_else(|| Instant::now() + TTL);
+        self.shared.later.at(due, move || fs.aside(what, ino, serve));
+    }
+
+    /// Answers a seek once the kernel has written back what it holds of the file: a series of WRITE
+    /// requests that the workers have to serve, the first of which may copy the file up.
+    pub(crate) fn seek_after_flush(&self, seek: Seek) {
+        let ino = INodeNo(seek.node.ino);
+        let started = self.start_aside("lseek", ino, seek, |fs, seek| fs.shared.flush_and_seek(seek));
+        if let Err(seek) = started
+            && let Err(Task::Seek(seek)) = self.shared.hand_over(Task::Seek(seek))
+        {
+            answer_seek(self.engine(), seek);
+        }
+    }
+}
+
+fn answer_seek(engine: &Engine, seek: Seek) {
+    match engine.seek(&seek.node, seek.offset, seek.hole) {
+        Ok(offset) => seek.reply.offset(i64::try_from(offset).unwrap_or(i64::MAX)),
+        Err(err) => seek.reply.error(errno(err)),
+    }
+}
