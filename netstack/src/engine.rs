@@ -10,12 +10,13 @@
 //!
 //! A panic ends the network with a message in the log, not the process: the thread owns everything it uses.
 
-use std::collections::BTreeSet;
+use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
 
 use nix::errno::Errno;
@@ -44,6 +45,9 @@ use crate::udp::Udp;
 
 /// Frames taken from the guest in one turn.
 const TURN_FRAMES: usize = 64;
+/// How long the end of the thread is waited for. It has nothing to wait for itself but the host's file systems, when it
+/// reads the list of resolvers.
+const STOP_PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
 /// Events taken in one turn.
 const TURN_EVENTS: usize = 256;
 
@@ -107,6 +111,30 @@ impl Random {
     }
 }
 
+/// Sockets that were not read to their end, the longest waiting first, each of them once.
+///
+/// They are served before whatever has become readable since, and one that could not be read to its end again goes to
+/// the end of the queue: while the TAP takes fewer frames than come, all get their share of it.
+#[derive(Debug, Default)]
+struct Unread {
+    queue: VecDeque<u64>,
+    waiting: HashSet<u64>,
+}
+
+impl Unread {
+    fn push(&mut self, token: Token) {
+        if self.waiting.insert(token.pack()) {
+            self.queue.push_back(token.pack());
+        }
+    }
+
+    fn pop(&mut self) -> Option<u64> {
+        let token = self.queue.pop_front()?;
+        self.waiting.remove(&token);
+        Some(token)
+    }
+}
+
 /// What the modules of the protocols share.
 #[derive(Debug)]
 pub(crate) struct Shared {
@@ -125,7 +153,7 @@ pub(crate) struct Shared {
     pub(crate) datagram: Box<[u8]>,
     /// Datagram sockets with more to read than could be taken: there was no room in the TAP, or others had to get their
     /// turn.
-    unread: BTreeSet<u64>,
+    unread: Unread,
     /// A descriptor was closed, so listeners that were starved of them may go on.
     pub(crate) descriptor_freed: bool,
 }
@@ -138,7 +166,7 @@ impl Shared {
 
     /// Remembers a socket that was not read to its end.
     pub(crate) fn come_back(&mut self, token: Token) {
-        self.unread.insert(token.pack());
+        self.unread.push(token);
     }
 
     /// What is to be done with a flow of the guest's to `remote`.
@@ -209,7 +237,7 @@ impl Engine {
             random: Random::default(),
             pins: Pins::default(),
             datagram: device::frame_buffer(),
-            unread: BTreeSet::new(),
+            unread: Unread::default(),
             descriptor_freed: false,
         };
         sh.watch(sh.tap.as_fd(), Token::Tap, EpollFlags::EPOLLIN)?;
@@ -235,7 +263,7 @@ impl Engine {
 
     /// Time until the next timer; `None`: until something happens.
     fn patience(&self, now: Instant) -> Option<Duration> {
-        let more = self.more_frames || self.more_work || !self.sh.unread.is_empty();
+        let more = self.more_frames || self.more_work || !self.sh.unread.queue.is_empty();
         if self.forward.is_eager() || more && !self.sh.tap.is_blocked() {
             return Some(Duration::ZERO);
         }
@@ -267,13 +295,16 @@ impl Engine {
         };
         let now = clock();
         let mut frames = self.more_frames;
-        let unread = match self.sh.tap.is_blocked() {
-            true => BTreeSet::new(),
-            false => std::mem::take(&mut self.sh.unread),
-        };
-        let again =
-            unread.into_iter().map(|data| EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLERR, data));
-        for event in events.iter().take(count).copied().chain(again) {
+        // As many as wait now: who is not done comes again the next turn.
+        for _ in 0..self.sh.unread.queue.len() {
+            if self.sh.tap.is_blocked() {
+                break;
+            }
+            if let Some(token) = self.sh.unread.pop().and_then(Token::unpack) {
+                self.datagrams(now, token, EpollFlags::EPOLLIN | EpollFlags::EPOLLERR);
+            }
+        }
+        for event in events.iter().take(count) {
             let flags = event.events();
             match Token::unpack(event.data()) {
                 Some(Token::Tap) => {
@@ -289,11 +320,9 @@ impl Engine {
                 }
                 Some(Token::Stop) => return Turn::Ends,
                 Some(Token::Tcp(id)) => self.tcp.host_event(&mut self.sh, now, id, flags),
-                Some(Token::Udp(id)) => self.udp.host_event(&mut self.sh, now, id, flags),
-                Some(Token::Ping(id)) => self.icmp.host_event(&mut self.sh, now, id, flags),
                 Some(Token::Dns(id)) => self.dns.host_event(&mut self.sh, now, id),
                 Some(Token::TcpListener(i)) => self.forward.accept(&mut self.sh, now, i, &mut self.tcp),
-                Some(Token::UdpListener(i)) => self.forward.receive(&mut self.sh, now, i, &mut self.udp),
+                Some(token) => self.datagrams(now, token, flags),
                 None => {}
             }
         }
@@ -324,6 +353,16 @@ impl Engine {
         }
         self.watch_room();
         Turn::Goes
+    }
+
+    /// A datagram socket has something to say.
+    fn datagrams(&mut self, now: Instant, token: Token, flags: EpollFlags) {
+        match token {
+            Token::Udp(id) => self.udp.host_event(&mut self.sh, now, id, flags),
+            Token::Ping(id) => self.icmp.host_event(&mut self.sh, now, id, flags),
+            Token::UdpListener(i) => self.forward.receive(&mut self.sh, now, i, &mut self.udp),
+            Token::Tap | Token::Stop | Token::Tcp(_) | Token::Dns(_) | Token::TcpListener(_) => {}
+        }
     }
 
     /// Hands the forwarder's answers out; whether a TCP flow got one.
@@ -575,6 +614,8 @@ impl Engine {
 #[derive(Debug)]
 pub struct Stack {
     thread: Option<JoinHandle<()>>,
+    /// Tells of the thread's end: nothing is ever sent, the sender goes with the thread.
+    ended: Receiver<()>,
     stop: Arc<EventFd>,
     stats: Arc<Counters>,
 }
@@ -626,7 +667,9 @@ impl Stack {
         let stop = Arc::new(EventFd::from_flags(flags).map_err(failed("stop event"))?);
         engine.sh.watch(stop.as_fd(), Token::Stop, EpollFlags::EPOLLIN).map_err(failed("stop event"))?;
         let stats = Arc::clone(&engine.sh.stats);
+        let (alive, ended) = channel::<()>();
         let body = move || {
+            let _alive = alive;
             // Signals are the business of the process's main thread.
             let _ = nix::sys::signal::SigSet::all().thread_block();
             contain(|| while engine.turn(&mut clock, None) == Turn::Goes {});
@@ -635,7 +678,7 @@ impl Stack {
             .name("netstack".into())
             .spawn(body)
             .map_err(|source| Error::Start { what: "thread", source })?;
-        Ok(Self { thread: Some(thread), stop, stats })
+        Ok(Self { thread: Some(thread), ended, stop, stats })
     }
 
     /// What the stack has done so far.
@@ -650,7 +693,8 @@ impl Stack {
         self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
-    /// Ends the thread and closes every flow. Dropping the stack does the same.
+    /// Ends the thread and closes every flow. Dropping the stack does the same. A thread that a system call holds up for
+    /// seconds is left to end by itself.
     pub fn stop(self) {
         drop(self);
     }
@@ -660,10 +704,18 @@ impl Drop for Stack {
     fn drop(&mut self) {
         // Fails only if the counter would overflow, in which case the thread has been told.
         let _ = self.stop.write(1);
-        if let Some(thread) = self.thread.take() {
+        let Some(thread) = self.thread.take() else { return };
+        if end_within(&self.ended, STOP_PATIENCE) {
             let _ = thread.join();
+        } else {
+            tracing::error!("the network stack does not end: its thread is left behind");
         }
     }
+}
+
+/// Whether the thread that holds the other end is gone within `patience`.
+fn end_within(ended: &Receiver<()>, patience: std::time::Duration) -> bool {
+    ended.recv_timeout(patience) != Err(RecvTimeoutError::Timeout)
 }
 
 fn nonblocking(fd: BorrowedFd<'_>) -> nix::Result<()> {
@@ -710,6 +762,28 @@ mod tests {
             slab.remove(id);
         }
         assert_eq!(Token::unpack(u64::MAX), None);
+    }
+
+    #[test]
+    fn unread_sockets_take_turns_and_wait_once() {
+        let mut unread = Unread::default();
+        for token in [Token::UdpListener(3), Token::UdpListener(1), Token::UdpListener(3)] {
+            unread.push(token);
+        }
+        // The one that could not be read to its end goes behind the other.
+        assert_eq!(unread.pop(), Some(Token::UdpListener(3).pack()));
+        unread.push(Token::UdpListener(3));
+        assert_eq!(unread.pop(), Some(Token::UdpListener(1).pack()));
+        assert_eq!(unread.pop(), Some(Token::UdpListener(3).pack()));
+        assert!(unread.pop().is_none() && unread.waiting.is_empty());
+    }
+
+    #[test]
+    fn a_thread_that_does_not_end_is_not_waited_for_without_end() {
+        let (alive, ended) = channel::<()>();
+        assert!(!end_within(&ended, std::time::Duration::ZERO));
+        drop(alive);
+        assert!(end_within(&ended, STOP_PATIENCE));
     }
 
     #[test]

@@ -429,7 +429,8 @@ impl Tcp {
         if self.flows.len() >= MAX_TCP_FLOWS {
             return refuse(sh, fd);
         }
-        let Some((key, socket)) = self.connect_inside(sh, way) else { return refuse(sh, fd) };
+        let others = self.flows.len();
+        let Some((key, socket)) = self.connect_inside(sh, way, others) else { return refuse(sh, fd) };
         host::tune_tcp(fd.as_fd());
         let far = HostSide { readable: true, ..HostSide::new(fd, true) };
         let id = self.insert(sh, now, key, Phase::Open(Box::new(socket)), Far::Host(far));
@@ -445,7 +446,12 @@ impl Tcp {
     }
 
     /// A socket that connects to a server inside. The peer's port is its own where that is free, else any.
-    fn connect_inside(&mut self, sh: &mut Shared, mut key: FlowKey) -> Option<(FlowKey, RingSocket)> {
+    fn connect_inside(
+        &mut self,
+        sh: &mut Shared,
+        mut key: FlowKey,
+        others: usize,
+    ) -> Option<(FlowKey, RingSocket)> {
         for _ in 0..64 {
             if !self.by_key.contains_key(&key) {
                 break;
@@ -456,14 +462,17 @@ impl Tcp {
         if self.by_key.contains_key(&key) {
             return None;
         }
-        let mut socket = self.new_socket()?;
+        let mut socket = self.new_socket(others)?;
         socket.connect(&mut self.iface, key.guest.into(), key.remote.into()).ok()?;
         Some((key, socket))
     }
 
     /// The server inside does not listen where it was looked for first.
     fn try_other_way(&mut self, sh: &mut Shared, now: Instant, id: FlowId, way: FlowKey) {
-        let Some((key, socket)) = self.connect_inside(sh, way) else { return self.remove(sh, id, true) };
+        let others = self.flows.len().saturating_sub(1);
+        let Some((key, socket)) = self.connect_inside(sh, way, others) else {
+            return self.remove(sh, id, true);
+        };
         let Some(flow) = self.flows.get_mut(id) else { return };
         let before = std::mem::replace(&mut flow.phase, Phase::Open(Box::new(socket)));
         self.by_key.remove(&std::mem::replace(&mut flow.key, key));
@@ -502,9 +511,8 @@ impl Tcp {
         id
     }
 
-    /// A socket for a flow, which may be in the table already.
-    fn new_socket(&mut self) -> Option<RingSocket> {
-        let others = self.flows.len().saturating_sub(1);
+    /// A socket for a flow beside so many others.
+    fn new_socket(&mut self, others: usize) -> Option<RingSocket> {
         let (_, ring) = RINGS.into_iter().find(|(most, _)| others <= *most)?;
         let pooled = if ring == LARGEST_RING { self.pool.pop() } else { None };
         let rings = match pooled {
@@ -530,7 +538,8 @@ impl Tcp {
 
     /// The other side is there: lets smoltcp answer the held SYN.
     fn establish(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
-        let Some(mut socket) = self.new_socket() else { return self.remove(sh, id, true) };
+        let others = self.flows.len().saturating_sub(1);
+        let Some(mut socket) = self.new_socket(others) else { return self.remove(sh, id, true) };
         let Some(flow) = self.flows.get_mut(id) else { return };
         let Phase::Connecting { syn } = &mut flow.phase else { return };
         let is_v6 = flow.key.remote.ip.is_ipv6();

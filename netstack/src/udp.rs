@@ -457,8 +457,9 @@ pub(crate) fn want_local_address(fd: &impl AsFd, is_v6: bool) -> nix::Result<()>
     }
 }
 
-/// Receives a datagram: its length, its sender, and the host's address it was sent to if that was asked for.
-fn receive(fd: &HostFd, buffer: &mut [u8]) -> nix::Result<(usize, SocketAddr, Option<IpAddr>)> {
+/// Receives a datagram: its length, its sender if that is an IP address, and the host's address it was sent to if that
+/// was asked for.
+fn receive(fd: &HostFd, buffer: &mut [u8]) -> nix::Result<(usize, Option<SocketAddr>, Option<IpAddr>)> {
     let mut control = nix::cmsg_space!(libc::in6_pktinfo);
     let mut parts = [IoSliceMut::new(buffer)];
     let message =
@@ -470,8 +471,7 @@ fn receive(fd: &HostFd, buffer: &mut [u8]) -> nix::Result<(usize, SocketAddr, Op
         ControlMessageOwned::Ipv6PacketInfo(info) => Some(IpAddr::from(info.ipi6_addr.s6_addr)),
         _ => None,
     });
-    let from = message.address.as_ref().and_then(socket_addr).ok_or(Errno::EINTR)?;
-    Ok((message.bytes, from, local))
+    Ok((message.bytes, message.address.as_ref().and_then(socket_addr), local))
 }
 
 /// Reads a datagram socket to its end, or as far as the TAP has room and others need not wait too long: then we come back.
@@ -489,11 +489,20 @@ pub(crate) fn read_all(
             break;
         }
         match receive(fd, &mut buffer) {
-            Ok((len, from, local)) => each(sh, buffer.get_mut(..len).unwrap_or_default(), from, local),
+            Ok((len, Some(from), local)) => each(sh, buffer.get_mut(..len).unwrap_or_default(), from, local),
+            // From nobody who could be answered.
+            Ok((_, None, _)) => sh.stats.dropped_datagrams.one(),
             Err(Errno::EAGAIN) => break,
+            Err(Errno::EINTR) => {}
+            // Not the datagrams' fault, and no better at once: the next one wakes us.
+            Err(Errno::ENOMEM | Errno::ENOBUFS | Errno::EBADF | Errno::ENOTSOCK | Errno::EFAULT) => break,
             // An error of an earlier datagram, reported once.
             Err(_) if failures < MAX_FAILURES => failures += 1,
-            Err(_) => break,
+            // Datagrams may wait behind the errors, and nothing would tell of them again.
+            Err(_) => {
+                sh.come_back(token);
+                break;
+            }
         }
     }
     sh.datagram = buffer;

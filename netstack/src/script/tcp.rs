@@ -254,6 +254,28 @@ fn an_end_that_was_acknowledged_too_early_is_not_probed_for_ever() {
 }
 
 #[test]
+fn the_largest_rings_are_for_the_first_connections_from_outside_too() {
+    let host_ip = Some(std::net::Ipv4Addr::LOCALHOST.into());
+    let port = Publish { host_ip, host_port: 0, inside_port: 80, protocol: crate::config::Protocol::Tcp };
+    let mut script = Script::with(&spec(), true, &[port]);
+    let clients: Vec<TcpStream> =
+        (0..66).map(|_| TcpStream::connect(script.published[0]).expect("connect")).collect();
+    // The scale of the window in a SYN follows from the size of the ring.
+    let scales: Vec<Option<u8>> = clients
+        .iter()
+        .map(|_| {
+            let syn = script.expect_tcp("SYN", |segment| segment.syn() && !segment.ack());
+            let segment = syn.tcp();
+            let (src, dst) = (syn.packet().src.into(), syn.packet().dst.into());
+            let ignored = smoltcp::phy::ChecksumCapabilities::ignored();
+            TcpRepr::parse(&segment, &src, &dst, &ignored).expect("segment").window_scale
+        })
+        .collect();
+    assert_eq!(scales[..64], [Some(3); 64]);
+    assert_eq!(scales[64..], [Some(1); 2]);
+}
+
+#[test]
 fn a_published_port_is_tried_both_ways() {
     let port = Publish {
         host_ip: Some(ip("127.0.0.1")),
