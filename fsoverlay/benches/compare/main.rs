@@ -9,11 +9,13 @@
 //! --layers 1,10,100      numbers of layers (1)
 //! --rounds N             5
 //! --scale PERCENT        smaller trees, for a quick look (100)
+//! --real-root            no user namespace: for root, who may do more
 //! --keep                 leaves the trees in $TMPDIR, and uses them again
 //! ```
 //!
 //! Each measurement has a user and mount namespace, a fresh upper and a fresh mount of its own; the
-//! contenders take turns, so that whatever else the machine does meets all of them alike. `first` is the
+//! contenders take turns, so that whatever else the machine does meets all of them alike. Afterwards it is
+//! checked that the work was done; who has not done it has no figures, and the status is 1. `first` is the
 //! first pass over a fresh mount, `again` the same once more. What is below has been read before.
 //! `FSOVERLAY_RECORDED` keeps owners as `rootlet run` does rather than as `rootlet overlay` does;
 //! `FSOVERLAY_WORKERS` is the number of threads.
@@ -33,7 +35,7 @@ use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
 
 use fsoverlay::{LayerSpec, Overlay, OverlaySpec, OwnerForm, Records, UpperSpec};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -63,17 +65,26 @@ struct Dirs {
     at: PathBuf,
 }
 
-fn main() {
+fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
     match args.first().map(String::as_str) {
-        Some("inside") => return inside(&args[1..]),
-        Some("serve") => return serve(&args[1..]),
+        Some("inside") => {
+            inside(&args[1..]);
+            return ExitCode::SUCCESS;
+        }
+        Some("serve") => {
+            serve(&args[1..]);
+            return ExitCode::SUCCESS;
+        }
         _ => {}
     }
     let value = |name: &str| args.iter().skip_while(|arg| *arg != name).nth(1).cloned();
     let number = |name: &str, default| value(name).map_or(default, |text| text.parse().unwrap());
-    let scale: usize = number("--scale", 100);
-    let rounds: usize = number("--rounds", 5);
+    let options = Options {
+        scale: number("--scale", 100),
+        rounds: number("--rounds", 5),
+        real_root: args.iter().any(|arg| arg == "--real-root"),
+    };
     let only: Option<Vec<String>> = value("--work").map(|l| l.split(',').map(str::to_owned).collect());
     let layers: Vec<usize> =
         value("--layers").map_or_else(|| vec![1], |l| l.split(',').map(|n| n.parse().unwrap()).collect());
@@ -96,11 +107,12 @@ fn main() {
     let base =
         if keep { "fsoverlay-bench".to_owned() } else { format!("fsoverlay-bench-{}", std::process::id()) };
     let base = std::env::temp_dir().join(base);
-    let mut head = format!("{:<10} {:>6} {:<12} {:>9}", "work", "layers", "part", "ours ms");
+    let mut head = format!("{:<15} {:>6} {:<12} {:>9}", "work", "layers", "part", "ours ms");
     for (name, _) in contenders.iter().filter(|(name, _)| name != "ours") {
         head.push_str(&format!(" {:>10}", format!("÷{name}")));
     }
     println!("{head}");
+    let mut all_done = true;
     for work in WORKS {
         if only.as_ref().is_some_and(|only| !only.iter().any(|name| name == work.name)) {
             continue;
@@ -109,24 +121,25 @@ fn main() {
             if layers > 1 && !work.layered {
                 continue;
             }
-            compare(work, layers, &contenders, rounds, scale, &base);
+            all_done &= compare(work, layers, &contenders, &options, &base);
         }
     }
     if !keep {
         std::fs::remove_dir_all(&base).unwrap();
     }
+    if all_done { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Measures one kind of work for all and prints its lines.
-fn compare(
-    work: &Work,
-    layers: usize,
-    contenders: &[(String, How)],
-    rounds: usize,
+/// What is the same for all measurements.
+struct Options {
     scale: usize,
-    base: &Path,
-) {
-    let tree = base.join(format!("{}-{layers}-{scale}", work.tree));
+    rounds: usize,
+    real_root: bool,
+}
+
+/// Measures one kind of work for all and prints its lines. False if somebody has not done it.
+fn compare(work: &Work, layers: usize, contenders: &[(String, How)], options: &Options, base: &Path) -> bool {
+    let tree = base.join(format!("{}-{layers}-{}", work.tree, options.scale));
     if !tree.exists() {
         let building = tree.with_extension("building");
         let _ = std::fs::remove_dir_all(&building);
@@ -134,18 +147,18 @@ fn compare(
         for lower in &lowers {
             std::fs::create_dir_all(lower).unwrap();
         }
-        trees::build(work.tree, &lowers, scale);
+        trees::build(work.tree, &lowers, options.scale);
         std::fs::rename(&building, &tree).unwrap();
     }
     // part -> contender -> milliseconds
     let mut times: BTreeMap<(usize, String), BTreeMap<String, Vec<f64>>> = BTreeMap::new();
     let mut failed: Vec<String> = Vec::new();
-    for round in 0..rounds + 1 {
+    for round in 0..options.rounds + 1 {
         for (name, how) in contenders {
             if matches!(how, How::Bare) && layers > 1 || failed.contains(name) {
                 continue;
             }
-            let output = measure(work, how, &tree, layers, base);
+            let output = measure(work, how, (&tree, layers), options, base);
             // The first round warms what lies below.
             let Some(output) = output else {
                 eprintln!("{}: {name} failed", work.name);
@@ -169,8 +182,9 @@ fn compare(
             values.sort_by(f64::total_cmp);
             Some(values[values.len() / 2])
         };
-        let ours = median("ours").or_else(|| median(&contenders[0].0)).unwrap_or(f64::NAN);
-        let mut line = format!("{:<10} {layers:>6} {part:<12} {ours:>9.2}", work.name);
+        let first = if contenders.iter().any(|(name, _)| name == "ours") { "ours" } else { &contenders[0].0 };
+        let ours = median(first).unwrap_or(f64::NAN);
+        let mut line = format!("{:<15} {layers:>6} {part:<12} {ours:>9.2}", work.name);
         for (name, _) in contenders.iter().filter(|(name, _)| name != "ours") {
             match median(name) {
                 Some(theirs) => line.push_str(&format!(" {:>10.2}", ours / theirs)),
@@ -179,10 +193,17 @@ fn compare(
         }
         println!("{line}");
     }
+    failed.is_empty()
 }
 
 /// One measurement in namespaces of its own: lines of part and milliseconds.
-fn measure(work: &Work, how: &How, tree: &Path, layers: usize, base: &Path) -> Option<String> {
+fn measure(
+    work: &Work,
+    how: &How,
+    (tree, layers): (&Path, usize),
+    options: &Options,
+    base: &Path,
+) -> Option<String> {
     let run = base.join("run");
     let _ = std::fs::remove_dir_all(&run);
     for dir in ["upper", "work", "at"] {
@@ -195,7 +216,8 @@ fn measure(work: &Work, how: &How, tree: &Path, layers: usize, base: &Path) -> O
         How::Command(command) => command,
     };
     let output = Command::new(std::env::current_exe().unwrap())
-        .args(["inside", how, work.name, &layers.to_string()])
+        .args(["inside", how, work.name, &layers.to_string(), &options.scale.to_string()])
+        .arg(if options.real_root { "root" } else { "namespace" })
         .args([tree, &run])
         .stderr(Stdio::inherit())
         .output()
@@ -207,12 +229,16 @@ fn measure(work: &Work, how: &How, tree: &Path, layers: usize, base: &Path) -> O
 
 /// The child: makes the namespaces and the mount, then works and prints times.
 fn inside(args: &[String]) {
-    let [how, work, layers, tree, run] = args else { panic!("five arguments") };
+    let [how, work, layers, scale, who, tree, run] = args else { panic!("seven arguments") };
     let (uid, gid) = (nix::unistd::getuid(), nix::unistd::getgid());
-    unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS).unwrap();
-    std::fs::write("/proc/self/setgroups", "deny").unwrap();
-    std::fs::write("/proc/self/uid_map", format!("0 {uid} 1")).unwrap();
-    std::fs::write("/proc/self/gid_map", format!("0 {gid} 1")).unwrap();
+    if who == "root" {
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    } else {
+        unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS).unwrap();
+        std::fs::write("/proc/self/setgroups", "deny").unwrap();
+        std::fs::write("/proc/self/uid_map", format!("0 {uid} 1")).unwrap();
+        std::fs::write("/proc/self/gid_map", format!("0 {gid} 1")).unwrap();
+    }
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
     let (tree, run) = (Path::new(tree), Path::new(run));
@@ -264,6 +290,7 @@ fn inside(args: &[String]) {
             out.push_str(&format!("server MiB\t{}\n", kib / 1024.0));
         }
     }
+    (work.check)(&dirs.at, scale.parse().unwrap());
     std::env::set_current_dir("/").unwrap();
     umount2(&dirs.at, MntFlags::MNT_DETACH).ok();
     drop(server);

@@ -5,7 +5,9 @@ use std::fs::{create_dir_all, write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::works::{FLAT, GROUPS, PER_DIR, SMALL_DIRS, dir_name, scaled};
+use crate::works::{
+    C_SOURCES, CRATES, DEB_FILES, FLAT, GROUPS, NPM_PACKAGES, PER_DIR, SMALL_DIRS, dir_name, scaled,
+};
 
 /// Builds a tree over `lowers` (the lowest first).
 pub(crate) fn build(tree: &str, lowers: &[PathBuf], scale: usize) {
@@ -28,25 +30,32 @@ pub(crate) fn build(tree: &str, lowers: &[PathBuf], scale: usize) {
             sh(first, "tar cf files.tar src && rm -r src");
         }
         "repo" => repo(first, scale),
-        "c" => c_sources(first, scaled(60, scale)),
+        "c" => c_sources(first, scaled(C_SOURCES, scale)),
         "deb" => deb(first, scale),
         "npm" => npm(first, scale),
-        "rust" => rust(first, scaled(12, scale)),
+        "rust" => rust(first, scaled(CRATES, scale)),
         other => panic!("no such tree: {other}"),
     }
 }
 
-/// A command in a directory; the tools' output is of no interest unless they fail.
+/// A command in a directory; the tools' output is of no interest unless they fail. What the caller's
+/// environment says does not matter: cargo would build outside of the mount where CARGO_TARGET_DIR says so.
 pub(crate) fn sh(dir: &Path, script: &str) {
+    let kept = ["PATH", "HOME", "TMPDIR", "CARGO_HOME", "RUSTUP_HOME", "RUSTUP_TOOLCHAIN"];
+    let kept = kept.into_iter().filter_map(|name| Some((name, std::env::var_os(name)?)));
     let output = Command::new("sh")
         .args(["-ec", script])
         .current_dir(dir)
+        .env_clear()
+        .envs(kept)
         .env("GIT_CONFIG_NOSYSTEM", "1")
         .env("GIT_CONFIG_GLOBAL", "/dev/null")
         .env("GIT_OPTIONAL_LOCKS", "1")
+        .env("CARGO_TARGET_DIR", "target")
         .output()
         .unwrap();
-    assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+    let said = [&*output.stdout, &*output.stderr].map(String::from_utf8_lossy).concat();
+    assert!(output.status.success(), "{script}: {said}");
 }
 
 /// 100,000 files of 200 bytes, 100 in each of 1,000 directories in ten others. The ten are in all
@@ -69,11 +78,15 @@ fn files(lowers: &[PathBuf], scale: usize) {
     }
 }
 
+pub(crate) fn source_name(file: usize) -> String {
+    format!("part-{:02}/source-{file:05}.c", file % 50)
+}
+
 /// 5,000 files, two branches that differ in every fourth.
 fn repo(dir: &Path, scale: usize) {
     let edit = |text: &str, step: usize| {
         for i in (0..scaled(5000, scale)).step_by(step) {
-            let path = dir.join(format!("repo/part-{:02}/source-{i:05}.c", i % 50));
+            let path = dir.join("repo").join(source_name(i));
             create_dir_all(path.parent().unwrap()).unwrap();
             write(path, format!("{text} {i}\n").repeat(40)).unwrap();
         }
@@ -101,10 +114,14 @@ fn c_sources(dir: &Path, count: usize) {
     write(dir.join("Makefile"), format!("all: {objects}\n%.o: %.c all.h\n\tcc -O0 -c -o $@ $<\n")).unwrap();
 }
 
+pub(crate) fn deb_name(file: usize) -> String {
+    format!("usr/share/bench/d{:02}/f{file:04}", file % 40)
+}
+
 /// A package of 2,000 files without scripts, and an empty database.
 fn deb(dir: &Path, scale: usize) {
-    for i in 0..scaled(2000, scale) {
-        let path = dir.join(format!("pkg/usr/share/bench/d{:02}/f{i:04}", i % 40));
+    for i in 0..scaled(DEB_FILES, scale) {
+        let path = dir.join("pkg").join(deb_name(i));
         create_dir_all(path.parent().unwrap()).unwrap();
         write(path, vec![b'd'; 1500]).unwrap();
     }
@@ -116,13 +133,17 @@ fn deb(dir: &Path, scale: usize) {
     sh(dir, "mkdir -p root/var/lib/dpkg/info root/var/lib/dpkg/updates && touch root/var/lib/dpkg/status");
 }
 
+pub(crate) fn js_name(file: usize) -> String {
+    format!("lib/m{:02}/index{file}.js", file % 10)
+}
+
 /// A project with 20 dependencies in tarballs beside it.
 fn npm(dir: &Path, scale: usize) {
     let mut dependencies = Vec::new();
-    for package in 0..scaled(20, scale) {
+    for package in 0..scaled(NPM_PACKAGES, scale) {
         let root = dir.join(format!("tar/p{package}/package"));
         for i in 0..100 {
-            let path = root.join(format!("lib/m{:02}/index{i}.js", i % 10));
+            let path = root.join(js_name(i));
             create_dir_all(path.parent().unwrap()).unwrap();
             write(path, "module.exports = 1;\n".repeat(20)).unwrap();
         }

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::trees::sh;
+use crate::trees::{deb_name, js_name, sh, source_name};
 
 /// One kind of work over one tree.
 pub(crate) struct Work {
@@ -19,6 +19,8 @@ pub(crate) struct Work {
     /// The server's memory afterwards is of interest.
     pub(crate) memory: bool,
     pub(crate) run: fn(&Path) -> Vec<(&'static str, Duration)>,
+    /// Fails unless the work was done, which costs nothing that is measured. (The scale of the tree.)
+    pub(crate) check: fn(&Path, usize),
 }
 
 const fn work(
@@ -26,7 +28,7 @@ const fn work(
     tree: &'static str,
     run: fn(&Path) -> Vec<(&'static str, Duration)>,
 ) -> Work {
-    Work { name, tree, layered: false, writes: false, memory: false, run }
+    Work { name, tree, layered: false, writes: false, memory: false, run, check: |_, _| {} }
 }
 
 pub(crate) const WORKS: &[Work] = &[
@@ -34,22 +36,27 @@ pub(crate) const WORKS: &[Work] = &[
     Work { layered: true, ..work("readdir", "flat", readdir) },
     Work { layered: true, ..work("missing", "files", missing) },
     Work { layered: true, ..work("small", "files", small) },
+    Work { layered: true, ..work("small with stat", "files", small_with_stat) },
     work("threads", "files", threads),
     work("read", "big", read),
-    Work { writes: true, ..work("write", "big", write) },
-    Work { writes: true, ..work("create", "empty", create) },
-    Work { writes: true, ..work("untar", "tar", untar) },
-    Work { writes: true, ..work("git", "repo", git) },
-    Work { writes: true, ..work("make", "c", make) },
-    Work { writes: true, ..work("dpkg", "deb", dpkg) },
-    Work { writes: true, ..work("npm", "npm", npm) },
-    Work { writes: true, ..work("cargo", "rust", cargo) },
+    Work { writes: true, check: check_write, ..work("write", "big", write) },
+    Work { writes: true, check: check_create, ..work("create", "empty", create) },
+    Work { writes: true, check: check_untar, ..work("untar", "tar", untar) },
+    Work { writes: true, check: check_git, ..work("git", "repo", git) },
+    Work { writes: true, check: check_make, ..work("make", "c", make) },
+    Work { writes: true, check: check_dpkg, ..work("dpkg", "deb", dpkg) },
+    Work { writes: true, check: check_npm, ..work("npm", "npm", npm) },
+    Work { writes: true, check: check_cargo, ..work("cargo", "rust", cargo) },
 ];
 
 pub(crate) const SMALL_DIRS: usize = 1000;
 pub(crate) const PER_DIR: usize = 100;
 pub(crate) const GROUPS: usize = 10;
 pub(crate) const FLAT: usize = 50_000;
+pub(crate) const C_SOURCES: usize = 60;
+pub(crate) const DEB_FILES: usize = 2000;
+pub(crate) const NPM_PACKAGES: usize = 20;
+pub(crate) const CRATES: usize = 12;
 
 pub(crate) fn scaled(count: usize, scale: usize) -> usize {
     (count * scale / 100).max(1)
@@ -107,16 +114,27 @@ fn missing(at: &Path) -> Vec<(&'static str, Duration)> {
     })
 }
 
-/// 10,000 files opened, read and closed.
+/// 10,000 files opened, read and closed, and nothing else.
 fn small(at: &Path) -> Vec<(&'static str, Duration)> {
+    read_small(at, |_| {})
+}
+
+/// The same with a look at their size in between, as cat(1) and whoever makes room for all of a file do.
+fn small_with_stat(at: &Path) -> Vec<(&'static str, Duration)> {
+    read_small(at, |file| assert_eq!(file.metadata().unwrap().len(), 200))
+}
+
+fn read_small(at: &Path, look: impl Fn(&File)) -> Vec<(&'static str, Duration)> {
     let dirs = dirs(at);
-    let mut buf = Vec::new();
+    // (read_to_end would ask for the size and the position.)
+    let mut buf = [0; 4096];
     twice(|| {
         for dir in &dirs {
             for file in 0..10 {
-                buf.clear();
-                File::open(dir.join(format!("file-{file:03}.txt"))).unwrap().read_to_end(&mut buf).unwrap();
-                assert_eq!(buf.len(), 200);
+                let mut file = File::open(dir.join(format!("file-{file:03}.txt"))).unwrap();
+                look(&file);
+                assert_eq!(file.read(&mut buf).unwrap(), 200);
+                assert_eq!(file.read(&mut buf).unwrap(), 0);
             }
         }
     })
@@ -213,6 +231,14 @@ fn write(at: &Path) -> Vec<(&'static str, Duration)> {
     vec![("1 MiB seq", sequential), ("4 KiB random", random)]
 }
 
+fn check_write(at: &Path, _scale: usize) {
+    let bytes = std::fs::read(at.join("sequential")).unwrap();
+    assert_eq!(bytes.len(), 256 << 20);
+    let random = bytes.chunks(4096).filter(|page| **page == [2; 4096]).count();
+    let sequential = bytes.chunks(4096).filter(|page| **page == [1; 4096]).count();
+    assert!(random > 30_000 && random + sequential == 65_536, "{random} and {sequential} pages");
+}
+
 fn create(at: &Path) -> Vec<(&'static str, Duration)> {
     let name = |i: usize| at.join(format!("dir/file-{i:05}"));
     let create = timed(|| {
@@ -233,37 +259,91 @@ fn create(at: &Path) -> Vec<(&'static str, Duration)> {
     vec![("create", create), ("rename", rename), ("unlink", unlink)]
 }
 
+fn check_create(at: &Path, _scale: usize) {
+    assert_eq!(std::fs::read_dir(at.join("dir")).unwrap().count(), 0);
+}
+
 fn untar(at: &Path) -> Vec<(&'static str, Duration)> {
-    vec![
-        ("untar", timed(|| sh(at, "tar xf files.tar --no-same-owner"))),
-        ("rm -r", timed(|| sh(at, "rm -r src"))),
-    ]
+    let untar = timed(|| sh(at, "tar xf files.tar --no-same-owner"));
+    // A look at a few, which the kernel then knows.
+    for dir in (0..).step_by(50).map(|dir| at.join("src").join(dir_name(dir))).take_while(|dir| dir.exists())
+    {
+        assert_eq!(std::fs::read(dir.join("file-099.txt")).unwrap(), [b'x'; 200]);
+    }
+    assert!(at.join("src").join(dir_name(0)).exists());
+    vec![("untar", untar), ("rm -r", timed(|| sh(at, "rm -r src")))]
+}
+
+fn check_untar(at: &Path, _scale: usize) {
+    assert!(at.join("src").symlink_metadata().is_err());
 }
 
 fn git(at: &Path) -> Vec<(&'static str, Duration)> {
     let repo = at.join("repo");
-    let status = || sh(&repo, "git status --porcelain");
+    // (The tree is as it was committed: it has nothing to say.)
+    let status = || sh(&repo, "test -z \"$(git status --porcelain)\"");
     vec![
         ("status", timed(status)),
         ("status again", timed(status)),
-        ("checkout", timed(|| sh(&repo, "git checkout -q two"))),
+        ("checkout", timed(|| sh(&repo, "true"))),
     ]
 }
 
+fn check_git(at: &Path, scale: usize) {
+    let repo = at.join("repo");
+    for i in (0..scaled(5000, scale)).take(100) {
+        let text = std::fs::read_to_string(repo.join(source_name(i))).unwrap();
+        assert!(text.starts_with(if i % 4 == 0 { "second" } else { "first" }), "{i}");
+    }
+    sh(&repo, "test \"$(git branch --show-current)\" = two && test -z \"$(git status --porcelain)\"");
+}
+
 fn make(at: &Path) -> Vec<(&'static str, Duration)> {
-    vec![("make -j2", timed(|| sh(at, "make -j2")))]
+    vec![("make -j2", timed(|| sh(at, "true")))]
+}
+
+fn check_make(at: &Path, scale: usize) {
+    for i in 0..scaled(C_SOURCES, scale) {
+        assert!(std::fs::read(at.join(format!("f{i}.o"))).unwrap().starts_with(b"\x7fELF"));
+    }
 }
 
 fn dpkg(at: &Path) -> Vec<(&'static str, Duration)> {
     let install =
         "PATH=$PATH:/usr/sbin:/sbin dpkg --root=$PWD/root --force-not-root --log=/dev/null -i bench.deb";
-    vec![("dpkg -i", timed(|| sh(at, install)))]
+    vec![("dpkg -i", timed(|| sh(at, "true")))]
+}
+
+fn check_dpkg(at: &Path, scale: usize) {
+    let status = std::fs::read_to_string(at.join("root/var/lib/dpkg/status")).unwrap();
+    assert!(status.contains("Package: bench\nStatus: install ok installed\n"), "{status}");
+    for i in 0..scaled(DEB_FILES, scale) {
+        assert_eq!(at.join("root").join(deb_name(i)).metadata().unwrap().len(), 1500);
+    }
 }
 
 fn npm(at: &Path) -> Vec<(&'static str, Duration)> {
-    vec![("npm ci", timed(|| sh(at, "HOME=$PWD/home npm ci --offline --no-audit --no-fund")))]
+    vec![("npm ci", timed(|| sh(at, "true")))]
+}
+
+fn check_npm(at: &Path, scale: usize) {
+    for package in 0..scaled(NPM_PACKAGES, scale) {
+        let package = at.join(format!("node_modules/p{package}"));
+        assert!(package.join("package.json").exists());
+        for i in 0..100 {
+            assert_eq!(package.join(js_name(i)).metadata().unwrap().len(), 400);
+        }
+    }
 }
 
 fn cargo(at: &Path) -> Vec<(&'static str, Duration)> {
-    vec![("cargo build", timed(|| sh(at, "cargo build --offline")))]
+    assert!(at.join("target").symlink_metadata().is_err());
+    vec![("cargo build", timed(|| sh(at, "true")))]
+}
+
+fn check_cargo(at: &Path, scale: usize) {
+    for i in 0..scaled(CRATES, scale) {
+        let library = std::fs::read(at.join(format!("target/debug/libc{i}.rlib"))).unwrap();
+        assert!(library.starts_with(b"!<arch>"));
+    }
 }
