@@ -323,6 +323,10 @@ struct Server(Child);
 
 impl Drop for Server {
     fn drop(&mut self) {
+        // After a failure the mount is still there.
+        if std::thread::panicking() {
+            let _ = self.0.kill();
+        }
         let _ = self.0.wait();
     }
 }
