@@ -86,6 +86,8 @@ pub struct Publish {
     pub host_ip: Option<IpAddr>,
     /// Port on the host; 0: any free one.
     pub host_port: u16,
+    /// Address inside; `None`: the guest's, of whichever family the server there listens on.
+    pub inside_ip: Option<IpAddr>,
     /// Port inside.
     pub inside_port: u16,
     /// Protocol.
@@ -113,6 +115,9 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// The stack has ended, so it obeys no commands any more.
+    #[error("the network stack does not run any more")]
+    Stopped,
     /// The descriptor is not a TAP made by [`open_tap`](crate::open_tap).
     #[error("the descriptor is not a TAP with virtio headers")]
     NotATap,

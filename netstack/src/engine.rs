@@ -12,26 +12,26 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::PipeReader;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::{Icmpv6Message, Icmpv6Packet, NdiscRepr, UdpPacket};
 
 use crate::config::{Error, REASSEMBLY, StackSpec};
+use crate::control::{self, Commands, Control};
 use crate::device::{self, ReadResult, Tap};
 use crate::dns::pins::Pins;
 use crate::dns::{Dns, Origin};
 use crate::emit;
 use crate::flow::{Endpoint, FlowId, TimerKey, Timers};
-use crate::forward::{self, Forward, Published};
+use crate::forward::{self, BoundPort, Forward, PortId, Published, PublishedPort};
 use crate::fragment::Reassembly;
 use crate::host::Budget;
 use crate::icmp::Icmp;
@@ -55,27 +55,26 @@ const TURN_EVENTS: usize = 256;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Token {
     Tap,
-    Stop,
+    Command,
     Tcp(FlowId),
     Udp(FlowId),
     Ping(FlowId),
     Dns(FlowId),
-    TcpListener(usize),
-    UdpListener(usize),
+    TcpListener(FlowId),
+    UdpListener(FlowId),
 }
 
 impl Token {
     fn pack(self) -> u64 {
-        let index = |index: usize| u64::try_from(index).unwrap_or_default();
         let (kind, rest) = match self {
             Self::Tap => (0, 0),
-            Self::Stop => (1, 0),
+            Self::Command => (1, 0),
             Self::Tcp(id) => (2, id.pack()),
             Self::Udp(id) => (3, id.pack()),
             Self::Ping(id) => (4, id.pack()),
             Self::Dns(id) => (5, id.pack()),
-            Self::TcpListener(i) => (6, index(i)),
-            Self::UdpListener(i) => (7, index(i)),
+            Self::TcpListener(id) => (6, id.pack()),
+            Self::UdpListener(id) => (7, id.pack()),
         };
         kind << 56 | rest
     }
@@ -83,16 +82,15 @@ impl Token {
     fn unpack(bits: u64) -> Option<Self> {
         let rest = bits & !(0xff << 56);
         let id = FlowId::unpack(rest);
-        let index = usize::try_from(rest).ok()?;
         Some(match bits >> 56 {
             0 => Self::Tap,
-            1 => Self::Stop,
+            1 => Self::Command,
             2 => Self::Tcp(id),
             3 => Self::Udp(id),
             4 => Self::Ping(id),
             5 => Self::Dns(id),
-            6 => Self::TcpListener(index),
-            7 => Self::UdpListener(index),
+            6 => Self::TcpListener(id),
+            7 => Self::UdpListener(id),
             _ => return None,
         })
     }
@@ -197,6 +195,7 @@ pub(crate) struct Engine {
     dns: Dns,
     forward: Forward,
     reassembly: Reassembly,
+    commands: Commands,
     /// Where frames are read into.
     buffer: Box<[u8]>,
     /// The TAP is watched for room, since frames wait.
@@ -222,8 +221,9 @@ impl Engine {
         published: Published,
         segmentation: bool,
         now: Instant,
-    ) -> nix::Result<Self> {
+    ) -> nix::Result<(Self, Control)> {
         let stats = Arc::<Counters>::default();
+        let (control, commands) = control::commands(Arc::clone(&stats))?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let mut sh = Shared {
             spec: spec.clone(),
@@ -245,20 +245,48 @@ impl Engine {
             let name = name.trim_end_matches('.').to_ascii_lowercase().into();
             sh.pins.pin(now, &name, *ip, None);
         }
+        sh.watch(commands.as_fd(), Token::Command, EpollFlags::EPOLLIN)?;
         let forward = Forward::new(&mut sh, published)?;
-        Ok(Self {
+        let engine = Self {
             tcp: Tcp::new(&mut sh, now),
             udp: Udp::default(),
             icmp: Icmp::default(),
             dns: Dns::new(&spec.dns),
             forward,
             reassembly: Reassembly::default(),
+            commands,
             buffer: device::frame_buffer(),
             watching_room: false,
             more_frames: false,
             more_work: false,
             sh,
-        })
+        };
+        Ok((engine, control))
+    }
+
+    /// Runs the commands that wait ([`crate::control`]).
+    fn obey(&mut self, now: Instant) -> Turn {
+        while let Some(command) = self.commands.next() {
+            if command(self, now) == Turn::Ends {
+                return Turn::Ends;
+            }
+        }
+        Turn::Goes
+    }
+
+    /// See [`Control::publish`].
+    pub(crate) fn publish(&mut self, port: BoundPort) -> Result<PublishedPort, Error> {
+        self.forward.add(&mut self.sh, port)
+    }
+
+    /// See [`Control::unpublish`].
+    pub(crate) fn unpublish(&mut self, port: PortId) -> Option<PublishedPort> {
+        self.forward.remove(&mut self.sh, &mut self.udp, port)
+    }
+
+    /// See [`Control::published`].
+    pub(crate) fn published(&self) -> Vec<PublishedPort> {
+        self.forward.list()
     }
 
     /// Time until the next timer; `None`: until something happens.
@@ -295,6 +323,7 @@ impl Engine {
         };
         let now = clock();
         let mut frames = self.more_frames;
+        let mut obeyed = Turn::Goes;
         // As many as wait now: who is not done comes again the next turn.
         for _ in 0..self.sh.unread.queue.len() {
             if self.sh.tap.is_blocked() {
@@ -318,13 +347,16 @@ impl Engine {
                         self.more_work = true;
                     }
                 }
-                Some(Token::Stop) => return Turn::Ends,
+                Some(Token::Command) => obeyed = self.obey(now),
                 Some(Token::Tcp(id)) => self.tcp.host_event(&mut self.sh, now, id, flags),
                 Some(Token::Dns(id)) => self.dns.host_event(&mut self.sh, now, id),
                 Some(Token::TcpListener(i)) => self.forward.accept(&mut self.sh, now, i, &mut self.tcp),
                 Some(token) => self.datagrams(now, token, flags),
                 None => {}
             }
+        }
+        if obeyed == Turn::Ends {
+            return Turn::Ends;
         }
         for index in self.forward.take_eager() {
             self.forward.accept(&mut self.sh, now, index, &mut self.tcp);
@@ -361,7 +393,7 @@ impl Engine {
             Token::Udp(id) => self.udp.host_event(&mut self.sh, now, id, flags),
             Token::Ping(id) => self.icmp.host_event(&mut self.sh, now, id, flags),
             Token::UdpListener(i) => self.forward.receive(&mut self.sh, now, i, &mut self.udp),
-            Token::Tap | Token::Stop | Token::Tcp(_) | Token::Dns(_) | Token::TcpListener(_) => {}
+            Token::Tap | Token::Command | Token::Tcp(_) | Token::Dns(_) | Token::TcpListener(_) => {}
         }
     }
 
@@ -516,7 +548,7 @@ impl Engine {
             let error = emit::IcmpError::time_exceeded(packet.is_v6());
             return emit::icmp_error(&mut self.sh.tap, from, packet.src, error, packet.bytes);
         }
-        self.udp.ingress(&mut self.sh, now, packet, &self.forward.udp);
+        self.udp.ingress(&mut self.sh, now, packet, &self.forward);
     }
 
     /// Answers a neighbour solicitation for the gateway; other neighbour discovery and MLD mean nothing here.
@@ -614,10 +646,9 @@ impl Engine {
 #[derive(Debug)]
 pub struct Stack {
     thread: Option<JoinHandle<()>>,
-    /// Tells of the thread's end: nothing is ever sent, the sender goes with the thread.
-    ended: Receiver<()>,
-    stop: Arc<EventFd>,
-    stats: Arc<Counters>,
+    control: Control,
+    /// Ends when the thread does.
+    ended: PipeReader,
 }
 
 /// Runs the stack so that a defect of it ends the network and nothing else. What `run` borrows is not used again.
@@ -661,13 +692,10 @@ impl Stack {
             .is_ok();
         nonblocking(tap.as_fd()).map_err(failed("non-blocking TAP"))?;
         let mut clock = clock();
-        let mut engine =
+        let (mut engine, control) =
             Engine::new(tap, spec, published, segmentation, clock()).map_err(failed("event loop"))?;
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let stop = Arc::new(EventFd::from_flags(flags).map_err(failed("stop event"))?);
-        engine.sh.watch(stop.as_fd(), Token::Stop, EpollFlags::EPOLLIN).map_err(failed("stop event"))?;
-        let stats = Arc::clone(&engine.sh.stats);
-        let (alive, ended) = channel::<()>();
+        let (ended, alive) =
+            std::io::pipe().map_err(|source| Error::Start { what: "pipe of its end", source })?;
         let body = move || {
             let _alive = alive;
             // Signals are the business of the process's main thread.
@@ -678,13 +706,25 @@ impl Stack {
             .name("netstack".into())
             .spawn(body)
             .map_err(|source| Error::Start { what: "thread", source })?;
-        Ok(Self { thread: Some(thread), ended, stop, stats })
+        Ok(Self { thread: Some(thread), control, ended })
     }
 
     /// What the stack has done so far.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        self.stats.snapshot()
+        self.control.stats()
+    }
+
+    /// For commands while it runs.
+    #[must_use]
+    pub fn control(&self) -> &Control {
+        &self.control
+    }
+
+    /// A descriptor that hangs up (poll(2), POLLHUP) when the stack's thread has ended.
+    #[must_use]
+    pub fn end_event(&self) -> BorrowedFd<'_> {
+        self.ended.as_fd()
     }
 
     /// Whether the stack's thread still runs. It ends by itself when the TAP's network namespace is gone.
@@ -702,8 +742,7 @@ impl Stack {
 
 impl Drop for Stack {
     fn drop(&mut self) {
-        // Fails only if the counter would overflow, in which case the thread has been told.
-        let _ = self.stop.write(1);
+        self.control.stop();
         let Some(thread) = self.thread.take() else { return };
         if end_within(&self.ended, STOP_PATIENCE) {
             let _ = thread.join();
@@ -714,8 +753,17 @@ impl Drop for Stack {
 }
 
 /// Whether the thread that holds the other end is gone within `patience`.
-fn end_within(ended: &Receiver<()>, patience: std::time::Duration) -> bool {
-    ended.recv_timeout(patience) != Err(RecvTimeoutError::Timeout)
+fn end_within(ended: &PipeReader, patience: std::time::Duration) -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    let until = std::time::Instant::now() + patience;
+    loop {
+        let left = until.saturating_duration_since(std::time::Instant::now());
+        let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(ended.as_fd(), PollFlags::POLLIN)], left) {
+            Err(Errno::EINTR) => {}
+            hung_up => return hung_up != Ok(0),
+        }
+    }
 }
 
 fn nonblocking(fd: BorrowedFd<'_>) -> nix::Result<()> {
@@ -749,13 +797,13 @@ mod tests {
             let id = slab.insert_with(|_| ());
             for token in [
                 Token::Tap,
-                Token::Stop,
+                Token::Command,
                 Token::Tcp(id),
                 Token::Udp(id),
                 Token::Ping(id),
                 Token::Dns(id),
-                Token::TcpListener(7),
-                Token::UdpListener(9),
+                Token::TcpListener(id),
+                Token::UdpListener(id),
             ] {
                 assert_eq!(Token::unpack(token.pack()), Some(token));
             }
@@ -767,20 +815,24 @@ mod tests {
     #[test]
     fn unread_sockets_take_turns_and_wait_once() {
         let mut unread = Unread::default();
-        for token in [Token::UdpListener(3), Token::UdpListener(1), Token::UdpListener(3)] {
+        for token in [
+            Token::UdpListener(FlowId::unpack(3)),
+            Token::UdpListener(FlowId::unpack(1)),
+            Token::UdpListener(FlowId::unpack(3)),
+        ] {
             unread.push(token);
         }
         // The one that could not be read to its end goes behind the other.
-        assert_eq!(unread.pop(), Some(Token::UdpListener(3).pack()));
-        unread.push(Token::UdpListener(3));
-        assert_eq!(unread.pop(), Some(Token::UdpListener(1).pack()));
-        assert_eq!(unread.pop(), Some(Token::UdpListener(3).pack()));
+        assert_eq!(unread.pop(), Some(Token::UdpListener(FlowId::unpack(3)).pack()));
+        unread.push(Token::UdpListener(FlowId::unpack(3)));
+        assert_eq!(unread.pop(), Some(Token::UdpListener(FlowId::unpack(1)).pack()));
+        assert_eq!(unread.pop(), Some(Token::UdpListener(FlowId::unpack(3)).pack()));
         assert!(unread.pop().is_none() && unread.waiting.is_empty());
     }
 
     #[test]
     fn a_thread_that_does_not_end_is_not_waited_for_without_end() {
-        let (alive, ended) = channel::<()>();
+        let (ended, alive) = std::io::pipe().expect("pipe");
         assert!(!end_within(&ended, std::time::Duration::ZERO));
         drop(alive);
         assert!(end_within(&ended, STOP_PATIENCE));

@@ -2,12 +2,13 @@
 //!
 //! They are bound before anything else is started ([`Published::bind`]), all or none, so that a busy port is an error of
 //! the caller's and not of a sandbox that runs already. A port without a host address is bound twice, for IPv4 and for
-//! IPv6, with the same number.
+//! IPv6, with the same number. While the stack runs, ports come and go by [`Control`](crate::Control).
 //!
 //! The guest sees the peer's own address, unless that means something else inside: loopback, link-local, and what looks
 //! like the guest's own subnet appear as the gateway. If the server inside does not listen on the peer's own family the
 //! other one is tried, and the peer appears as the gateway, too (see [`ways`]).
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -21,7 +22,7 @@ use smoltcp::time::{Duration, Instant};
 
 use crate::config::{Error, Link, Protocol, Publish};
 use crate::engine::{Shared, Token};
-use crate::flow::{Endpoint, FlowKey, TimerKey};
+use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
 use crate::host::{self, Budget, HostFd};
 use crate::tcp::Tcp;
 use crate::udp::{self, Arrival, Udp};
@@ -32,18 +33,25 @@ const TURN: usize = 64;
 const STARVED_RETRY: Duration = Duration::from_secs(1);
 /// How often another pair of free ports is looked for, if the one found for IPv4 is taken for IPv6.
 const PORT_TRIES: usize = 32;
+/// Descriptors for flows, however many the published ports have.
+const LEAST_FOR_FLOWS: usize = 16;
 
 #[derive(Debug)]
 struct Bound {
     fd: OwnedFd,
     addr: SocketAddr,
-    protocol: Protocol,
-    inside_port: u16,
+}
+
+/// The sockets of one published port.
+#[derive(Debug)]
+pub(crate) struct BoundPort {
+    asked: Publish,
+    sockets: Vec<Bound>,
 }
 
 /// Host sockets bound for published ports, before anything else is started.
 #[derive(Debug, Default)]
-pub struct Published(Vec<Bound>);
+pub struct Published(Vec<BoundPort>);
 
 impl Published {
     /// Binds every port or none.
@@ -52,20 +60,42 @@ impl Published {
     ///
     /// The first address that cannot be bound, and why.
     pub fn bind(ports: &[Publish]) -> Result<Self, Error> {
-        let mut bound = Vec::new();
-        for port in ports {
-            bound.extend(bind_port(port)?);
-        }
-        Ok(Self(bound))
+        ports.iter().map(bind_port).collect::<Result<_, _>>().map(Self)
     }
 
     /// What is bound, in the order of the ports given to [`Published::bind`]: address, protocol and port inside.
     pub fn addresses(&self) -> impl Iterator<Item = (SocketAddr, Protocol, u16)> {
-        self.0.iter().map(|bound| (bound.addr, bound.protocol, bound.inside_port))
+        self.0.iter().flat_map(|port| {
+            port.sockets.iter().map(|bound| (bound.addr, port.asked.protocol, port.asked.inside_port))
+        })
+    }
+
+    fn sockets(&self) -> usize {
+        self.0.iter().map(|port| port.sockets.len()).sum()
     }
 }
 
-fn bind_port(port: &Publish) -> Result<Vec<Bound>, Error> {
+/// Name of a published port of one stack; never used again for another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PortId(pub u64);
+
+/// A port that is published now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PublishedPort {
+    /// Its name.
+    pub id: PortId,
+    /// What was asked for.
+    pub asked: Publish,
+    /// Where it is bound on the host.
+    pub addresses: Vec<SocketAddr>,
+}
+
+/// Binds one port, for both families if no address is given.
+pub(crate) fn bind_port(port: &Publish) -> Result<BoundPort, Error> {
+    Ok(BoundPort { asked: port.clone(), sockets: bind_sockets(port)? })
+}
+
+fn bind_sockets(port: &Publish) -> Result<Vec<Bound>, Error> {
     if let Some(ip) = port.host_ip {
         return Ok(vec![bind_one(SocketAddr::new(ip, port.host_port), port)?]);
     }
@@ -118,51 +148,158 @@ fn bind_one(addr: SocketAddr, port: &Publish) -> Result<Bound, Error> {
         Ok((fd, udp::socket_addr(&name).unwrap_or(addr)))
     };
     match open() {
-        Ok((fd, addr)) => Ok(Bound { fd, addr, protocol: port.protocol, inside_port: port.inside_port }),
+        Ok((fd, addr)) => Ok(Bound { fd, addr }),
         Err(errno) => Err(Error::Listen { addr, source: errno.into() }),
     }
+}
+
+/// A socket of a published port.
+#[derive(Debug)]
+struct Socket {
+    fd: HostFd,
+    inside: Inside,
+}
+
+/// Where a published port leads.
+#[derive(Debug, Clone, Copy)]
+struct Inside {
+    ip: Option<IpAddr>,
+    port: u16,
+}
+
+/// Where a socket is kept.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    Tcp(FlowId),
+    Udp(FlowId),
+}
+
+#[derive(Debug)]
+struct Port {
+    asked: Publish,
+    addresses: Vec<SocketAddr>,
+    places: Vec<Place>,
 }
 
 /// The published ports of a running stack.
 #[derive(Debug, Default)]
 pub(crate) struct Forward {
-    tcp: Vec<(OwnedFd, u16)>,
-    pub(crate) udp: Vec<HostFd>,
-    udp_ports: Vec<u16>,
+    ports: BTreeMap<PortId, Port>,
+    last: u64,
+    tcp: Slab<Socket>,
+    udp: Slab<Socket>,
     /// Listeners with more connections than one turn takes.
-    eager: Vec<usize>,
+    eager: Vec<FlowId>,
     /// Listeners that could not accept for want of descriptors.
-    starved: Vec<usize>,
+    starved: Vec<FlowId>,
 }
 
 impl Forward {
     /// Takes over the bound sockets and watches them.
     pub(crate) fn new(sh: &mut Shared, published: Published) -> nix::Result<Self> {
         let mut forward = Self::default();
-        for bound in published.0 {
-            match bound.protocol {
-                Protocol::Tcp => {
-                    let token = Token::TcpListener(forward.tcp.len());
-                    // Edge-triggered, so that a listener which may not accept does not spin.
-                    sh.watch(bound.fd.as_fd(), token, EpollFlags::EPOLLIN | EpollFlags::EPOLLET)?;
-                    forward.tcp.push((bound.fd, bound.inside_port));
-                }
-                Protocol::Udp => {
-                    sh.watch(bound.fd.as_fd(), Token::UdpListener(forward.udp.len()), udp::READABLE)?;
-                    forward.udp.push(sh.budget.hold(bound.fd));
-                    forward.udp_ports.push(bound.inside_port);
-                }
-            }
+        for port in published.0 {
+            forward.insert(sh, port)?;
         }
         Ok(forward)
     }
 
+    fn insert(&mut self, sh: &mut Shared, port: BoundPort) -> nix::Result<PortId> {
+        let BoundPort { asked, sockets } = port;
+        let inside = Inside { ip: asked.inside_ip, port: asked.inside_port };
+        let addresses = sockets.iter().map(|bound| bound.addr).collect();
+        let mut places = Vec::with_capacity(sockets.len());
+        let mut watched = Ok(());
+        for bound in sockets {
+            let socket = Socket { fd: sh.budget.hold(bound.fd), inside };
+            let (place, added) = match asked.protocol {
+                Protocol::Tcp => {
+                    let id = self.tcp.insert_with(|_| socket);
+                    // Edge-triggered, so that a listener which may not accept does not spin.
+                    let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+                    (Place::Tcp(id), self.watch(sh, Token::TcpListener(id), flags))
+                }
+                Protocol::Udp => {
+                    let id = self.udp.insert_with(|_| socket);
+                    (Place::Udp(id), self.watch(sh, Token::UdpListener(id), udp::READABLE))
+                }
+            };
+            places.push(place);
+            watched = watched.and(added);
+        }
+        if let Err(errno) = watched {
+            self.close(&places);
+            return Err(errno);
+        }
+        self.last += 1;
+        let id = PortId(self.last);
+        self.ports.insert(id, Port { asked, addresses, places });
+        Ok(id)
+    }
+
+    fn watch(&self, sh: &Shared, token: Token, flags: EpollFlags) -> nix::Result<()> {
+        let socket = match token {
+            Token::TcpListener(id) => self.tcp.get(id),
+            Token::UdpListener(id) => self.udp.get(id),
+            _ => None,
+        };
+        sh.watch(socket.ok_or(Errno::EBADF)?.fd.as_fd(), token, flags)
+    }
+
+    fn close(&mut self, places: &[Place]) {
+        for place in places {
+            match *place {
+                Place::Tcp(id) => drop(self.tcp.remove(id)),
+                Place::Udp(id) => drop(self.udp.remove(id)),
+            }
+        }
+    }
+
+    /// Takes over a port while the stack runs.
+    pub(crate) fn add(&mut self, sh: &mut Shared, port: BoundPort) -> Result<PublishedPort, Error> {
+        let Some(addr) = port.sockets.first().map(|bound| bound.addr) else { return Err(Error::Stopped) };
+        let refused = |errno: Errno| Error::Listen { addr, source: errno.into() };
+        // As connections: names and datagrams must still get descriptors.
+        sh.budget.check_leaving(sh.budget.limit / 8 + port.sockets.len()).map_err(refused)?;
+        let id = self.insert(sh, port).map_err(refused)?;
+        self.get(id).ok_or(Error::Stopped)
+    }
+
+    /// Closes a port; what it was. Flows that came through it go on, but for datagrams, which could not be answered.
+    pub(crate) fn remove(&mut self, sh: &mut Shared, udp: &mut Udp, id: PortId) -> Option<PublishedPort> {
+        let was = self.get(id)?;
+        let port = self.ports.remove(&id)?;
+        for place in &port.places {
+            if let Place::Udp(id) = place {
+                udp.forget_port(*id);
+            }
+        }
+        self.close(&port.places);
+        sh.descriptor_freed = true;
+        Some(was)
+    }
+
+    fn get(&self, id: PortId) -> Option<PublishedPort> {
+        let port = self.ports.get(&id)?;
+        Some(PublishedPort { id, asked: port.asked.clone(), addresses: port.addresses.clone() })
+    }
+
+    /// What is published.
+    pub(crate) fn list(&self) -> Vec<PublishedPort> {
+        self.ports.keys().filter_map(|&id| self.get(id)).collect()
+    }
+
+    /// The socket that datagrams to a published port came to.
+    pub(crate) fn udp_socket(&self, id: FlowId) -> Option<&HostFd> {
+        self.udp.get(id).map(|socket| &socket.fd)
+    }
+
     /// Connections wait at a listener.
-    pub(crate) fn accept(&mut self, sh: &mut Shared, now: Instant, index: usize, tcp: &mut Tcp) {
-        let Some((listener, inside_port)) = self.tcp.get(index) else { return };
+    pub(crate) fn accept(&mut self, sh: &mut Shared, now: Instant, id: FlowId, tcp: &mut Tcp) {
+        let Some(Socket { fd: listener, inside }) = self.tcp.get(id) else { return };
         for _ in 0..TURN {
             if sh.budget.check_leaving(sh.budget.limit / 8).is_err() {
-                return self.starve(sh, now, index);
+                return self.starve(sh, now, id);
             }
             let fd = match crate::sys::accept(listener.as_fd()) {
                 Ok(fd) => fd,
@@ -171,33 +308,33 @@ impl Forward {
                 Err(Errno::ECONNABORTED | Errno::EINTR | Errno::EPROTO) => continue,
                 Err(errno) => {
                     tracing::debug!(%errno, "a published port cannot accept");
-                    return self.starve(sh, now, index);
+                    return self.starve(sh, now, id);
                 }
             };
             let peer =
                 getpeername::<SockaddrStorage>(fd.as_raw_fd()).ok().as_ref().and_then(udp::socket_addr);
             // Without a name the peer is gone already.
             let Some(peer) = peer else { continue };
-            let ways = ways(&sh.spec.guest, &sh.spec.gateway, peer, *inside_port);
+            let ways = ways(&sh.spec.guest, &sh.spec.gateway, peer, *inside);
             let fd = sh.budget.hold(fd);
             tcp.inbound(sh, now, fd, ways);
         }
-        self.eager.push(index);
+        self.eager.push(id);
     }
 
     /// The listener is tried again when one of our descriptors is closed, or in a while.
-    fn starve(&mut self, sh: &mut Shared, now: Instant, index: usize) {
+    fn starve(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
         if self.starved.is_empty() {
             sh.timers.set(now + STARVED_RETRY, TimerKey::Accept);
         }
-        if !self.starved.contains(&index) {
+        if !self.starved.contains(&id) {
             sh.stats.refused_by_limit.one();
-            self.starved.push(index);
+            self.starved.push(id);
         }
     }
 
     /// Listeners to go on with, since they had more than one turn takes.
-    pub(crate) fn take_eager(&mut self) -> Vec<usize> {
+    pub(crate) fn take_eager(&mut self) -> Vec<FlowId> {
         std::mem::take(&mut self.eager)
     }
 
@@ -206,16 +343,16 @@ impl Forward {
     }
 
     /// Listeners that had to stop, to be tried again.
-    pub(crate) fn take_starved(&mut self) -> Vec<usize> {
+    pub(crate) fn take_starved(&mut self) -> Vec<FlowId> {
         std::mem::take(&mut self.starved)
     }
 
     /// Datagrams wait at a published socket.
-    pub(crate) fn receive(&mut self, sh: &mut Shared, now: Instant, index: usize, udp: &mut Udp) {
-        let (Some(fd), Some(&inside_port)) = (self.udp.get(index), self.udp_ports.get(index)) else { return };
-        udp::read_all(sh, Token::UdpListener(index), fd, |sh, payload, peer, local| {
-            let ways = ways(&sh.spec.guest, &sh.spec.gateway, peer, inside_port);
-            udp.inbound(sh, now, Arrival { port: index, real: peer, local, ways }, payload);
+    pub(crate) fn receive(&mut self, sh: &mut Shared, now: Instant, id: FlowId, udp: &mut Udp) {
+        let Some(Socket { fd, inside }) = self.udp.get(id) else { return };
+        udp::read_all(sh, Token::UdpListener(id), fd, |sh, payload, peer, local| {
+            let ways = ways(&sh.spec.guest, &sh.spec.gateway, peer, *inside);
+            udp.inbound(sh, now, Arrival { port: id, real: peer, local, ways }, payload);
         });
     }
 }
@@ -225,8 +362,8 @@ impl Forward {
 ///
 /// Where the guest cannot be shown the peer's own address it is the gateway's both times, and IPv4 comes first whatever
 /// the peer came by: `localhost` means ::1 to many clients, and a server that listens on IPv4 only is more common than one
-/// on IPv6 only.
-fn ways(guest: &Link, gateway: &Link, peer: SocketAddr, inside_port: u16) -> [FlowKey; 2] {
+/// on IPv6 only. Where the server's address is given, there is one way.
+fn ways(guest: &Link, gateway: &Link, peer: SocketAddr, inside: Inside) -> [FlowKey; 2] {
     let ip = peer.ip();
     let strange = match ip {
         IpAddr::V4(ip) => ip.is_loopback() || ip.is_link_local() || ip.is_unspecified() || ip.is_multicast(),
@@ -240,16 +377,22 @@ fn ways(guest: &Link, gateway: &Link, peer: SocketAddr, inside_port: u16) -> [Fl
         IpAddr::V4(_) => [ip, gateways[1]],
         IpAddr::V6(_) => [ip, gateways[0]],
     };
+    let seen = match inside.ip {
+        None => seen,
+        Some(to) => [seen.into_iter().find(|from| from.is_ipv4() == to.is_ipv4()).unwrap_or(ip); 2],
+    };
     seen.map(|from| FlowKey {
-        guest: Endpoint::new(guest.ip_like(from), inside_port),
+        guest: Endpoint::new(inside.ip.unwrap_or(guest.ip_like(from)), inside.port),
         remote: Endpoint::new(from, peer.port()),
     })
 }
 
-/// Sockets of published ports count, so that those of flows do not take the last descriptor.
+/// The sockets of published ports count. They are taken from the stack's share and the rest's alike, and some are left for
+/// flows however many ports there are.
 pub(crate) fn budget_for(published: &Published) -> Budget {
     let mut budget = Budget::from_rlimit();
-    budget.limit = budget.limit.saturating_sub(published.0.len() / 2).max(16);
+    let sockets = published.sockets();
+    budget.limit = (budget.limit + sockets / 2).max(sockets + LEAST_FOR_FLOWS);
     budget
 }
 
@@ -260,7 +403,7 @@ mod tests {
 
     fn publish(host_ip: Option<&str>, host_port: u16, protocol: Protocol) -> Publish {
         let host_ip = host_ip.map(|ip| ip.parse().expect(ip));
-        Publish { host_ip, host_port, inside_port: 80, protocol }
+        Publish { host_ip, host_port, inside_ip: None, inside_port: 80, protocol }
     }
 
     #[test]
@@ -307,7 +450,10 @@ mod tests {
             ("192.0.2.7:5", "192.0.2.7", "fd00::2"),
             ("[2001:db8::7]:5", "2001:db8::7", "10.0.2.2"),
         ] {
-            let ways = ways(&spec.guest, &spec.gateway, peer.parse().expect(peer), 80);
+            let ways = {
+                let inside = Inside { ip: None, port: 80 };
+                ways(&spec.guest, &spec.gateway, peer.parse().expect(peer), inside)
+            };
             for (way, seen) in ways.into_iter().zip([first, second]) {
                 let seen: IpAddr = seen.parse().expect(seen);
                 assert_eq!(way.remote, Endpoint::new(seen, 5), "{peer}");

@@ -55,6 +55,7 @@
 //! addresses (IPv6 without duplicate address detection), default routes through the gateway's addresses.
 
 mod config;
+mod control;
 mod device;
 mod dns;
 mod emit;
@@ -75,8 +76,9 @@ mod tcp;
 mod udp;
 
 pub use config::{DnsSpec, Error, Link, Protocol, Publish, StackSpec};
+pub use control::Control;
 pub use engine::Stack;
-pub use forward::Published;
+pub use forward::{PortId, Published, PublishedPort};
 pub use stats::Stats;
 
 use std::os::fd::OwnedFd;

@@ -16,6 +16,7 @@ use smoltcp::wire::{
 };
 
 use crate::config::{Publish, StackSpec};
+use crate::control::Control;
 use crate::device::ETHERNET_HEADER_LEN;
 use crate::engine::{Engine, Turn};
 use crate::forward::Published;
@@ -42,6 +43,7 @@ fn spec() -> StackSpec {
 
 struct Script {
     engine: Engine,
+    control: Control,
     /// The guest's end.
     wire: OwnedFd,
     now: Instant,
@@ -89,8 +91,8 @@ impl Script {
         let now = Instant::from_secs(1_000);
         let published = Published::bind(ports).expect("ports");
         let addresses = published.addresses().map(|(addr, ..)| addr).collect();
-        let engine = Engine::new(tap, spec, published, segmentation, now).expect("engine");
-        Self { engine, wire, now, published: addresses }
+        let (engine, control) = Engine::new(tap, spec, published, segmentation, now).expect("engine");
+        Self { engine, control, wire, now, published: addresses }
     }
 
     /// Gives the engine what it needs to handle everything that is there now.
@@ -724,6 +726,7 @@ fn a_tap_without_room_lets_everybody_rest_and_nothing_is_lost() {
     let publish = Publish {
         host_ip: Some(ip("127.0.0.1")),
         host_port: 0,
+        inside_ip: None,
         inside_port: 9_090,
         protocol: crate::Protocol::Udp,
     };
@@ -1050,4 +1053,37 @@ fn the_wire_is_a_socket_pair() {
         full |= nix::unistd::write(script.wire.as_fd(), &[0; 66_000]).is_err();
     }
     assert!(full);
+}
+
+#[test]
+fn commands_are_obeyed_between_two_packets_and_answered_when_the_stack_is_gone() {
+    let Script { mut engine, control, wire, now, .. } = Script::new(&spec(), true);
+    let port = Publish {
+        host_ip: Some(ip("127.0.0.1")),
+        host_port: 0,
+        inside_ip: None,
+        inside_port: 80,
+        protocol: crate::Protocol::Tcp,
+    };
+    std::thread::scope(|scope| {
+        let caller = scope.spawn(|| {
+            let published = control.publish(&port).expect("published");
+            assert_eq!(control.published().expect("list"), std::slice::from_ref(&published));
+            assert_eq!(control.unpublish(published.id).expect("removed"), Some(published.clone()));
+            assert_eq!(control.unpublish(published.id).expect("no such port"), None);
+            // What it had is free again.
+            TcpListener::bind(published.addresses[0]).expect("closed");
+            control.stop();
+        });
+        while engine.turn(&mut || now, None) == Turn::Goes {}
+        caller.join().expect("caller");
+    });
+    // Commands that nobody will run any more are answered, too.
+    let waiting = std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| control.published());
+        drop((engine, wire));
+        waiting.join().expect("caller")
+    });
+    assert!(matches!(waiting, Err(crate::Error::Stopped)));
+    assert!(matches!(control.publish(&port), Err(crate::Error::Stopped)));
 }

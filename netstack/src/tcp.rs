@@ -437,7 +437,7 @@ impl Tcp {
         sh.stats.tcp_in.one();
         let Some(flow) = self.flows.get_mut(id) else { return };
         flow.inbound_until = Some(now + INBOUND_CONNECT);
-        flow.other_way = Some(other);
+        flow.other_way = (other != way).then_some(other);
         let Far::Host(host) = &flow.far else { return };
         if sh.watch(host.fd.as_fd(), Token::Tcp(id), WATCHED).is_err() {
             return self.remove(sh, id, true);

@@ -35,6 +35,7 @@ use crate::config::{
 use crate::emit::{self, IcmpError, Unreachable};
 use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
+use crate::forward::Forward;
 use crate::host::{self, HostFd};
 use crate::ingress::Packet;
 use crate::policy::{DNS_PORT, Transport, Verdict};
@@ -91,8 +92,8 @@ struct Inbound {
 /// How a datagram came to a published socket.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Arrival {
-    /// Index of the socket.
-    pub(crate) port: usize,
+    /// The socket.
+    pub(crate) port: FlowId,
     /// The peer.
     pub(crate) real: SocketAddr,
     /// The host's address that it was sent to: answers must come from it.
@@ -103,7 +104,7 @@ pub(crate) struct Arrival {
 
 impl Arrival {
     /// What the way to the server is remembered for: the socket, and which way it would be tried first.
-    fn lane(&self) -> (usize, bool) {
+    fn lane(&self) -> (FlowId, bool) {
         (self.port, self.ways[0].guest.ip.is_ipv6())
     }
 }
@@ -126,7 +127,7 @@ pub(crate) struct Udp {
     by_guest: HashMap<Endpoint, FlowId>,
     inbound: HashMap<FlowKey, Inbound>,
     /// By [`Arrival::lane`]: two for each published socket at most.
-    servers: HashMap<(usize, bool), Server>,
+    servers: HashMap<(FlowId, bool), Server>,
 }
 
 impl Udp {
@@ -138,7 +139,7 @@ impl Udp {
     }
 
     /// A whole datagram from the guest. The engine has given those for the forwarder to it before.
-    pub(crate) fn ingress(&mut self, sh: &mut Shared, now: Instant, packet: &Packet<'_>, ports: &[HostFd]) {
+    pub(crate) fn ingress(&mut self, sh: &mut Shared, now: Instant, packet: &Packet<'_>, ports: &Forward) {
         let Ok(datagram) = UdpPacket::new_checked(packet.payload()) else {
             sh.stats.dropped_malformed.one();
             return;
@@ -157,7 +158,7 @@ impl Udp {
             let Arrival { port, real, local, ways } = inbound.arrival;
             let server = self.servers.entry(inbound.arrival.lane()).or_default();
             *server = Server { other: key.guest == ways[1].guest, answered: true, last: None };
-            if let Some(fd) = ports.get(port) {
+            if let Some(fd) = ports.udp_socket(port) {
                 let sent = send_from(fd, payload, real, local);
                 count_send(sh, sent);
             }
@@ -363,6 +364,12 @@ impl Udp {
         // Long ones are not worth the memory: thousands of ports may be published.
         server.last = (!server.answered && payload.len() <= sh.tap.mtu).then(|| (key, payload.to_vec()));
         emit::udp(&mut sh.tap, key.remote, key.guest, payload);
+    }
+
+    /// A published socket is closed.
+    pub(crate) fn forget_port(&mut self, port: FlowId) {
+        self.inbound.retain(|_, flow| flow.arrival.port != port);
+        self.servers.retain(|&(of, _), _| of != port);
     }
 
     /// The guest's kernel says that nobody wanted a datagram.

@@ -85,6 +85,9 @@ tests! {
     published_tcp_port_without_a_server_is_refused,
     published_udp_ports_lead_inside,
     published_ports_find_a_server_of_either_family,
+    ports_come_and_go_while_the_stack_runs,
+    a_thousand_ports_are_cheap,
+    ports_beyond_the_descriptors_are_refused,
     programs_of_every_day_work,
     idle_means_no_wake_up,
     stopping_ends_every_flow,
@@ -941,7 +944,13 @@ fn dns_only_the_right_answer_counts(_: &World) {
 }
 
 fn publish(host_ip: Option<&str>, inside_port: u16, protocol: Protocol) -> Publish {
-    Publish { host_ip: host_ip.map(|ip| ip.parse().unwrap()), host_port: 0, inside_port, protocol }
+    Publish {
+        host_ip: host_ip.map(|ip| ip.parse().unwrap()),
+        host_port: 0,
+        inside_ip: None,
+        inside_port,
+        protocol,
+    }
 }
 
 fn published_tcp_ports_lead_inside(world: &World) {
@@ -1183,4 +1192,123 @@ fn the_stack_ends_with_its_namespace(_: &World) {
     wait_until("the stack ended", || !stack.is_running());
     drop(net);
     stack.stop();
+}
+
+fn ports_come_and_go_while_the_stack_runs(world: &World) {
+    let guest = Guest::new();
+    let control = guest.stack.control().clone();
+    let servers = guest
+        .net
+        .run(|| (TcpListener::bind(("0.0.0.0", 80)).unwrap(), UdpSocket::bind(("0.0.0.0", 53)).unwrap()));
+    servers.1.set_read_timeout(Some(PATIENCE)).unwrap();
+    let add = {
+        let control = control.clone();
+        let host = world.host.clone();
+        move |port: Publish| {
+            let control = control.clone();
+            host.run(move || control.publish(&port))
+        }
+    };
+    let tcp = add(publish(None, 80, Protocol::Tcp)).unwrap();
+    let udp = add(publish(Some("127.0.0.1"), 53, Protocol::Udp)).unwrap();
+    assert_eq!((tcp.addresses.len(), udp.addresses.len()), (2, 1));
+    assert_eq!(control.published().unwrap(), [tcp.clone(), udp.clone()]);
+
+    let (tcp_to, udp_to) = (at("127.0.0.1", tcp.addresses[0].port()), udp.addresses[0]);
+    let mut client = world.host.run(move || connect(tcp_to).unwrap());
+    let mut server = patient(servers.0.accept().unwrap().0);
+    let asking = world.host.run(|| UdpSocket::bind("127.0.0.1:0").unwrap());
+    asking.set_read_timeout(Some(PATIENCE)).unwrap();
+    asking.send_to(b"x", udp_to).unwrap();
+    let (_, peer) = servers.1.recv_from(&mut [0; 8]).unwrap();
+
+    assert_eq!(control.unpublish(tcp.id).unwrap(), Some(tcp.clone()));
+    assert_eq!(control.unpublish(tcp.id).unwrap(), None);
+    assert_eq!(control.unpublish(udp.id).unwrap(), Some(udp));
+    assert_eq!(control.published().unwrap(), []);
+    for to in tcp.addresses {
+        let refused = world.host.run(move || connect(to)).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+    }
+    // What came through it goes on.
+    client.write_all(b"still").unwrap();
+    server.read_exact(&mut [0; 5]).unwrap();
+    drop(client);
+    assert_eq!(server.read(&mut [0; 8]).unwrap(), 0);
+
+    // Its addresses can be bound at once, by us and for something else inside; names are not used again.
+    let again = Publish { host_port: tcp_to.port(), ..publish(None, 81, Protocol::Tcp) };
+    let other = add(again.clone()).unwrap();
+    assert_ne!(other.id, tcp.id);
+    match add(again) {
+        Err(netstack::Error::Listen { source, .. }) => assert_eq!(source.kind(), ErrorKind::AddrInUse),
+        other => panic!("{other:?}"),
+    }
+    let taken = add(Publish { host_port: udp_to.port(), ..publish(Some("127.0.0.1"), 53, Protocol::Udp) });
+    assert_eq!(taken.unwrap().addresses, [udp_to]);
+    // An answer to what came through the old socket is not sent from the new one.
+    servers.1.send_to(b"old", peer).unwrap();
+    asking.send_to(b"new", udp_to).unwrap();
+    let (_, peer) = servers.1.recv_from(&mut [0; 8]).unwrap();
+    servers.1.send_to(b"answer", peer).unwrap();
+    let mut buffer = [0; 8];
+    assert_eq!(asking.recv_from(&mut buffer).unwrap(), (6, udp_to));
+
+    // Where the server's address is given, only that is tried.
+    let elsewhere =
+        Publish { inside_ip: Some("10.0.2.101".parse().unwrap()), ..publish(None, 82, Protocol::Tcp) };
+    let to = at("::1", add(elsewhere).unwrap().addresses[1].port());
+    guest.net.run(|| sh("ip addr add 10.0.2.101/24 dev tap0"));
+    let listener = guest.net.run(|| TcpListener::bind(("10.0.2.101", 82)).unwrap());
+    let client = world.host.run(move || connect(to).unwrap());
+    assert_eq!(listener.accept().unwrap().1.ip(), GATEWAY_V4.parse::<IpAddr>().unwrap());
+    drop(client);
+
+    guest.stack.stop();
+    assert!(matches!(control.published(), Err(netstack::Error::Stopped)));
+}
+
+fn a_thousand_ports_are_cheap(world: &World) {
+    const COUNT: usize = 1_000;
+    let before = private_memory();
+    let begin = Instant::now();
+    let guest = Guest::with(&spec(), &vec![publish(None, 80, Protocol::Tcp); COUNT]);
+    println!("  {COUNT} ports for both families and a stack: {} ms", begin.elapsed().as_millis());
+    let control = guest.stack.control().clone();
+    let begin = Instant::now();
+    let list = control.published().unwrap();
+    assert_eq!(list.len(), COUNT);
+    println!("  list: {} us", begin.elapsed().as_micros());
+    let each = (private_memory() - before.min(private_memory())) * 1024 / COUNT;
+    println!("  {each} bytes for each");
+    // Generous: the list that was just made is among it, and the stack itself.
+    assert!(each < 4_096, "{each} bytes for each port");
+    let server = guest.net.run(|| TcpListener::bind(("0.0.0.0", 80)).unwrap());
+    for to in [list[0].addresses[0], list[COUNT - 1].addresses[1]] {
+        let ip = if to.is_ipv4() { "127.0.0.1" } else { "::1" };
+        let client = world.host.run(move || connect(at(ip, to.port())).unwrap());
+        server.accept().unwrap();
+        drop(client);
+    }
+}
+
+fn ports_beyond_the_descriptors_are_refused(world: &World) {
+    let guest = with_descriptors(256, Guest::new);
+    let control = guest.stack.control().clone();
+    let mut ports = Vec::new();
+    let refused = loop {
+        match control.publish(&publish(None, 80, Protocol::Udp)) {
+            Ok(port) => ports.push(port),
+            Err(netstack::Error::Listen { source, .. }) => break source,
+            Err(error) => panic!("{error}"),
+        }
+        assert!(ports.len() < 128, "half of the descriptors are not the stack's");
+    };
+    assert_eq!(refused.raw_os_error(), Some(nix::errno::Errno::EMFILE as i32), "{refused}");
+    // Connections still get some.
+    let port = serve(&world.internet, INTERNET_V4, |mut stream| drop(stream.write_all(b"x")));
+    guest.net.run(move || connect(at(INTERNET_V4, port)).unwrap().read_exact(&mut [0; 1]).unwrap());
+    // What was closed can be had again.
+    assert!(control.unpublish(ports[0].id).unwrap().is_some());
+    control.publish(&publish(None, 80, Protocol::Udp)).unwrap();
 }

@@ -110,6 +110,7 @@ fn publish(plan: &StackPlan) -> Vec<Publish> {
         .map(|p| Publish {
             host_ip: p.host_ip,
             host_port: p.host_port,
+            inside_ip: None,
             inside_port: p.inside_port,
             protocol: if p.udp { Protocol::Udp } else { Protocol::Tcp },
         })

@@ -256,7 +256,13 @@ fn an_end_that_was_acknowledged_too_early_is_not_probed_for_ever() {
 #[test]
 fn the_largest_rings_are_for_the_first_connections_from_outside_too() {
     let host_ip = Some(std::net::Ipv4Addr::LOCALHOST.into());
-    let port = Publish { host_ip, host_port: 0, inside_port: 80, protocol: crate::config::Protocol::Tcp };
+    let port = Publish {
+        host_ip,
+        host_port: 0,
+        inside_ip: None,
+        inside_port: 80,
+        protocol: crate::config::Protocol::Tcp,
+    };
     let mut script = Script::with(&spec(), true, &[port]);
     let clients: Vec<TcpStream> =
         (0..66).map(|_| TcpStream::connect(script.published[0]).expect("connect")).collect();
@@ -280,6 +286,7 @@ fn a_published_port_is_tried_both_ways() {
     let port = Publish {
         host_ip: Some(ip("127.0.0.1")),
         host_port: 0,
+        inside_ip: None,
         inside_port: 80,
         protocol: crate::Protocol::Tcp,
     };
