@@ -29,7 +29,7 @@ use crate::engine::Engine;
 use crate::errno::{Errno, FAR, LONG, Res, far_mount, hurried};
 use crate::far::{Far, GiveUp};
 use crate::fs::{FuseFs, TTL, errno};
-use crate::hooks::Direction;
+use crate::hooks::{Direction, Opcode};
 use crate::inode::{Link, Node};
 use crate::journal::path_of;
 use crate::later::Later;
@@ -184,21 +184,21 @@ impl<R: Send, F: Fn(R) + Send + Sync> GiveUp for Waiting<R, F> {
 
 impl FuseFs {
     /// Runs the handler of a request.
-    pub(crate) fn run(&self, what: &str, ino: INodeNo, handler: impl FnOnce()) {
+    pub(crate) fn run(&self, what: Opcode, ino: INodeNo, handler: impl FnOnce()) {
         self.engine().counts.request(what);
         self.guarded(what, ino, handler);
     }
 
     /// Runs a handler, or what is left of it, on whatever thread; see the module about panics.
-    fn guarded(&self, what: &str, ino: INodeNo, handler: impl FnOnce()) {
-        tracing::trace!(what, ino = ino.0, "request");
+    fn guarded(&self, what: Opcode, ino: INodeNo, handler: impl FnOnce()) {
+        tracing::trace!(?what, ino = ino.0, "request");
         if catch_unwind(AssertUnwindSafe(handler)).is_err() {
             // What the payload can bring about is counted always and logged rarely.
             let count = self.engine().counts.panics.fetch_add(1, Ordering::Relaxed);
             if count.is_power_of_two() || count == 0 {
                 let path = self.engine().table.get(ino.0).and_then(|node| path_of(&node));
                 tracing::error!(
-                    what,
+                    ?what,
                     ino = ino.0,
                     ?path,
                     count = count + 1,
@@ -212,7 +212,7 @@ impl FuseFs {
     /// workers, who are few, go on with what others ask.
     pub(crate) fn answer<T: 'static, R: Send + 'static>(
         &self,
-        what: &'static str,
+        what: Opcode,
         ino: INodeNo,
         reply: R,
         send: impl Fn(Res<T>, R) + Copy + Send + Sync + 'static,
@@ -230,7 +230,7 @@ impl FuseFs {
     /// is done `again`, by a closure that has all it needs, where others need not wait for it.
     pub(crate) fn serve<T: 'static, R: Send + 'static, O: FnOnce(&Self) -> Res<T> + Send + 'static>(
         &self,
-        what: &'static str,
+        what: Opcode,
         ino: INodeNo,
         reply: R,
         send: impl Fn(Res<T>, R) + Copy + Send + Sync + 'static,
@@ -255,7 +255,7 @@ impl FuseFs {
     /// Like [`FuseFs::serve`], for an operation on a name that can be begun twice.
     pub(crate) fn serve_named<T: 'static, R: Send + 'static>(
         &self,
-        what: &'static str,
+        what: Opcode,
         ino: INodeNo,
         name: &OsStr,
         reply: R,
@@ -273,7 +273,7 @@ impl FuseFs {
     /// than `patience`.
     pub(crate) fn afar<T: 'static, R: Send + 'static>(
         &self,
-        what: &'static str,
+        what: Opcode,
         ino: INodeNo,
         patience: Option<Duration>,
         reply: R,
@@ -292,25 +292,30 @@ impl FuseFs {
             }
         }
         let fs = self.clone();
-        far.run(move || {
+        let mine = waiting.clone();
+        let job = move || {
             fs.guarded(what, ino, || {
-                if waiting.reply.lock().is_none() {
+                if mine.reply.lock().is_none() {
                     return;
                 }
                 let done = operation(&fs);
-                let reply = waiting.reply.lock().take();
+                // If it was given up meanwhile, what was found is dropped: the kernel has not learnt of it.
+                let reply = mine.reply.lock().take();
                 if let Some(reply) = reply {
                     send(done, reply);
                 }
             });
-        });
+        };
+        if !far.run(job) {
+            waiting.give_up();
+        }
     }
 
     /// Sees to it that requests to a far mount are given up in time, as long as there are any.
     fn watch(&self, far: Arc<Far>, due: Instant) {
         let fs = self.clone();
         self.shared.later.at(due, move || {
-            if let Some(next) = far.give_up_late() {
+            if let Some(next) = far.give_up_late(Instant::now()) {
                 fs.watch(far, next);
             }
         });
@@ -322,12 +327,7 @@ impl FuseFs {
     }
 
     /// Runs a handler on a thread of its own, or here if there are too many.
-    pub(crate) fn aside(
-        &self,
-        what: &'static str,
-        ino: INodeNo,
-        handler: impl FnOnce(&Self) + Send + 'static,
-    ) {
+    pub(crate) fn aside(&self, what: Opcode, ino: INodeNo, handler: impl FnOnce(&Self) + Send + 'static) {
         if let Err(handler) = self.start_aside(what, ino, handler, |fs, handler| handler(fs)) {
             handler(self);
         }
@@ -336,7 +336,7 @@ impl FuseFs {
     /// Starts a thread for something that takes long; gives it back if there are too many.
     fn start_aside<T: Send + 'static>(
         &self,
-        what: &'static str,
+        what: Opcode,
         ino: INodeNo,
         task: T,
         perform: fn(&Self, T),
@@ -374,7 +374,7 @@ impl FuseFs {
     /// Serves a request when its time has come, on a thread of its own.
     pub(crate) fn delayed(
         &self,
-        what: &'static str,
+        what: Opcode,
         ino: INodeNo,
         delay: Duration,
         serve: impl FnOnce(&Self) + Send + 'static,
@@ -388,7 +388,7 @@ impl FuseFs {
     /// requests that the workers have to serve, the first of which may copy the file up.
     pub(crate) fn seek_after_flush(&self, seek: Seek) {
         let ino = INodeNo(seek.node.ino);
-        let started = self.start_aside("lseek", ino, seek, |fs, seek| fs.shared.flush_and_seek(seek));
+        let started = self.start_aside(Opcode::Lseek, ino, seek, |fs, seek| fs.shared.flush_and_seek(seek));
         if let Err(seek) = started
             && let Err(Task::Seek(seek)) = self.shared.hand_over(Task::Seek(seek))
         {

@@ -103,9 +103,13 @@ pub(crate) fn open_error(path: &std::path::Path, source: Errno) -> Error {
 impl Engine {
     /// Opens what the spec names. No directory is read and no thread started.
     pub(crate) fn open(spec: &OverlaySpec) -> Result<Self, Error> {
+        Self::open_among(&MountTable::read(), spec)
+    }
+
+    /// The same, given what is mounted.
+    pub(crate) fn open_among(mounted: &MountTable, spec: &OverlaySpec) -> Result<Self, Error> {
         let mut layers = Vec::with_capacity(spec.layers.len());
         let mut far = Vec::new();
-        let mounted = MountTable::read();
         for (index, layer) in spec.layers.iter().enumerate() {
             let opened = open_root(&layer.dir).and_then(|fd| {
                 let stat = stat_fd(fd.as_fd())?;
@@ -114,7 +118,7 @@ impl Engine {
             let (fd, stat) = opened.map_err(|err| open_error(&layer.dir, err))?;
             let index = LayerIdx::try_from(index).map_err(|_| open_error(&layer.dir, Errno::TOOBIG))?;
             // What was asked for comes last, and so counts.
-            let mounts = mounts_below(&fd, &mounted);
+            let mounts = mounts_below(&fd, mounted);
             let hidden = Hidden::new(
                 mounts
                     .iter()

@@ -13,7 +13,7 @@
 //! ([`crate::errno::hurried`]), as workers always are where there is a far mount, whatever would touch one
 //! ends with [`FAR`] before it takes a lock that one of those threads may hold, and the request goes there.
 //! If there is no answer in [`crate::OverlaySpec::patience`], it gets `EIO`; the thread goes on waiting, and
-//! while it does the next ones get a tenth of that. A signal has its effect then at the latest, since a request that
+//! while it does the next ones get a tenth of that, and nothing once [`MAX_JOBS`] of them wait for a thread. A signal has its effect then at the latest, since a request that
 //! the server has cannot be interrupted otherwise.
 //!
 //! What makes that hold:
@@ -43,6 +43,11 @@ use crate::sync::Mutex;
 
 /// Threads of one mount. A kernel has up to 64 reads under way; more at once make no network faster.
 const MAX_THREADS: usize = 16;
+
+/// How many requests wait for a thread; those beyond get the error of the ones that were given up. Only a mount
+/// that has not answered for long has so many, since what is given up stays in the queue until a thread
+/// comes to it.
+const MAX_JOBS: usize = 1024;
 
 /// How long a thread waits for more to do.
 const LINGER: Duration = Duration::from_secs(5);
@@ -144,7 +149,7 @@ impl MountTable {
         }
     }
 
-    fn parse(text: &[u8]) -> Self {
+    pub(crate) fn parse(text: &[u8]) -> Self {
         Self { mounts: text.split(|&b| b == b'\n').filter_map(Mount::parse).collect() }
     }
 }
@@ -263,14 +268,17 @@ impl Far {
         Err(FAR)
     }
 
-    /// Runs something on a thread of the mount's.
-    pub(crate) fn run(self: &Arc<Self>, job: impl FnOnce() + Send + 'static) {
+    /// Runs something on a thread of the mount's. False, and it is dropped, if too much waits already.
+    pub(crate) fn run(self: &Arc<Self>, job: impl FnOnce() + Send + 'static) -> bool {
         let mut pool = self.pool.lock();
-        pool.jobs.push_back(Box::new(job));
+        let room = pool.jobs.len() < MAX_JOBS;
+        if room {
+            pool.jobs.push_back(Box::new(job));
+        }
         if pool.idle >= pool.jobs.len() || pool.threads >= MAX_THREADS {
             drop(pool);
             self.changed.notify_one();
-            return;
+            return room;
         }
         let far = self.clone();
         match std::thread::Builder::new().name("fsoverlay-far".to_owned()).spawn(move || far.serve()) {
@@ -278,6 +286,7 @@ impl Far {
             // Those that there are take it; without any it waits until it is given up.
             Err(err) => tracing::warn!(%err, "no thread for a remote file system"),
         }
+        room
     }
 
     fn serve(&self) {
@@ -315,9 +324,8 @@ impl Far {
         watch.then_some(due)
     }
 
-    /// Gives up what has waited too long; gives the next moment to do so.
-    pub(crate) fn give_up_late(&self) -> Option<Instant> {
-        let now = Instant::now();
+    /// Gives up what has waited too long by `now`; gives the next moment to do so.
+    pub(crate) fn give_up_late(&self, now: Instant) -> Option<Instant> {
         loop {
             let mut pool = self.pool.lock();
             let Some((due, request)) = pool.waiting.pop_front() else {
@@ -351,7 +359,8 @@ impl Engine {
         let (sender, receiver) = std::sync::mpsc::channel();
         for far in &self.far {
             let (mount, sender) = (far.clone(), sender.clone());
-            far.run(move || {
+            // The first in its queue.
+            let _ = far.run(move || {
                 if let Err(err) = mount.look() {
                     tracing::debug!(?err, mount = %mount.path.display(), "cannot be looked at");
                 }
@@ -397,6 +406,9 @@ impl Node {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc::channel;
+
     use super::*;
 
     #[test]
@@ -435,5 +447,38 @@ nonsense
         assert_eq!(below("/home/me/phone"), []);
         let line = b"25 22 0:45 / /x rw - fuse.sshfs me@phone: rw";
         assert_eq!(Mount::parse(line).map(|mount| mount.dev), Some(45));
+    }
+
+    #[test]
+    fn what_waits_for_a_thread_is_bounded() {
+        let root = crate::layer::open_root(Path::new("/")).expect("there");
+        let far = Far::new(Arc::new(root), PathBuf::from("far"), 1);
+        let ((began, begun), (release, gate)) = (channel(), channel::<()>());
+        let gate = Arc::new(Mutex::new(gate));
+        for _ in 0..MAX_THREADS {
+            let (began, gate) = (began.clone(), gate.clone());
+            assert!(far.run(move || {
+                let _ = began.send(());
+                let _ = gate.lock().recv();
+            }));
+        }
+        for _ in 0..MAX_THREADS {
+            assert_eq!(begun.recv(), Ok(()));
+        }
+        // Every thread waits for an answer.
+        let done = Arc::new(AtomicUsize::new(0));
+        let count = || {
+            let done = done.clone();
+            move || {
+                done.fetch_add(1, Ordering::AcqRel);
+            }
+        };
+        let accepted = (0..MAX_JOBS + 10).filter(|_| far.run(count())).count();
+        assert_eq!(accepted, MAX_JOBS);
+        drop(release);
+        while done.load(Ordering::Acquire) < MAX_JOBS {
+            std::thread::yield_now();
+        }
+        assert!(far.run(count()));
     }
 }

@@ -39,7 +39,7 @@ use crate::data::bytes_of;
 use crate::dispatch::{Seek, Shared};
 use crate::engine::Engine;
 use crate::errno::{Errno, FAR, LONG, Res, hurried};
-use crate::hooks::{Direction, add};
+use crate::hooks::{Direction, Opcode, add};
 use crate::inode::Node;
 use crate::listing::Entry;
 use crate::rename::How;
@@ -138,22 +138,54 @@ impl FuseFs {
         &self.shared.engine
     }
 
-    /// Looks a name up for the kernel.
-    fn look(&self, parent: INodeNo, name: &OsStr) -> Res<Told> {
-        let found =
-            self.engine().node(parent.0).and_then(|dir| self.engine().lookup_known(&dir, bytes_of(name)));
-        match found {
-            Ok((node, attr)) => {
-                let ttls = node.map(|node| (self.attr_ttl(&node), self.ttl(&node)));
-                let (attr_ttl, ttl) = ttls.unwrap_or((TTL, TTL));
-                Ok(Told { attr: file_attr(&attr), attr_ttl, ttl })
+    /// Answers a lookup.
+    fn look<R: Send + 'static>(
+        &self,
+        parent: INodeNo,
+        name: &OsStr,
+        reply: R,
+        send: impl Fn(Res<Told>, R) + Copy + Send + Sync + 'static,
+    ) {
+        let now = |fs: &Self| {
+            let found =
+                fs.engine().node(parent.0).and_then(|dir| fs.engine().lookup_known(&dir, bytes_of(name)));
+            match found {
+                Ok((node, attr)) => {
+                    let ttls = node.map(|node| (fs.attr_ttl(&node), fs.ttl(&node)));
+                    let (attr_ttl, ttl) = ttls.unwrap_or((TTL, TTL));
+                    Ok(Told { attr: file_attr(&attr), attr_ttl, ttl, uncounted: None })
+                }
+                Err(err) => fs.missing(parent, err),
             }
-            Err(Errno::NOENT) => {
-                let ttl = self.ttl_of_missing(parent);
-                Ok(Told { attr: no_entry(), attr_ttl: ttl, ttl })
+        };
+        // Nobody may want the answer any more when it is there.
+        let again = || {
+            let name = name.to_owned();
+            move |fs: &Self| {
+                let found =
+                    fs.engine().node(parent.0).and_then(|dir| fs.engine().lookup_attr(&dir, bytes_of(&name)));
+                match found {
+                    Ok((node, attr)) => Ok(fs.found(node, &attr)),
+                    Err(err) => fs.missing(parent, err),
+                }
             }
-            Err(err) => Err(err),
+        };
+        self.serve(Opcode::Lookup, parent, reply, send, now, again);
+    }
+
+    /// What a lookup that failed tells the kernel.
+    fn missing(&self, parent: INodeNo, err: Errno) -> Res<Told> {
+        if err != Errno::NOENT {
+            return Err(err);
         }
+        let ttl = self.ttl_of_missing(parent);
+        Ok(Told { attr: no_entry(), attr_ttl: ttl, ttl, uncounted: None })
+    }
+
+    /// What tells the kernel of a node.
+    fn found(&self, node: Arc<Node>, attr: &Attr) -> Told {
+        let (attr_ttl, ttl) = (self.attr_ttl(&node), self.ttl(&node));
+        Told { attr: file_attr(attr), attr_ttl, ttl, uncounted: Some(node) }
     }
 
     /// How long the kernel may keep the attributes of a node. Those of a far mount's root may be made up.
@@ -175,16 +207,10 @@ impl FuseFs {
         self.engine().live.and_then(|_| lasting()).unwrap_or(TTL)
     }
 
-    /// Attributes for a reply that lets the kernel know the node.
-    fn known(&self, node: &Arc<Node>, attr: &Attr) -> FileAttr {
-        self.engine().table.remember(node);
-        file_attr(attr)
-    }
-
-    fn make(&self, parent: INodeNo, name: &OsStr, new: &NewObject<'_>) -> Res<(FileAttr, Duration)> {
+    fn make(&self, parent: INodeNo, name: &OsStr, new: &NewObject<'_>) -> Res<Told> {
         let parent = self.engine().node(parent.0)?;
         let (node, attr) = self.engine().create_attr(&parent, bytes_of(name), new)?;
-        Ok((self.known(&node, &attr), self.ttl(&node)))
+        Ok(self.found(node, &attr))
     }
 
     /// Runs a change of a file's content. Its reply holds no attributes: if the mode changed with it,
@@ -299,15 +325,11 @@ impl Filesystem for FuseFs {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let again = || {
-            let name = name.to_owned();
-            move |fs: &Self| fs.look(parent, &name)
-        };
-        self.serve("lookup", parent, reply, reply_found, |fs| fs.look(parent, name), again);
+        self.look(parent, name, reply, reply_found);
     }
 
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
-        self.run("forget", ino, || self.engine().table.forget(ino.0, nlookup));
+        self.run(Opcode::Forget, ino, || self.engine().table.forget(ino.0, nlookup));
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
@@ -318,7 +340,7 @@ impl Filesystem for FuseFs {
             Ok((attr, ttl)) => reply.attr(&ttl, &attr),
             Err(err) => reply.error(errno(err)),
         };
-        self.serve("getattr", ino, reply, send, ask, || ask);
+        self.serve(Opcode::GetAttr, ino, reply, send, ask, || ask);
     }
 
     fn setattr(
@@ -352,12 +374,14 @@ impl Filesystem for FuseFs {
             Ok(attr) => reply.attr(&TTL, &file_attr(&attr)),
             Err(err) => reply.error(errno(err)),
         };
-        self.answer("setattr", ino, reply, send, move |fs| fs.on(ino, |n| fs.engine().set_attr(n, set)));
+        self.answer(Opcode::SetAttr, ino, reply, send, move |fs| {
+            fs.on(ino, |n| fs.engine().set_attr(n, set))
+        });
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
         let read = move |fs: &Self| fs.on(ino, |n| fs.engine().read_link(n));
-        self.serve("readlink", ino, reply, reply_data, read, || read);
+        self.serve(Opcode::ReadLink, ino, reply, reply_data, read, || read);
     }
 
     fn mknod(
@@ -377,7 +401,7 @@ impl Filesystem for FuseFs {
             let rdev = if matches!(kind, Kind::Char | Kind::Block) { decode_dev(rdev) } else { (0, 0) };
             fs.make(parent, name, &NewObject { kind, perm: mode, umask, rdev, target: b"", owner })
         };
-        self.serve_named("mknod", parent, name, reply, reply_made, make);
+        self.serve_named(Opcode::MkNod, parent, name, reply, reply_found, make);
     }
 
     fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
@@ -386,21 +410,21 @@ impl Filesystem for FuseFs {
             let new = NewObject { kind: Kind::Dir, perm: mode, umask, rdev: (0, 0), target: b"", owner };
             fs.make(parent, name, &new)
         };
-        self.serve_named("mkdir", parent, name, reply, reply_made, make);
+        self.serve_named(Opcode::MkDir, parent, name, reply, reply_found, make);
     }
 
     fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let unlink = move |fs: &Self, name: &OsStr| {
             fs.engine().node(parent.0).and_then(|p| fs.engine().unlink(&p, bytes_of(name)))
         };
-        self.serve_named("unlink", parent, name, reply, done, unlink);
+        self.serve_named(Opcode::Unlink, parent, name, reply, done, unlink);
     }
 
     fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let rmdir = move |fs: &Self, name: &OsStr| {
             fs.engine().node(parent.0).and_then(|p| fs.engine().rmdir(&p, bytes_of(name)))
         };
-        self.serve_named("rmdir", parent, name, reply, done, rmdir);
+        self.serve_named(Opcode::RmDir, parent, name, reply, done, rmdir);
     }
 
     fn symlink(&self, req: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
@@ -414,7 +438,7 @@ impl Filesystem for FuseFs {
             let (name, target) = (name.to_owned(), target.to_owned());
             move |fs: &Self| make(fs, &name, &target)
         };
-        self.serve("symlink", parent, reply, reply_made, |fs| make(fs, name, target), again);
+        self.serve(Opcode::Symlink, parent, reply, reply_found, |fs| make(fs, name, target), again);
     }
 
     fn rename(
@@ -437,7 +461,7 @@ impl Filesystem for FuseFs {
             return reply.error(fuser::Errno::EINVAL);
         };
         let (name, newname) = (name.to_owned(), newname.to_owned());
-        self.answer("rename", parent, reply, done, move |fs| {
+        self.answer(Opcode::Rename, parent, reply, done, move |fs| {
             let (from, to) = (fs.engine().node(parent.0)?, fs.engine().node(newparent.0)?);
             fs.engine().rename(&from, bytes_of(&name), &to, bytes_of(&newname), how)
         });
@@ -445,12 +469,12 @@ impl Filesystem for FuseFs {
 
     fn link(&self, _req: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
         let newname = newname.to_owned();
-        self.answer("link", ino, reply, reply_made, move |fs| {
+        self.answer(Opcode::Link, ino, reply, reply_found, move |fs| {
             fs.on(ino, |node| {
                 let parent = fs.engine().node(newparent.0)?;
                 fs.engine().link(node, &parent, bytes_of(&newname))?;
                 let attr = fs.engine().attr(node)?;
-                Ok((fs.known(node, &attr), fs.ttl(node)))
+                Ok(fs.found(node.clone(), &attr))
             })
         });
     }
@@ -488,7 +512,7 @@ impl Filesystem for FuseFs {
         if self.engine().live.is_none() {
             return reply.error(fuser::Errno::ENOSYS);
         }
-        self.run("opendir", ino, || match self.engine().node(ino.0) {
+        self.run(Opcode::OpenDir, ino, || match self.engine().node(ino.0) {
             Ok(node) if self.engine().lasting_names(&node).is_some() => {
                 reply.opened(FileHandle(0), FopenFlags::empty());
             }
@@ -510,10 +534,10 @@ impl Filesystem for FuseFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.run("read", ino, || match self.delay(Direction::Read, |_| size.into()) {
+        self.run(Opcode::Read, ino, || match self.delay(Direction::Read, |_| size.into()) {
             None if self.is_far(ino) => {
                 let patience = Some(self.engine().patience);
-                self.afar("read", ino, patience, reply, reply_data, move |fs| {
+                self.afar(Opcode::Read, ino, patience, reply, reply_data, move |fs| {
                     let mut buf = Vec::new();
                     let n = fs.read_into(&mut buf, ino, offset, size)?;
                     buf.truncate(n);
@@ -522,7 +546,7 @@ impl Filesystem for FuseFs {
             }
             None => self.read_now(ino, offset, size, reply),
             Some(delay) => {
-                self.delayed("read", ino, delay, move |fs| fs.read_now(ino, offset, size, reply));
+                self.delayed(Opcode::Read, ino, delay, move |fs| fs.read_now(ino, offset, size, reply));
             }
         });
     }
@@ -544,20 +568,21 @@ impl Filesystem for FuseFs {
         let write = move |fs: &Self, data: &[u8]| {
             fs.change_content(ino, kill, |n| fs.engine().write(n, offset, data, kill))
         };
-        self.run("write", ino, || {
+        self.run(Opcode::Write, ino, || {
             // The request's buffer is the worker's.
             if let Some(delay) = self.delay(Direction::Write, |_| data.len() as u64) {
                 let data = data.to_vec();
-                return self.delayed("write", ino, delay, move |fs| reply_written(write(fs, &data), reply));
+                return self
+                    .delayed(Opcode::Write, ino, delay, move |fs| reply_written(write(fs, &data), reply));
             }
             match hurried(|| write(self, data)) {
                 Err(LONG) => {
                     let data = data.to_vec();
-                    self.aside("write", ino, move |fs| reply_written(write(fs, &data), reply));
+                    self.aside(Opcode::Write, ino, move |fs| reply_written(write(fs, &data), reply));
                 }
                 Err(FAR) => {
                     let data = data.to_vec();
-                    self.afar("write", ino, None, reply, reply_written, move |fs| write(fs, &data));
+                    self.afar(Opcode::Write, ino, None, reply, reply_written, move |fs| write(fs, &data));
                 }
                 written => reply_written(written, reply),
             }
@@ -569,18 +594,20 @@ impl Filesystem for FuseFs {
             // Once said, it is for ever.
             return reply.error(fuser::Errno::ENOSYS);
         }
-        self.answer("fsync", ino, reply, done, move |fs| fs.on(ino, |n| fs.engine().sync(n, datasync)));
+        self.answer(Opcode::Fsync, ino, reply, done, move |fs| fs.on(ino, |n| fs.engine().sync(n, datasync)));
     }
 
     fn fsyncdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
         if self.engine().is_volatile() {
             return reply.error(fuser::Errno::ENOSYS);
         }
-        self.answer("fsyncdir", ino, reply, done, move |fs| fs.on(ino, |n| fs.engine().sync(n, datasync)));
+        self.answer(Opcode::FsyncDir, ino, reply, done, move |fs| {
+            fs.on(ino, |n| fs.engine().sync(n, datasync))
+        });
     }
 
     fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        self.run("readdir", ino, || {
+        self.run(Opcode::ReadDir, ino, || {
             if self.is_far(ino) {
                 let list = move |fs: &Self| fs.engine().read_dir(&fs.engine().node(ino.0)?, offset, 256);
                 let send = |batch: Res<Vec<_>>, mut reply: ReplyDirectory| match batch {
@@ -596,7 +623,7 @@ impl Filesystem for FuseFs {
                     }
                     Err(err) => reply.error(errno(err)),
                 };
-                return self.afar("readdir", ino, Some(self.engine().patience), reply, send, list);
+                return self.afar(Opcode::ReadDir, ino, Some(self.engine().patience), reply, send, list);
             }
             let mut at = offset;
             loop {
@@ -628,7 +655,7 @@ impl Filesystem for FuseFs {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        self.run("readdirplus", ino, || {
+        self.run(Opcode::ReadDirPlus, ino, || {
             if self.is_far(ino) {
                 let send = |batch: Res<Batch>, mut reply: ReplyDirectoryPlus| match batch {
                     Ok(batch) => {
@@ -638,7 +665,7 @@ impl Filesystem for FuseFs {
                     Err(err) => reply.error(errno(err)),
                 };
                 let list = move |fs: &Self| fs.list_plus(ino, offset);
-                return self.afar("readdirplus", ino, Some(self.engine().patience), reply, send, list);
+                return self.afar(Opcode::ReadDirPlus, ino, Some(self.engine().patience), reply, send, list);
             }
             let dir = match self.engine().node(ino.0) {
                 Ok(dir) => dir,
@@ -664,7 +691,7 @@ impl Filesystem for FuseFs {
     }
 
     fn statfs(&self, _req: &Request, ino: INodeNo, reply: ReplyStatfs) {
-        self.run("statfs", ino, || match self.engine().stat_fs() {
+        self.run(Opcode::StatFs, ino, || match self.engine().stat_fs() {
             Ok(st) => {
                 let small = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
                 reply.statfs(
@@ -695,7 +722,7 @@ impl Filesystem for FuseFs {
         let flags = XattrFlags::from_bits_truncate(flags.cast_unsigned());
         let caller = (req.uid(), req.gid());
         let (name, value) = (name.to_owned(), value.to_vec());
-        self.answer("setxattr", ino, reply, done, move |fs| {
+        self.answer(Opcode::SetXattr, ino, reply, done, move |fs| {
             fs.on(ino, |n| fs.engine().set_xattr(n, bytes_of(&name), &value, flags, caller))
         });
     }
@@ -704,17 +731,17 @@ impl Filesystem for FuseFs {
         let get = move |fs: &Self, name: &OsStr| {
             fs.on(ino, |n| Ok((fs.engine().get_xattr(n, bytes_of(name))?, size)))
         };
-        self.serve_named("getxattr", ino, name, reply, reply_xattr, get);
+        self.serve_named(Opcode::GetXattr, ino, name, reply, reply_xattr, get);
     }
 
     fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         let list = move |fs: &Self| fs.on(ino, |n| Ok((fs.engine().list_xattr(n)?, size)));
-        self.serve("listxattr", ino, reply, reply_xattr, list, || list);
+        self.serve(Opcode::ListXattr, ino, reply, reply_xattr, list, || list);
     }
 
     fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let name = name.to_owned();
-        self.answer("removexattr", ino, reply, done, move |fs| {
+        self.answer(Opcode::RemoveXattr, ino, reply, done, move |fs| {
             fs.on(ino, |n| fs.engine().remove_xattr(n, bytes_of(&name)))
         });
     }
@@ -730,7 +757,7 @@ impl Filesystem for FuseFs {
         reply: ReplyEmpty,
     ) {
         let (mode, kill) = (mode.cast_unsigned(), takes_set_ids(req));
-        self.answer("fallocate", ino, reply, done, move |fs| {
+        self.answer(Opcode::Fallocate, ino, reply, done, move |fs| {
             fs.change_content(ino, kill, |n| fs.engine().fallocate(n, mode, offset, length, kill))
         });
     }
@@ -744,7 +771,7 @@ impl Filesystem for FuseFs {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        self.run("lseek", ino, || {
+        self.run(Opcode::Lseek, ino, || {
             let hole = match whence {
                 libc::SEEK_DATA => false,
                 libc::SEEK_HOLE => true,
@@ -785,9 +812,9 @@ impl Filesystem for FuseFs {
             len.min(size.saturating_sub(offset_in))
         };
         match self.delay(Direction::Write, bytes) {
-            None => self.answer("copy_file_range", ino_out, reply, reply_written, copy),
-            Some(delay) => self.run("copy_file_range", ino_out, || {
-                self.delayed("copy_file_range", ino_out, delay, move |fs| reply_written(copy(fs), reply));
+            None => self.answer(Opcode::CopyFileRange, ino_out, reply, reply_written, copy),
+            Some(delay) => self.run(Opcode::CopyFileRange, ino_out, || {
+                self.delayed(Opcode::CopyFileRange, ino_out, delay, move |fs| reply_written(copy(fs), reply));
             }),
         }
     }
@@ -872,17 +899,25 @@ impl Batch {
     }
 }
 
-/// What a lookup tells the kernel: attributes (of nothing, if there is nothing), and how long they and the
+/// What the kernel is told of a name: attributes (of nothing, if there is nothing), and how long they and the
 /// name are valid.
 struct Told {
     attr: FileAttr,
     attr_ttl: Duration,
     ttl: Duration,
+    /// A node that the kernel learns of by this. It is counted when this is sent and not before, since the
+    /// kernel forgets only what it was told.
+    uncounted: Option<Arc<Node>>,
 }
 
 fn reply_found(told: Res<Told>, reply: ReplyEntry) {
     match told {
-        Ok(told) => reply.entry_with_ttls(&told.attr_ttl, &told.ttl, &told.attr, GENERATION),
+        Ok(told) => {
+            if let Some(node) = &told.uncounted {
+                node.remember();
+            }
+            reply.entry_with_ttls(&told.attr_ttl, &told.ttl, &told.attr, GENERATION);
+        }
         Err(err) => reply.error(errno(err)),
     }
 }
@@ -890,13 +925,6 @@ fn reply_found(told: Res<Told>, reply: ReplyEntry) {
 fn reply_data(data: Res<impl AsRef<[u8]>>, reply: ReplyData) {
     match data {
         Ok(data) => reply.data(data.as_ref()),
-        Err(err) => reply.error(errno(err)),
-    }
-}
-
-fn reply_made(made: Res<(FileAttr, Duration)>, reply: ReplyEntry) {
-    match made {
-        Ok((attr, ttl)) => reply.entry(&ttl, &attr, GENERATION),
         Err(err) => reply.error(errno(err)),
     }
 }
@@ -920,7 +948,119 @@ fn reply_xattr(value: Res<(Vec<u8>, u32)>, reply: ReplyXattr) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::time::Instant;
+
     use super::*;
+    use crate::config::{LayerSpec, OverlaySpec};
+    use crate::engine::tests::Scratch;
+    use crate::far::{Far, MountTable};
+    use crate::hooks::{Access, Hooks, Trace};
+    use crate::sync::Mutex;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    /// Says when something below the far mount is found, and waits until it may be.
+    #[derive(Debug)]
+    struct Slow {
+        found: Sender<()>,
+        go_on: Mutex<Receiver<()>>,
+    }
+
+    impl Trace for Slow {
+        fn accessed(&self, access: Access) {
+            if access.path == Path::new("far/file") {
+                let _ = self.found.send(());
+                let _ = self.go_on.lock().recv();
+            }
+        }
+    }
+
+    /// A layer with a mount that may never answer, which is only a directory.
+    struct BesideFar {
+        fs: FuseFs,
+        far: Arc<Far>,
+        dir: Arc<Node>,
+        found: Receiver<()>,
+        go_on: Sender<()>,
+        _scratch: Scratch,
+    }
+
+    impl BesideFar {
+        fn new(name: &str) -> Self {
+            let scratch = Scratch::new(name);
+            let lower = scratch.dir.canonicalize().expect("there").join("lower");
+            std::fs::create_dir(lower.join("far")).expect("made");
+            std::fs::write(lower.join("far/file"), "").expect("written");
+            let table = format!("25 22 0:45 / {}/far rw - fuse.sshfs me@phone: rw", lower.display());
+            let layer = LayerSpec { dir: lower, ..LayerSpec::default() };
+            let spec = OverlaySpec { layers: vec![layer], patience: Some(HOUR), ..OverlaySpec::default() };
+            let mut engine =
+                Engine::open_among(&MountTable::parse(table.as_bytes()), &spec).expect("an overlay");
+            let ((tell, found), (go_on, wait)) = (channel(), channel());
+            let slow = Slow { found: tell, go_on: Mutex::new(wait) };
+            engine.set_hooks(Hooks { trace: Some(Arc::new(slow)), ..Hooks::default() });
+            let dir = engine.lookup(engine.root(), b"far").expect("found");
+            let far = engine.far.first().expect("a far mount").clone();
+            Self { fs: FuseFs { shared: Shared::new(engine) }, far, dir, found, go_on, _scratch: scratch }
+        }
+
+        /// Looks the file up; whether a reply of it was to be counted.
+        fn look(&self) -> Receiver<Res<bool>> {
+            let (reply, replied) = channel();
+            let send = |told: Res<Told>, reply: Sender<_>| {
+                let _ = reply.send(told.map(|told| told.uncounted.is_some()));
+            };
+            self.fs.look(INodeNo(self.dir.ino), OsStr::new("file"), reply, send);
+            replied
+        }
+    }
+
+    impl Drop for BesideFar {
+        fn drop(&mut self) {
+            self.fs.shared.stop();
+        }
+    }
+
+    #[test]
+    fn what_is_found_after_it_was_given_up_is_not_known_to_the_kernel() {
+        let beside = BesideFar::new("given-up");
+        let replied = beside.look();
+        assert_eq!(beside.found.recv(), Ok(()));
+        beside.far.give_up_late(Instant::now() + 2 * HOUR);
+        assert_eq!(replied.recv(), Ok(Err(Errno::IO)));
+        let _ = beside.go_on.send(());
+        // The request's own reference goes last; the other one looks after those that may be given up.
+        while Arc::strong_count(&beside.fs.shared) > 2 {
+            std::thread::yield_now();
+        }
+        let _ = beside.go_on.send(());
+        let engine = beside.fs.engine();
+        let ino = engine.lookup(&beside.dir, b"file").expect("found").ino;
+        assert!(engine.table.get(ino).is_none(), "nobody would ever forget it");
+    }
+
+    #[test]
+    fn where_too_much_waits_a_request_is_refused() {
+        let beside = BesideFar::new("refused-far");
+        let (release, gate) = channel::<()>();
+        let gate = Arc::new(Mutex::new(gate));
+        let wait = || {
+            let gate = gate.clone();
+            move || {
+                let _ = gate.lock().recv();
+            }
+        };
+        assert!((0..100_000).any(|_| !beside.far.run(wait())), "it is never full");
+        assert_eq!(beside.look().recv(), Ok(Err(Errno::IO)));
+        drop(release);
+        let _ = beside.go_on.send(());
+        // Those before it go, and there is room again.
+        while !beside.far.run(|| {}) {
+            std::thread::yield_now();
+        }
+        assert_eq!(beside.look().recv(), Ok(Ok(true)));
+    }
 
     #[test]
     fn device_numbers_round_trip() {

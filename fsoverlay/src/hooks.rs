@@ -172,6 +172,38 @@ pub struct Counters {
     pub panics: u64,
 }
 
+/// What the kernel asks for, as the counts and the log tell requests apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Opcode {
+    Lookup,
+    Forget,
+    GetAttr,
+    SetAttr,
+    ReadLink,
+    MkNod,
+    MkDir,
+    Unlink,
+    RmDir,
+    Symlink,
+    Rename,
+    Link,
+    OpenDir,
+    Read,
+    Write,
+    Fsync,
+    FsyncDir,
+    ReadDir,
+    ReadDirPlus,
+    StatFs,
+    SetXattr,
+    GetXattr,
+    ListXattr,
+    RemoveXattr,
+    Fallocate,
+    Lseek,
+    CopyFileRange,
+}
+
 /// The numbers behind [`Counters`]. Relaxed throughout: nothing follows from one of them.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
@@ -194,17 +226,25 @@ pub(crate) fn add(count: &AtomicU64, n: u64) {
 }
 
 impl Counts {
-    /// Counts a request, by the name that the log has for it.
-    pub(crate) fn request(&self, what: &str) {
+    /// Counts a request.
+    pub(crate) fn request(&self, what: Opcode) {
+        use Opcode::{
+            CopyFileRange, Fallocate, Forget, Fsync, FsyncDir, GetAttr, GetXattr, Link, ListXattr, Lookup,
+            Lseek, MkDir, MkNod, OpenDir, Read, ReadDir, ReadDirPlus, ReadLink, RemoveXattr, Rename, RmDir,
+            SetAttr, SetXattr, StatFs, Symlink, Unlink, Write,
+        };
         let count = match what {
-            "lookup" => &self.lookups,
-            "read" => &self.reads,
-            "write" | "copy_file_range" => &self.writes,
-            "readdir" | "readdirplus" => &self.listings,
-            "mknod" | "mkdir" | "symlink" | "link" | "unlink" | "rmdir" | "rename" | "setattr"
-            | "setxattr" | "removexattr" | "fallocate" => &self.changes,
-            "forget" => return,
-            _ => &self.others,
+            Lookup => &self.lookups,
+            Read => &self.reads,
+            Write | CopyFileRange => &self.writes,
+            ReadDir | ReadDirPlus => &self.listings,
+            MkNod | MkDir | Symlink | Link | Unlink | RmDir | Rename | SetAttr | SetXattr | RemoveXattr
+            | Fallocate => &self.changes,
+            // Not asked for by anybody.
+            Forget => return,
+            GetAttr | ReadLink | OpenDir | Fsync | FsyncDir | StatFs | GetXattr | ListXattr | Lseek => {
+                &self.others
+            }
         };
         add(count, 1);
     }

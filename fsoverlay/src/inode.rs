@@ -200,6 +200,13 @@ impl Node {
     pub(crate) fn has_link(&self, parent: &Node, name: &[u8]) -> bool {
         self.inner.lock().links.iter().any(|l| l.is(parent, name))
     }
+
+    /// See [`Table::remember`].
+    pub(crate) fn remember(self: &Arc<Self>) {
+        if let Some(table) = self.table.upgrade() {
+            table.remember(self);
+        }
+    }
 }
 
 impl Drop for Node {

@@ -129,7 +129,15 @@ pub(crate) struct Stopped(Pid);
 impl Stopped {
     pub(crate) fn new(pid: Pid) -> Result<Self, Failure> {
         kill(pid, Signal::SIGSTOP)?;
-        Ok(Self(pid))
+        let stopped = Self(pid);
+        // One that still runs could take a request along.
+        for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+            let stat = task?.path().join("stat");
+            while !fs::read_to_string(&stat)?.contains(") T ") {
+                std::thread::yield_now();
+            }
+        }
+        Ok(stopped)
     }
 }
 

@@ -120,7 +120,7 @@ fn bombed(world: &mut World) -> Check {
     let text = String::from_utf8_lossy(&output.stderr);
     holds!(output.status.success(), "{text}");
     let logged = text.lines().find(|line| line.contains("internal error")).ok_or("nothing was logged")?;
-    holds!(logged.contains("lookup") && logged.contains("dir"), "{logged}");
+    holds!(logged.contains("Lookup") && logged.contains("dir"), "{logged}");
     holds!(text.contains(" panics: 20 "), "{text}");
     Ok(())
 }
