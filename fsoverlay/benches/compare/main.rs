@@ -279,6 +279,7 @@ fn inside(args: &[String]) {
             assert!(status.unwrap().success(), "{words:?} failed");
         }
     }
+    let mounted = Mounted(&dirs.at);
     // A file's pages belong to what is below, which must not be what is measured.
     let mut out = String::new();
     for (part, value) in (work.run)(&dirs.at) {
@@ -292,7 +293,7 @@ fn inside(args: &[String]) {
     }
     (work.check)(&dirs.at, scale.parse().unwrap());
     std::env::set_current_dir("/").unwrap();
-    umount2(&dirs.at, MntFlags::MNT_DETACH).ok();
+    drop(mounted);
     drop(server);
     std::io::stdout().write_all(out.as_bytes()).unwrap();
 }
@@ -318,15 +319,20 @@ fn mount_kernel(dirs: &Dirs) {
     rustix::mount::move_mount(mounted.as_fd(), "", rustix::fs::CWD, &dirs.at, flags).unwrap();
 }
 
+/// What is unmounted in the end, also after a failure: a server lasts as long as its mount.
+struct Mounted<'a>(&'a Path);
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        let _ = umount2(self.0, MntFlags::MNT_DETACH);
+    }
+}
+
 /// A process that serves; it ends with its mount.
 struct Server(Child);
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // After a failure the mount is still there.
-        if std::thread::panicking() {
-            let _ = self.0.kill();
-        }
         let _ = self.0.wait();
     }
 }
