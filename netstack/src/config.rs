@@ -171,7 +171,18 @@ pub(crate) const PING_IDLE: Duration = Duration::from_secs(30);
 
 /// DNS queries under way at once.
 pub(crate) const MAX_DNS_QUERIES: usize = 128;
-/// Time for one resolver to answer. Three tries stay below the five seconds that a libc waits.
+/// Who waits for them, at once: the same question of several is asked once.
+pub(crate) const MAX_DNS_WAITERS: usize = 1_024;
+/// Longest answer in one datagram to the guest, whatever the guest says that it takes. The TAP loses no fragments.
+pub(crate) const MAX_DNS_DATAGRAM: usize = 4_096;
+/// Answers that are kept, and their bytes.
+pub(crate) const MAX_DNS_CACHE: usize = 4_096;
+pub(crate) const MAX_DNS_CACHE_BYTES: usize = 1 << 20;
+/// How long an answer is kept at most, in seconds: a day; one that says no: an hour (RFC 2308 section 5: three are sensible).
+pub(crate) const MAX_DNS_TTL: u32 = 86_400;
+pub(crate) const MAX_DNS_NEGATIVE_TTL: u32 = 3_600;
+/// Time for one resolver to answer, unless the host's resolv.conf says otherwise. Three tries stay below the five
+/// seconds that a libc waits.
 pub(crate) const DNS_TRY: Duration = Duration::from_millis(1_500);
 /// TCP connections to the forwarder at once.
 pub(crate) const MAX_DNS_CONNECTIONS: usize = 128;

@@ -241,17 +241,13 @@ impl Engine {
             descriptor_freed: false,
         };
         sh.watch(sh.tap.as_fd(), Token::Tap, EpollFlags::EPOLLIN)?;
-        for (name, ip) in &spec.dns.hosts {
-            let name = name.trim_end_matches('.').to_ascii_lowercase().into();
-            sh.pins.pin(now, &name, *ip, None);
-        }
         sh.watch(commands.as_fd(), Token::Command, EpollFlags::EPOLLIN)?;
         let forward = Forward::new(&mut sh, published)?;
         let engine = Self {
             tcp: Tcp::new(&mut sh, now),
             udp: Udp::default(),
             icmp: Icmp::default(),
-            dns: Dns::new(&spec.dns),
+            dns: Dns::new(&mut sh, now),
             forward,
             reassembly: Reassembly::default(),
             commands,
@@ -397,23 +393,13 @@ impl Engine {
         }
     }
 
-    /// Hands the forwarder's answers out; whether a TCP flow got one.
+    /// Hands the answers out to TCP flows; whether there were any.
     fn deliver_answers(&mut self) -> bool {
-        let mut tcp = false;
-        for answer in std::mem::take(&mut self.dns.answers) {
-            match answer.origin {
-                Origin::Udp { guest, gateway } => {
-                    if !self.sh.tap.is_congested() {
-                        emit::udp(&mut self.sh.tap, gateway, guest, &answer.message);
-                    }
-                }
-                Origin::Tcp(id) => {
-                    self.tcp.dns_answer(id, &answer.message);
-                    tcp = true;
-                }
-            }
+        let answers = std::mem::take(&mut self.dns.answers);
+        for answer in &answers {
+            self.tcp.dns_answer(answer.flow, &answer.message);
         }
-        tcp
+        !answers.is_empty()
     }
 
     /// Watches the TAP for room while frames wait, and only then.
@@ -539,9 +525,7 @@ impl Engine {
             let guest = Endpoint::new(packet.src, datagram.src_port());
             let gateway = Endpoint::new(packet.dst, DNS_PORT);
             let origin = Origin::Udp { guest, gateway };
-            self.dns.query(&mut self.sh, now, origin, datagram.payload());
-            self.deliver_answers();
-            return;
+            return self.dns.query(&mut self.sh, now, origin, datagram.payload());
         }
         if packet.hop_limit <= 1 && emit::deserves_icmp_error(packet) && !self.sh.tap.is_congested() {
             let from = self.sh.spec.gateway.ip_like(packet.dst);
@@ -617,6 +601,10 @@ impl Engine {
         self.dns.under_way()
     }
 
+    pub(crate) fn names_of(&self, now: Instant, ip: IpAddr) -> Vec<String> {
+        self.sh.pins.names(now, ip).map(String::from).collect()
+    }
+
     pub(crate) fn timers(&self) -> usize {
         self.sh.timers.len()
     }
@@ -635,6 +623,7 @@ impl Engine {
         self.udp.check_bounds();
         self.icmp.check_bounds();
         self.dns.check_bounds();
+        self.sh.pins.check_bounds();
         self.reassembly.check_bounds();
         self.sh.tap.check_bounds();
         let flows = self.sh.stats.snapshot().tcp_flows + u64::try_from(self.dns.under_way()).unwrap_or(0);

@@ -10,7 +10,7 @@
 //!   eth ── TAP ──────────────│ device │───────────│ tcp: smoltcp + rings │──────── stream sockets
 //!                            │ ingress│           │ udp: table of flows  │──────── datagram sockets
 //!                            │ fragment           │ icmp: ping sockets   │──────── ping sockets
-//!                            └────────┘           │ dns: forwarder       │──────── resolvers
+//!                            └────────┘           │ dns: forwarder, cache│──────── resolvers
 //!                              engine ─ timers    │ forward: listeners   │──────── published ports
 //!                                                 └─────────────────────┘
 //!                              policy: a pure function asked before any flow's first packet leaves
@@ -21,7 +21,7 @@
 //!
 //! What it refuses to do: it never opens a path but /dev/net/tun (in [`open_tap`]) and /etc/resolv.conf, never runs a
 //! program, never needs a capability (but for [`open_tap`], which is called inside), never wakes up without a reason, and
-//! keeps no data but in the rings of TCP flows.
+//! keeps no data but in the rings of TCP flows, and answers of resolvers.
 //!
 //! ```no_run
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -45,6 +45,8 @@ counters! {
     ping_flows,
     /// Questions to the DNS forwarder.
     dns_queries,
+    /// Those answered from the cache.
+    dns_cached,
     /// Flows that the policy refused.
     refused_by_policy,
     /// Flows refused because a table was full or descriptors had run out.

@@ -78,6 +78,8 @@ tests! {
     host_is_unreachable_by_default,
     host_loopback_can_be_allowed,
     dns_by_dnsmasq_over_udp_and_tcp,
+    dns_answers_are_kept_while_the_resolver_is_gone,
+    dns_follows_the_hosts_resolv_conf,
     dns_names_of_the_spec_are_answered,
     dns_goes_to_the_next_resolver_and_fails_clearly,
     dns_only_the_right_answer_counts,
@@ -843,6 +845,68 @@ fn dns_by_dnsmasq_over_udp_and_tcp(_: &World) {
         assert_eq!(answer.lines().count(), 3, "{answer}");
     });
     drop(server);
+}
+
+/// dnsmasq at `addr`, which knows `web.example` as `ip`, for five minutes.
+fn dnsmasq(addr: &str, port: u16, ip: &str) -> Process {
+    let server = Process(
+        Command::new("dnsmasq")
+            .args(["--no-daemon", "--pid-file=", "--conf-file=/dev/null", "--bind-interfaces", "--no-resolv"])
+            .args(["--no-hosts", "--local-ttl=300", "--local=/example/", "--listen-address", addr])
+            .arg(format!("--port={port}"))
+            .arg(format!("--address=/web.example/{ip}"))
+            .arg("--host-record=other.example,192.0.2.99")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap(),
+    );
+    wait_until("dnsmasq listens", || TcpStream::connect((addr, port)).is_ok());
+    server
+}
+
+fn dns_answers_are_kept_while_the_resolver_is_gone(_: &World) {
+    let server = dnsmasq("127.0.0.1", 5354, "192.0.2.80");
+    let guest = Guest::with(&dns_spec(&[at("127.0.0.1", 5354)]), &[]);
+    let dig = |line: &str| {
+        let line = format!("dig +tries=1 +time=10 @{GATEWAY_V4} {line}");
+        guest.net.run(move || sh(&line))
+    };
+    assert_eq!(dig("+short web.example"), "192.0.2.80\n");
+    drop(server);
+    for transport in ["+notcp", "+tcp", "+noedns"] {
+        let answer = dig(&format!("{transport} WEB.example"));
+        assert!(answer.contains("192.0.2.80") && answer.contains("WEB.example"), "{answer}");
+        let ttl = answer.lines().find(|line| line.ends_with("192.0.2.80")).unwrap();
+        let ttl: u32 = ttl.split_whitespace().nth(1).unwrap().parse().unwrap();
+        assert!((200..=300).contains(&ttl), "{answer}");
+    }
+    assert_eq!(guest.stack.stats().dns_cached, 3);
+    let answer = dig("other.example");
+    assert!(answer.contains("SERVFAIL") && answer.contains("no resolver of the host answers"), "{answer}");
+    let _server = dnsmasq("127.0.0.1", 5354, "192.0.2.80");
+    assert_eq!(dig("+short other.example"), "192.0.2.99\n");
+}
+
+fn dns_follows_the_hosts_resolv_conf(_: &World) {
+    let dir = TempDir::new();
+    let file = dir.0.join("resolv.conf");
+    let path = file.display().to_string();
+    std::fs::write(&file, "nameserver 127.0.0.53\n").unwrap();
+    // In this program's own mount namespace.
+    sh(&format!("mount --bind {path} /etc/resolv.conf"));
+    let _resolved = dnsmasq("127.0.0.53", 53, "192.0.2.53");
+    let _other = dnsmasq("127.0.0.9", 53, "192.0.2.9");
+    let guest = Guest::new();
+    let dig = || guest.net.run(|| sh(&format!("dig +tries=1 +time=10 +short @{GATEWAY_V4} web.example")));
+    assert_eq!(dig(), "192.0.2.53\n");
+    // What the old one said is forgotten, though it was to be kept for five minutes.
+    std::fs::write(&file, "nameserver 127.0.0.9\noptions timeout:2 attempts:1\n").unwrap();
+    wait_until("the new resolver is asked", || dig() == "192.0.2.9\n");
+    // Nothing named: whoever listens on the local machine.
+    std::fs::write(&file, "search example\n").unwrap();
+    wait_until("the local machine is asked", || dig() == "192.0.2.53\n");
+    sh("umount /etc/resolv.conf");
 }
 
 fn dns_names_of_the_spec_are_answered(_: &World) {

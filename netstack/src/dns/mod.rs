@@ -1,39 +1,65 @@
-//! The DNS forwarder at the gateway's addresses, port 53.
+//! DNS at the gateway's addresses, port 53.
 //!
-//! A query is answered from the spec's own names, or sent to a resolver of the host over the transport that it came by,
-//! as it is: EDNS, DNSSEC bits and whatever else passes through. So does the truncation mark of an answer; the guest then
-//! asks again over TCP, and so do we.
+//! A query is answered by our own names ([`names`]), from the cache ([`cache`]), or by a resolver of the host. It is
+//! understood in [`message`], and what a resolver says in [`response`].
 //!
-//! Each query under way has a socket of its own, connected to the resolver, with a port of the kernel's choice, and a
-//! random identifier (RFC 5452): an answer counts only if it comes from there, with that identifier, for that question.
-//! If none comes in [`DNS_TRY`], or the resolver refuses, the next one is asked, three times at most; then SERVFAIL. The
-//! resolver that answered last is asked first the next time. [`MAX_DNS_QUERIES`] may be under way; the oldest gives way.
+//! A resolver is asked over UDP with a buffer of 1,232 bytes, whatever way the guest's query came; over TCP if the answer
+//! did not fit. The guest gets what its own buffer holds, or is told to ask over TCP, where the answer then is in the
+//! cache. EDNS options end here, since they are about one hop; the DNSSEC bits (DO, CD, AD) are passed on.
+//!
+//! Against forgery (RFC 5452): each query under way has a socket of its own, connected to the resolver, with a port of the
+//! kernel's choice, a random identifier, and a name in random case. An answer counts only if it comes from there, with
+//! that identifier, for exactly that question. A resolver that answers in another case is asked again without that, and
+//! one that does not know EDNS without that.
+//!
+//! If no answer comes in [`DNS_TRY`], or the resolver refuses, the next one is asked, three times in all; then the guest
+//! gets the resolver's error, or SERVFAIL and why (RFC 8914). The resolver that answered last is asked first the next
+//! time. Options `timeout`, `attempts`, `rotate` and `use-vc` of resolv.conf(5) change this. Failures are not kept.
+//!
+//! Guests that ask the same at the same time share one query: [`MAX_DNS_QUERIES`] may be under way (the oldest gives
+//! way), and [`MAX_DNS_WAITERS`] may wait for them (one more gets SERVFAIL).
 //!
 //! States of a query: sent over UDP, waiting; or over TCP: connecting, sending, reading. Timer: one per try.
+//!
+//! What a name was resolved to is told to [`Pins`](pins::Pins).
 
+mod cache;
 pub(crate) mod message;
+mod names;
 pub(crate) mod pins;
 pub(crate) mod resolv;
+pub(crate) mod response;
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::{MsgFlags, SockaddrStorage, connect, recv, send};
-use smoltcp::time::Instant;
+use smoltcp::time::{Duration, Instant};
 
-use crate::config::{DNS_TRY, DnsSpec, MAX_DNS_QUERIES};
+use crate::config::{MAX_DNS_QUERIES, MAX_DNS_WAITERS};
+use crate::emit;
 use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, Slab, TimerKey};
 use crate::host::{self, HostFd};
-use message::{Code, Question};
+use cache::Cache;
+use message::{Asker, CLASS_IN, Code, ExtendedError, Question, Stored, TYPE_OPT};
+use names::{Known, Names};
 use resolv::Resolvers;
+use response::{Answer as Resolved, Manner, Match, Verdict};
 
-/// Tries for one query, the first included.
-const MAX_TRIES: usize = 3;
+/// Types that ask for more than a forwarder has: transfers of whole zones.
+const TRANSFERS: [u16; 2] = [251, 252];
+/// Types that are none of a question: OPT, TKEY, TSIG.
+const NO_QUESTIONS: [u16; 3] = [TYPE_OPT, 249, 250];
+
+const NO_RESOLVER: ExtendedError = ExtendedError { code: 23, text: "the host has no resolver" };
+const NO_ANSWER: ExtendedError = ExtendedError { code: 23, text: "no resolver of the host answers" };
+const TOO_MANY: ExtendedError = ExtendedError { code: 0, text: "too many queries at once" };
 
 /// Who asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -44,10 +70,16 @@ pub(crate) enum Origin {
     Tcp(FlowId),
 }
 
-/// An answer for the guest.
+impl Origin {
+    fn is_tcp(self) -> bool {
+        matches!(self, Self::Tcp(_))
+    }
+}
+
+/// An answer for a TCP flow. Datagrams are sent at once.
 #[derive(Debug)]
 pub(crate) struct Answer {
-    pub(crate) origin: Origin,
+    pub(crate) flow: FlowId,
     pub(crate) message: Vec<u8>,
 }
 
@@ -57,45 +89,86 @@ enum Upstream {
     Tcp { fd: HostFd, sent: usize, input: Vec<u8> },
 }
 
+/// Who waits for a query.
+#[derive(Debug)]
+struct Waiter {
+    origin: Origin,
+    id: [u8; 2],
+    flags: [u8; 2],
+    question: Box<[u8]>,
+    edns: Option<message::Edns>,
+}
+
+impl Waiter {
+    fn asker(&self) -> Asker<'_> {
+        Asker {
+            id: self.id,
+            flags: self.flags,
+            question: &self.question,
+            edns: self.edns,
+            is_tcp: self.origin.is_tcp(),
+        }
+    }
+}
+
+/// What became of a query.
+#[derive(Debug)]
+enum Outcome {
+    /// What a resolver said.
+    Stored(Stored),
+    Failed(&'static ExtendedError),
+}
+
 #[derive(Debug)]
 struct Pending {
-    origin: Origin,
-    /// The guest's own identifier.
-    guest_id: [u8; 2],
-    /// With our identifier.
-    query: Vec<u8>,
     question: Question,
+    waiters: Vec<Waiter>,
+    /// As it was sent last.
+    query: Vec<u8>,
+    manner: Manner,
     upstream: Option<Upstream>,
-    server: usize,
+    /// The resolver that is asked first, and how often one was asked.
+    first: usize,
     tries: usize,
     deadline: Instant,
     timer: Option<Instant>,
-    /// A failure that a resolver answered with: better than one of our own.
-    failure: Option<Vec<u8>>,
+    /// What a resolver said, if it was not what was wanted: better than an error of our own.
+    fallback: Option<Stored>,
 }
 
 /// The forwarder.
 #[derive(Debug)]
 pub(crate) struct Dns {
-    hosts: Vec<(String, IpAddr)>,
+    names: Names,
+    cache: Cache,
     resolvers: Resolvers,
     preferred: usize,
     queries: Slab<Pending>,
-    /// UDP queries under way, so that a repeated one is not sent again.
-    by_origin: HashMap<(Origin, [u8; 2]), FlowId>,
+    /// Queries under way by [`Question::key`].
+    by_key: HashMap<Box<[u8]>, FlowId>,
+    waiters: usize,
+    /// Where answers are written.
+    scratch: Vec<u8>,
     /// To be fetched by the engine.
     pub(crate) answers: Vec<Answer>,
 }
 
 impl Dns {
-    pub(crate) fn new(spec: &DnsSpec) -> Self {
-        let normal = |name: &String| name.trim_end_matches('.').to_ascii_lowercase();
+    pub(crate) fn new(sh: &mut Shared, now: Instant) -> Self {
+        for (name, ip) in &sh.spec.dns.hosts {
+            if let Some(name) = message::wire(name) {
+                sh.pins.pin(now, &message::text(&name).into(), *ip, None);
+            }
+        }
         Self {
-            hosts: spec.hosts.iter().map(|(name, ip)| (normal(name), *ip)).collect(),
-            resolvers: Resolvers::new(&spec.upstreams, PathBuf::from("/etc/resolv.conf")),
+            names: Names::new(&sh.spec),
+            cache: Cache::default(),
+            resolvers: Resolvers::new(&sh.spec.dns.upstreams, PathBuf::from("/etc/resolv.conf")),
             preferred: 0,
             queries: Slab::default(),
-            by_origin: HashMap::new(),
+            by_key: HashMap::new(),
+            waiters: 0,
+            scratch: Vec::with_capacity(512),
             answers: Vec::new(),
         }
     }
@@ -108,8 +181,11 @@ impl Dns {
 
     #[cfg(test)]
     pub(crate) fn check_bounds(&self) {
-        assert!(self.queries.len() <= MAX_DNS_QUERIES && self.by_origin.len() <= self.queries.len());
+        assert!(self.queries.len() <= MAX_DNS_QUERIES && self.by_key.len() == self.queries.len());
+        let waiters: usize = self.queries.iter().map(|(_, pending)| pending.waiters.len()).sum();
+        assert!(waiters == self.waiters && waiters <= MAX_DNS_WAITERS);
         assert!(self.answers.is_empty());
+        self.cache.check_bounds();
     }
 
     /// A query from the guest.
@@ -119,174 +195,321 @@ impl Dns {
             Ok(question) => question,
             Err(code) => {
                 // Over TCP every query is counted, so what deserves no answer gets one.
-                let code = code.or(matches!(origin, Origin::Tcp(_)).then_some(Code::FormErr));
-                if let Some(code) = code {
-                    self.answers.push(Answer { origin, message: message::error(query, None, code) });
+                if let Some(code) = code.or(origin.is_tcp().then_some(Code::FormErr)) {
+                    Asker::of(query, origin.is_tcp()).write_error(&mut self.scratch, code, None);
+                    self.deliver(sh, origin);
                 }
                 return;
             }
         };
-        let ips: Vec<IpAddr> =
-            self.hosts.iter().filter(|(name, _)| *name == question.name).map(|(_, ip)| *ip).collect();
-        if !ips.is_empty() {
-            let message = message::hosts_answer(query, &question, &ips);
-            return self.answers.push(Answer { origin, message });
+        let asker = question.asker(query, origin.is_tcp());
+        if self.answer_at_once(sh, now, &question, &asker) {
+            return self.deliver(sh, origin);
         }
-        let [a, b, ..] = query else { return };
-        let guest_id = [*a, *b];
-        if matches!(origin, Origin::Udp { .. })
-            && let Some(id) = self.by_origin.get(&(origin, guest_id))
-            && self.queries.get(*id).is_some_and(|pending| pending.question == question)
+        self.ask(sh, now, origin, question, &asker);
+    }
+
+    /// Writes the answer if it is known here.
+    fn answer_at_once(
+        &mut self,
+        sh: &mut Shared,
+        now: Instant,
+        question: &Question,
+        asker: &Asker<'_>,
+    ) -> bool {
+        let out = &mut self.scratch;
+        if question.is_bad_version() {
+            asker.write_error(out, Code::BadVers, None);
+            return true;
+        }
+        if TRANSFERS.contains(&question.kind) {
+            asker.write_error(out, Code::Refused, None);
+            return true;
+        }
+        if NO_QUESTIONS.contains(&question.kind) {
+            asker.write_error(out, Code::FormErr, None);
+            return true;
+        }
+        if question.class == CLASS_IN {
+            match self.names.get(question.name()) {
+                Some(Known::Own(own)) => {
+                    asker.write_own(out, question.kind, &own.ips, &own.names);
+                    return true;
+                }
+                Some(Known::Nobody) => {
+                    asker.write_error(out, Code::NxDomain, None);
+                    return true;
+                }
+                None => {}
+            }
+        }
+        if self.resolvers.refresh(now) {
+            self.cache.clear();
+        }
+        if let Some((stored, age)) = self.cache.get(now, question.key()) {
+            sh.stats.dns_cached.one();
+            asker.write_stored(out, stored, age);
+            return true;
+        }
+        false
+    }
+
+    /// Hands out what has been written.
+    fn deliver(&mut self, sh: &mut Shared, origin: Origin) {
+        match origin {
+            Origin::Udp { guest, gateway } => {
+                if !sh.tap.is_congested() {
+                    emit::udp(&mut sh.tap, gateway, guest, &self.scratch);
+                }
+            }
+            Origin::Tcp(flow) => self.answers.push(Answer { flow, message: self.scratch.clone() }),
+        }
+    }
+
+    /// Asks a resolver, unless it is being asked already.
+    fn ask(&mut self, sh: &mut Shared, now: Instant, origin: Origin, question: Question, asker: &Asker<'_>) {
+        let known = self.by_key.get(question.key()).copied();
+        let known = known.filter(|id| self.queries.get(*id).is_some());
+        if let Some(pending) = known.and_then(|id| self.queries.get(id))
+            && !origin.is_tcp()
+            && pending.waiters.iter().any(|waiter| waiter.origin == origin && waiter.id == asker.id)
         {
+            // The guest has lost its patience.
             return;
+        }
+        if self.waiters >= MAX_DNS_WAITERS {
+            sh.stats.refused_by_limit.one();
+            asker.write_error(&mut self.scratch, Code::ServFail, Some(&TOO_MANY));
+            return self.deliver(sh, origin);
+        }
+        let waiter = Waiter {
+            origin,
+            id: asker.id,
+            flags: asker.flags,
+            question: asker.question.into(),
+            edns: asker.edns,
+        };
+        self.waiters += 1;
+        if let Some(pending) = known.and_then(|id| self.queries.get_mut(id)) {
+            return pending.waiters.push(waiter);
         }
         if self.queries.len() >= MAX_DNS_QUERIES {
             let oldest = self.queries.iter().min_by_key(|(_, pending)| pending.deadline).map(|(id, _)| id);
             if let Some(oldest) = oldest {
                 sh.stats.refused_by_limit.one();
-                self.give_up(sh, oldest);
+                self.finish(sh, oldest, Outcome::Failed(&TOO_MANY));
             }
         }
-        let mut query = query.to_vec();
-        let [c, d, ..] = sh.random.next().to_ne_bytes();
-        query[..2].copy_from_slice(&[c, d]);
-        let server = self.preferred;
+        if self.resolvers.options.rotate {
+            self.preferred = self.preferred.wrapping_add(1);
+        }
+        let key: Box<[u8]> = question.key().into();
+        let first = self.preferred;
         let id = self.queries.insert_with(|_| Pending {
-            origin,
-            guest_id,
-            query,
             question,
+            waiters: vec![waiter],
+            query: Vec::new(),
+            manner: Manner { tcp: false, edns: false, random_case: false },
             upstream: None,
-            server,
+            first,
             tries: 0,
             deadline: now,
             timer: None,
-            failure: None,
+            fallback: None,
         });
-        if matches!(origin, Origin::Udp { .. }) {
-            self.by_origin.insert((origin, guest_id), id);
-        }
-        self.try_next(sh, now, id);
+        self.by_key.insert(key, id);
+        self.ask_next(sh, now, id);
     }
 
     /// Sends a query to the next resolver, or gives up.
-    fn try_next(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
+    fn ask_next(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
         loop {
             let Some(pending) = self.queries.get_mut(id) else { return };
-            pending.upstream = None;
-            if let Some(at) = pending.timer.take() {
-                sh.timers.cancel(at, TimerKey::Dns(id));
+            if self.resolvers.refresh(now) {
+                self.cache.clear();
             }
-            let servers = self.resolvers.get(now);
-            // A single resolver is asked twice: datagrams get lost.
-            if pending.tries >= MAX_TRIES.min(servers.len().max(2)) || servers.is_empty() {
-                return self.give_up(sh, id);
+            let servers = &self.resolvers.servers;
+            if pending.tries >= self.resolvers.tries() {
+                let why = if servers.is_empty() { &NO_RESOLVER } else { &NO_ANSWER };
+                let outcome = pending.fallback.take().map_or(Outcome::Failed(why), Outcome::Stored);
+                return self.finish(sh, id, outcome);
             }
-            let Some(&server) = servers.get((pending.server + pending.tries) % servers.len()) else { return };
             pending.tries += 1;
-            pending.deadline = now + DNS_TRY;
-            match pending.send(sh, id, server) {
-                Ok(upstream) => {
-                    pending.upstream = Some(upstream);
-                    pending.timer = Some(pending.deadline);
-                    sh.timers.set(pending.deadline, TimerKey::Dns(id));
-                    return;
-                }
-                Err(errno) => tracing::debug!(%errno, %server, "resolver not reached"),
+            let tcp = self.resolvers.options.use_tcp;
+            let manner = Manner { tcp, edns: true, random_case: true };
+            if self.ask_again(sh, now, id, manner) {
+                return;
             }
         }
     }
 
-    fn give_up(&mut self, sh: &mut Shared, id: FlowId) {
-        let Some(pending) = self.queries.get_mut(id) else { return };
-        let failed = || message::error(&pending.query, Some(&pending.question), Code::ServFail);
-        let message = pending.failure.take().unwrap_or_else(failed);
-        self.finish(sh, id, message);
+    /// Sends a query to the resolver whose turn it is, in this manner; whether that could be done.
+    fn ask_again(&mut self, sh: &mut Shared, now: Instant, id: FlowId, manner: Manner) -> bool {
+        let Some(pending) = self.queries.get_mut(id) else { return false };
+        pending.upstream = None;
+        if let Some(at) = pending.timer.take() {
+            sh.timers.cancel(at, TimerKey::Dns(id));
+        }
+        let servers = &self.resolvers.servers;
+        let turn = pending.first.wrapping_add(pending.tries).wrapping_sub(1);
+        let Some(&server) = turn.checked_rem(servers.len()).and_then(|i| servers.get(i)) else {
+            return false;
+        };
+        pending.manner = manner;
+        pending.query = response::write_query(&pending.question, manner, &mut sh.random);
+        pending.deadline = now + self.resolvers.patience();
+        match pending.send(sh, id, server) {
+            Ok(upstream) => {
+                pending.upstream = Some(upstream);
+                pending.timer = Some(pending.deadline);
+                sh.timers.set(pending.deadline, TimerKey::Dns(id));
+                true
+            }
+            Err(errno) => {
+                tracing::debug!(%errno, %server, "resolver not reached");
+                false
+            }
+        }
     }
 
-    fn finish(&mut self, sh: &mut Shared, id: FlowId, mut message: Vec<u8>) {
+    /// Tells everybody who waits.
+    fn finish(&mut self, sh: &mut Shared, id: FlowId, outcome: Outcome) {
         let Some(pending) = self.queries.remove(id) else { return };
-        self.by_origin.remove(&(pending.origin, pending.guest_id));
+        self.by_key.remove(pending.question.key());
+        self.waiters -= pending.waiters.len();
         if let Some(at) = pending.timer {
             sh.timers.cancel(at, TimerKey::Dns(id));
         }
-        if let Some(id) = message.get_mut(..2) {
-            id.copy_from_slice(&pending.guest_id);
+        for waiter in &pending.waiters {
+            let asker = waiter.asker();
+            match &outcome {
+                // There is no way left to ask for the rest.
+                Outcome::Stored(stored) if stored.is_truncated() && asker.is_tcp => {
+                    asker.write_error(&mut self.scratch, Code::ServFail, Some(&NO_ANSWER));
+                }
+                Outcome::Stored(stored) => asker.write_stored(&mut self.scratch, stored, 0),
+                Outcome::Failed(why) => asker.write_error(&mut self.scratch, Code::ServFail, Some(why)),
+            }
+            self.deliver(sh, waiter.origin);
         }
-        self.answers.push(Answer { origin: pending.origin, message });
         sh.descriptor_freed = true;
     }
 
     pub(crate) fn timer(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
-        self.try_next(sh, now, id);
+        if let Some(pending) = self.queries.get_mut(id) {
+            pending.timer = None;
+            self.ask_next(sh, now, id);
+        }
     }
 
     /// A resolver's socket has something to say.
     pub(crate) fn host_event(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
         let mut buffer = std::mem::take(&mut sh.datagram);
-        let Some(pending) = self.queries.get_mut(id) else {
-            sh.datagram = buffer;
-            return;
-        };
-        let progress = pending.progress(&mut buffer);
+        let progress = self.queries.get_mut(id).map(|pending| pending.progress(&mut buffer));
         sh.datagram = buffer;
         match progress {
-            Ok(None) => {}
-            // Somebody else may know better, but the same one will not.
-            Ok(Some(answer)) if message::is_failure(&answer) && self.resolvers.get(now).len() > 1 => {
-                pending.failure = Some(answer);
-                self.try_next(sh, now, id);
-            }
-            Ok(Some(answer)) => {
-                let servers = self.resolvers.get(now).len().max(1);
-                self.preferred = (pending.server + pending.tries.saturating_sub(1)) % servers;
-                self.finish(sh, id, answer);
-            }
-            Err(errno) => {
+            None | Some(Ok(None)) => {}
+            Some(Ok(Some((response, case)))) => self.judge(sh, now, id, &response, case),
+            Some(Err(errno)) => {
                 tracing::debug!(%errno, "resolver failed");
-                self.try_next(sh, now, id);
+                self.ask_next(sh, now, id);
             }
         }
+    }
+
+    /// A resolver has said something.
+    fn judge(&mut self, sh: &mut Shared, now: Instant, id: FlowId, response: &[u8], case: Match) {
+        let Some(pending) = self.queries.get_mut(id) else { return };
+        let manner = pending.manner;
+        let again = if case == Match::OtherCase && manner.random_case && !manner.tcp {
+            // What was forged would have to be forged once more.
+            Manner { random_case: false, ..manner }
+        } else {
+            match response::judge(response, &pending.question, manner) {
+                Verdict::Answer(answer) => return self.resolved(sh, now, id, answer),
+                Verdict::Truncated(stored) => {
+                    pending.fallback = Some(stored);
+                    Manner { tcp: true, ..manner }
+                }
+                Verdict::NoEdns => Manner { edns: false, ..manner },
+                Verdict::Failure(stored) => {
+                    pending.fallback.get_or_insert(stored);
+                    // Somebody else may know better, but the same one will not.
+                    if self.resolvers.servers.len() <= 1 {
+                        pending.tries = usize::MAX;
+                    }
+                    return self.ask_next(sh, now, id);
+                }
+                Verdict::Malformed => return self.ask_next(sh, now, id),
+            }
+        };
+        if !self.ask_again(sh, now, id, again) {
+            self.ask_next(sh, now, id);
+        }
+    }
+
+    /// The answer is there.
+    fn resolved(&mut self, sh: &mut Shared, now: Instant, id: FlowId, answer: Resolved) {
+        let Some(pending) = self.queries.get(id) else { return };
+        self.preferred = pending.first.wrapping_add(pending.tries).wrapping_sub(1);
+        let Resolved { stored, ttl, ips } = answer;
+        let mut lost = false;
+        if pending.question.class == CLASS_IN && !ips.is_empty() {
+            let name: Arc<str> = message::text(pending.question.name()).into();
+            let ttl = Duration::from_secs(ttl.into());
+            for ip in ips {
+                lost |= sh.pins.pin(now, &name, ip, Some(ttl));
+            }
+        }
+        if lost {
+            // What is in the cache must be pinned, or the guest would be told addresses that rules do not know.
+            self.cache.clear();
+        }
+        if pending.question.class == CLASS_IN && pending.question.recursion_desired() {
+            self.cache.insert(now, pending.question.key(), stored.clone(), ttl);
+        }
+        self.finish(sh, id, Outcome::Stored(stored));
     }
 }
 
 impl Pending {
     /// Opens a socket to `server` and sends the query, or begins to.
     fn send(&self, sh: &mut Shared, id: FlowId, server: SocketAddr) -> nix::Result<Upstream> {
-        match self.origin {
-            Origin::Udp { .. } => {
-                let fd = host::datagram_socket(&sh.budget, server.ip(), None)?;
-                connect(fd.as_raw_fd(), &SockaddrStorage::from(server))?;
-                send(fd.as_raw_fd(), &self.query, MsgFlags::MSG_NOSIGNAL)?;
-                sh.watch(fd.as_fd(), Token::Dns(id), EpollFlags::EPOLLIN)?;
-                Ok(Upstream::Udp(fd))
-            }
-            Origin::Tcp(_) => {
-                let (fd, _) = host::tcp_connect(&sh.budget, server, 0)?;
-                let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
-                sh.watch(fd.as_fd(), Token::Dns(id), flags)?;
-                Ok(Upstream::Tcp { fd, sent: 0, input: Vec::new() })
-            }
+        if self.manner.tcp {
+            let (fd, _) = host::tcp_connect(&sh.budget, server, 0)?;
+            let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
+            sh.watch(fd.as_fd(), Token::Dns(id), flags)?;
+            return Ok(Upstream::Tcp { fd, sent: 0, input: Vec::new() });
         }
+        let fd = host::datagram_socket(&sh.budget, server.ip(), None)?;
+        connect(fd.as_raw_fd(), &SockaddrStorage::from(server))?;
+        send(fd.as_raw_fd(), &self.query, MsgFlags::MSG_NOSIGNAL)?;
+        sh.watch(fd.as_fd(), Token::Dns(id), EpollFlags::EPOLLIN)?;
+        Ok(Upstream::Udp(fd))
     }
 
     /// Goes on as far as the socket lets it; the answer once it is there.
-    fn progress(&mut self, buffer: &mut [u8]) -> nix::Result<Option<Vec<u8>>> {
+    fn progress(&mut self, buffer: &mut [u8]) -> nix::Result<Option<(Vec<u8>, Match)>> {
         match &mut self.upstream {
             None => Ok(None),
-            Some(Upstream::Udp(fd)) => loop {
-                match recv(fd.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT) {
-                    Ok(len) => {
-                        let answer = buffer.get(..len).unwrap_or_default();
-                        if message::is_response_to(answer, &self.query, &self.question) {
-                            return Ok(Some(answer.to_vec()));
+            // A flood of wrong answers must not keep the thread: epoll tells again of what is left.
+            Some(Upstream::Udp(fd)) => {
+                for _ in 0..TURN_ANSWERS {
+                    match recv(fd.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT) {
+                        Ok(len) => {
+                            let answer = buffer.get(..len).unwrap_or_default();
+                            let case = response::matches(answer, &self.query, &self.question);
+                            if case != Match::Nothing {
+                                return Ok(Some((answer.to_vec(), case)));
+                            }
                         }
+                        Err(Errno::EAGAIN) => return Ok(None),
+                        Err(Errno::EINTR) => {}
+                        Err(errno) => return Err(errno),
                     }
-                    Err(Errno::EAGAIN) => return Ok(None),
-                    Err(Errno::EINTR) => {}
-                    Err(errno) => return Err(errno),
                 }
-            },
+                Ok(None)
+            }
             Some(Upstream::Tcp { fd, sent, input }) => {
                 let len = u16::try_from(self.query.len()).map_err(|_| Errno::EMSGSIZE)?;
                 let framed = [&len.to_be_bytes()[..], &self.query].concat();
@@ -302,8 +525,10 @@ impl Pending {
                     if let Some((len, rest)) = input.split_first_chunk()
                         && let Some(answer) = rest.get(..usize::from(u16::from_be_bytes(*len)))
                     {
-                        let good = message::is_response_to(answer, &self.query, &self.question);
-                        return if good { Ok(Some(answer.to_vec())) } else { Err(Errno::EBADMSG) };
+                        return match response::matches(answer, &self.query, &self.question) {
+                            Match::Nothing => Err(Errno::EBADMSG),
+                            case => Ok(Some((answer.to_vec(), case))),
+                        };
                     }
                     match recv(fd.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT) {
                         Ok(0) => return Err(Errno::ECONNRESET),
@@ -317,3 +542,6 @@ impl Pending {
         }
     }
 }
+
+/// Datagrams that are read from a resolver's socket before others get their turn.
+const TURN_ANSWERS: usize = 64;

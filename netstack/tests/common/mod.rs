@@ -30,7 +30,7 @@ pub(crate) const GATEWAY_V6: &str = "fd00::2";
 
 const STAGE: &str = "NETSTACK_TEST_INSIDE";
 
-/// Runs `inside` in a new user and network namespace.
+/// Runs `inside` in a new user, network and mount namespace.
 pub(crate) fn enter(inside: impl FnOnce() -> ExitCode) -> ExitCode {
     if std::env::var_os(STAGE).is_some() {
         use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -39,7 +39,7 @@ pub(crate) fn enter(inside: impl FnOnce() -> ExitCode) -> ExitCode {
         return inside();
     }
     let status = Command::new("unshare")
-        .args(["--user", "--map-root-user", "--net", "--"])
+        .args(["--user", "--map-root-user", "--net", "--mount", "--"])
         .arg(std::env::current_exe().expect("path of this program"))
         .args(std::env::args_os().skip(1))
         .env(STAGE, "1")

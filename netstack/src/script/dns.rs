@@ -1,0 +1,374 @@
+//! DNS at the gateway against resolvers that the script plays: real sockets, virtual time.
+
+use hickory_proto::op::{Message, ResponseCode};
+
+use super::*;
+use crate::config::{MAX_DNS_WAITERS, PIN_GRACE};
+use crate::dns::message::tests::query;
+use crate::dns::message::{TYPE_A, TYPE_AAAA, TYPE_SOA, parse_query};
+use crate::dns::response::tests::{Record, response, soa};
+
+const A: [u8; 4] = [192, 0, 2, 1];
+
+/// A resolver and the guest that is to use it.
+struct Dns {
+    script: Script,
+    server: UdpSocket,
+}
+
+impl Dns {
+    fn new() -> Self {
+        Self::with(|_| {})
+    }
+
+    fn with(change: impl FnOnce(&mut StackSpec)) -> Self {
+        let server = UdpSocket::bind("127.0.0.1:0").expect("socket");
+        server.set_read_timeout(Some(std::time::Duration::from_secs(10))).expect("time-out");
+        let mut spec = spec();
+        spec.dns.upstreams = vec![server.local_addr().expect("address")];
+        change(&mut spec);
+        Self { script: Script::new(&spec, true), server }
+    }
+
+    /// The guest asks from `port`.
+    fn ask(&mut self, port: u16, query: &[u8]) {
+        self.script.send_ip(&udp((GUEST_V4, port), (GATEWAY_V4, 53), query));
+        self.script.settle();
+    }
+
+    /// What the resolver is asked, and from where.
+    fn asked(&self) -> (Vec<u8>, SocketAddr) {
+        let mut buffer = [0; 512];
+        let (len, from) = self.server.recv_from(&mut buffer).expect("a query");
+        (buffer[..len].to_vec(), from)
+    }
+
+    fn not_asked(&self) {
+        self.server.set_nonblocking(true).expect("non-blocking");
+        let got = self.server.recv(&mut [0; 512]);
+        self.server.set_nonblocking(false).expect("blocking");
+        got.expect_err("nothing to ask");
+    }
+
+    /// The resolver answers what it is asked next.
+    fn answers(&self, code: u8, records: &[Record<'_>]) {
+        let (ask, from) = self.asked();
+        self.server.send_to(&response(&ask, code, records), from).expect("send");
+    }
+
+    /// The next answer that the guest gets, which comes for `port`.
+    fn told(&mut self, port: u16) -> Vec<u8> {
+        let frame = self.script.expect("an answer", |_| true);
+        let packet = frame.packet();
+        assert_eq!(packet.payload()[2..4], port.to_be_bytes());
+        packet.payload()[8..].to_vec()
+    }
+
+    /// The same, understood.
+    fn heard(&mut self, port: u16) -> Message {
+        Message::from_vec(&self.told(port)).expect("a message")
+    }
+}
+
+fn ttls(message: &Message) -> Vec<u32> {
+    message.all_sections().map(|record| record.ttl).collect()
+}
+
+#[test]
+fn an_answer_is_kept_and_its_time_is_counted_down() {
+    let mut dns = Dns::new();
+    dns.ask(1_000, &query(1, "a.example", TYPE_A, true));
+    dns.answers(0, &[(0, "a.example", TYPE_A, 100, A.into()), (0, "a.example", TYPE_A, 200, A.into())]);
+    assert_eq!(ttls(&dns.heard(1_000)), [100, 200]);
+    for (millis, left) in [(0, [100, 200]), (30_900, [70, 170]), (100, [69, 169]), (68_900, [1, 101])] {
+        dns.script.advance_millis(millis);
+        // In other letters, with another identifier and without EDNS: the same question.
+        let ask = query(7, "A.Example", TYPE_A, false);
+        dns.ask(1_001, &ask);
+        let told = dns.told(1_001);
+        assert_eq!((&told[..2], &told[12..ask.len()]), (&ask[..2], &ask[12..]), "as it was asked");
+        let message = Message::from_vec(&told).expect("a message");
+        assert_eq!((ttls(&message), message.edns.is_some()), (left.to_vec(), false));
+        assert_eq!(dns.script.engine.open_queries(), 0);
+    }
+    dns.not_asked();
+    assert_eq!((dns.script.stats().dns_queries, dns.script.stats().dns_cached), (5, 4));
+    dns.script.advance_millis(200);
+    dns.ask(1_002, &query(8, "a.example", TYPE_A, true));
+    dns.answers(0, &[(0, "a.example", TYPE_A, 100, A.into())]);
+    assert_eq!(ttls(&dns.heard(1_002)), [100]);
+    // Another type is another question.
+    dns.ask(1_003, &query(8, "a.example", TYPE_AAAA, true));
+    dns.answers(0, &[(0, "a.example", TYPE_AAAA, 100, vec![0x20; 16])]);
+    assert_eq!(ttls(&dns.heard(1_003)), [100]);
+}
+
+#[test]
+fn no_is_kept_as_long_as_its_soa_record_says_and_failures_are_not() {
+    let mut dns = Dns::new();
+    for (code, expected, name) in
+        [(3, ResponseCode::NXDomain, "nobody.example"), (0, ResponseCode::NoError, "nothing.example")]
+    {
+        dns.ask(1_000, &query(1, name, TYPE_A, true));
+        dns.answers(code, &[(1, "example", TYPE_SOA, 900, soa(60))]);
+        let message = dns.heard(1_000);
+        assert_eq!((message.metadata.response_code, ttls(&message)), (expected, vec![60]));
+        dns.script.advance_millis(59_000);
+        dns.ask(1_000, &query(2, name, TYPE_A, true));
+        let message = dns.heard(1_000);
+        assert_eq!((message.metadata.response_code, ttls(&message)), (expected, vec![1]));
+        dns.not_asked();
+        dns.script.advance_millis(1_000);
+        dns.ask(1_000, &query(3, name, TYPE_A, true));
+        dns.answers(code, &[]);
+        dns.heard(1_000);
+        // Nobody has said how long.
+        dns.ask(1_000, &query(4, name, TYPE_A, true));
+        dns.answers(2, &[]);
+        assert_eq!(dns.heard(1_000).metadata.response_code, ResponseCode::ServFail);
+        dns.ask(1_000, &query(5, name, TYPE_A, true));
+        dns.answers(0, &[(0, name, TYPE_A, 0, A.into())]);
+        assert_eq!(ttls(&dns.heard(1_000)), [0]);
+        dns.ask(1_000, &query(6, name, TYPE_A, true));
+        dns.answers(3, &[]);
+        dns.heard(1_000);
+    }
+}
+
+#[test]
+fn the_same_question_of_many_is_asked_once() {
+    let mut dns = Dns::new();
+    for port in 1_000..1_010 {
+        let name = if port % 2 == 0 { "a.example" } else { "A.EXAMPLE" };
+        dns.ask(port, &query(port, name, TYPE_A, port % 3 == 0));
+        // Its libc asks again.
+        dns.ask(port, &query(port, name, TYPE_A, port % 3 == 0));
+    }
+    assert_eq!(dns.script.engine.open_queries(), 1);
+    dns.answers(0, &[(0, "a.example", TYPE_A, 0, A.into())]);
+    for port in 1_000..1_010u16 {
+        let told = dns.told(port);
+        let name: &[u8] = if port % 2 == 0 { b"\x01a\x07example\0" } else { b"\x01A\x07EXAMPLE\0" };
+        assert_eq!((&told[..2], &told[12..23]), (&port.to_be_bytes()[..], name));
+        assert_eq!(Message::from_vec(&told).expect("a message").edns.is_some(), port % 3 == 0);
+    }
+    dns.script.nothing_comes("a second answer");
+    dns.not_asked();
+    // DNSSEC records are another question.
+    let mut dnssec = query(7, "a.example", TYPE_A, true);
+    let at = dnssec.len() - 4;
+    dnssec[at] = 0x80;
+    dns.ask(1, &dnssec);
+    dns.ask(2, &query(8, "a.example", TYPE_A, true));
+    assert_eq!(dns.script.engine.open_queries(), 2);
+    let asked = [dns.asked().0, dns.asked().0].map(|ask| parse_query(&ask).expect("query").edns);
+    assert_eq!(asked.map(|edns| edns.expect("EDNS").dnssec), [true, false]);
+}
+
+#[test]
+fn those_who_wait_are_bounded() {
+    let mut dns = Dns::new();
+    let most = u16::try_from(MAX_DNS_WAITERS).expect("small");
+    for id in 0..most {
+        dns.ask(1_000, &query(id, "a.example", TYPE_A, true));
+    }
+    dns.script.nothing_comes("an answer");
+    dns.ask(1_000, &query(most, "a.example", TYPE_A, true));
+    assert_eq!(dns.heard(1_000).metadata.response_code, ResponseCode::ServFail);
+    dns.script.engine.check_bounds();
+    dns.answers(0, &[(0, "a.example", TYPE_A, 60, A.into())]);
+    for id in 0..most {
+        assert_eq!(dns.heard(1_000).metadata.id, id);
+    }
+    dns.script.engine.check_bounds();
+}
+
+#[test]
+fn an_answer_without_the_letters_case_is_asked_for_again() {
+    let mut dns = Dns::new();
+    let name = "a-long-name-with-many-letters.example";
+    dns.ask(1_000, &query(1, name, TYPE_A, true));
+    let (first, from) = dns.asked();
+    let lower = first.to_ascii_lowercase();
+    assert_ne!(first[12..50], lower[12..50]);
+    let mut wrong = response(&first, 0, &[(0, name, TYPE_A, 60, vec![6; 4])]);
+    wrong[12..50].copy_from_slice(&lower[12..50]);
+    dns.server.send_to(&wrong, from).expect("send");
+    dns.script.settle();
+    let (second, again) = dns.asked();
+    assert_eq!(second[12..50], lower[12..50]);
+    assert_ne!((&first[..2], from), (&second[..2], again), "what was guessed once is worth nothing");
+    dns.server.send_to(&response(&second, 0, &[(0, name, TYPE_A, 60, A.into())]), again).expect("send");
+    let message = dns.heard(1_000);
+    assert_eq!(message.answers[0].data.ip_addr(), Some(ip("192.0.2.1")));
+}
+
+#[test]
+fn a_resolver_without_edns_is_asked_without() {
+    let mut dns = Dns::new();
+    for (code, edns) in [(1, true), (4, false)] {
+        dns.ask(1_000, &query(1, "a.example", TYPE_A, edns));
+        let (ask, from) = dns.asked();
+        assert!(parse_query(&ask).expect("query").edns.is_some());
+        dns.server.send_to(&response(&ask, code, &[]), from).expect("send");
+        dns.script.settle();
+        let (ask, from) = dns.asked();
+        assert!(parse_query(&ask).expect("query").edns.is_none());
+        dns.server.send_to(&response(&ask, 0, &[(0, "a.example", TYPE_A, 0, A.into())]), from).expect("send");
+        let message = dns.heard(1_000);
+        assert_eq!((message.answers.len(), message.edns.is_some()), (1, edns));
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_fetched_over_tcp_once() {
+    let (server, listener) = loop {
+        // The same port for both.
+        let listener = TcpListener::bind("127.0.0.1:0").expect("listener");
+        if let Ok(server) = UdpSocket::bind(listener.local_addr().expect("address")) {
+            break (server, listener);
+        }
+    };
+    let mut dns = Dns::with(|spec| spec.dns.upstreams = vec![server.local_addr().expect("address")]);
+    dns.server = server;
+    let records: Vec<Record<'_>> =
+        (0..100).map(|i| (0, "many.example", TYPE_A, 60, vec![192, 0, 2, i])).collect();
+    dns.ask(1_000, &query(1, "many.example", TYPE_A, false));
+    let (ask, from) = dns.asked();
+    let mut truncated = response(&ask, 0, &records[..10]);
+    truncated[2] |= 2;
+    dns.server.send_to(&truncated, from).expect("send");
+    dns.script.settle();
+    let mut stream = accept(&listener);
+    dns.script.settle();
+    let mut len = [0; 2];
+    stream.read_exact(&mut len).expect("length");
+    let mut ask = vec![0; u16::from_be_bytes(len).into()];
+    stream.read_exact(&mut ask).expect("query");
+    let whole = response(&ask, 0, &records);
+    stream.write_all(&u16::try_from(whole.len()).expect("length").to_be_bytes()).expect("send");
+    stream.write_all(&whole).expect("send");
+    let told = dns.heard(1_000);
+    assert_eq!((told.metadata.truncation, told.answers.len()), (true, 0));
+    // What the guest then asks over TCP, or with a larger buffer, is there.
+    let mut large = query(2, "many.example", TYPE_A, true);
+    let at = large.len() - 8;
+    large[at..at + 2].copy_from_slice(&u16::to_be_bytes(4_096));
+    dns.ask(1_001, &large);
+    let mut pieces = Vec::new();
+    while pieces.len() < 2_700 {
+        pieces.extend_from_slice(dns.script.expect("fragments", |_| true).packet().payload());
+    }
+    let told = Message::from_vec(&pieces[8..]).expect("a message");
+    assert_eq!((told.metadata.truncation, told.answers.len()), (false, 100));
+    let mut peer = Peer::new(false, 53);
+    peer.open(&mut dns.script);
+    let ask = query(3, "many.example", TYPE_A, false);
+    let framed = [&u16::try_from(ask.len()).expect("length").to_be_bytes()[..], &ask].concat();
+    peer.send(&mut dns.script, TcpControl::None, &framed);
+    let mut stream = Vec::new();
+    while stream.len() < 2_700 {
+        let frame = dns.script.expect_tcp("the answer", |segment| !segment.payload().is_empty());
+        stream.extend_from_slice(frame.tcp().payload());
+        peer.take(&mut dns.script, &frame);
+    }
+    let told = Message::from_vec(&stream[2..]).expect("a message");
+    assert_eq!((told.metadata.truncation, told.answers.len()), (false, 100));
+    dns.not_asked();
+}
+
+#[test]
+fn without_tcp_there_is_what_a_datagram_held() {
+    let mut dns = Dns::new();
+    dns.ask(1_000, &query(1, "many.example", TYPE_A, true));
+    for _ in 0..2 {
+        let (ask, from) = dns.asked();
+        let mut truncated = response(&ask, 0, &[(0, "many.example", TYPE_A, 60, A.into())]);
+        truncated[2] |= 2;
+        dns.server.send_to(&truncated, from).expect("send");
+        dns.script.settle();
+    }
+    let told = dns.heard(1_000);
+    assert_eq!((told.metadata.truncation, told.answers.len()), (true, 1));
+    // That is not kept.
+    dns.ask(1_000, &query(2, "many.example", TYPE_A, true));
+    assert_eq!(dns.script.engine.open_queries(), 1);
+}
+
+#[test]
+fn a_resolver_that_is_gone_is_told_at_once_and_may_come_back() {
+    let mut dns = Dns::new();
+    let addr = dns.server.local_addr().expect("address");
+    dns.server = UdpSocket::bind("127.0.0.1:0").expect("socket");
+    dns.ask(1_000, &query(1, "a.example", TYPE_A, true));
+    // No time passes.
+    let told = dns.told(1_000);
+    assert!(told.ends_with(b"no resolver of the host answers"));
+    assert_eq!(Message::from_vec(&told).expect("a message").metadata.response_code, ResponseCode::ServFail);
+    dns.server = UdpSocket::bind(addr).expect("socket");
+    dns.ask(1_000, &query(2, "a.example", TYPE_A, true));
+    dns.answers(0, &[(0, "a.example", TYPE_A, 60, A.into())]);
+    assert_eq!(ttls(&dns.heard(1_000)), [60]);
+}
+
+#[test]
+fn own_names_are_answered_both_ways_and_neighbours_are_not_asked_for() {
+    let mut dns = Dns::with(|spec| {
+        spec.dns.hosts = vec![("Box".into(), ip(GUEST_V4)), ("Box".into(), ip(GUEST_V6))];
+    });
+    for (name, kind, answer) in [
+        ("bOx", TYPE_A, Some(GUEST_V4)),
+        ("box", TYPE_AAAA, Some(GUEST_V6)),
+        ("localhost", TYPE_A, Some("127.0.0.1")),
+        ("100.2.0.10.in-addr.arpa", 12, Some("box.")),
+        ("1.0.0.127.in-addr.arpa", 12, Some("localhost.")),
+        ("77.2.0.10.in-addr.arpa", 12, None),
+    ] {
+        dns.ask(1_000, &query(1, name, kind, true));
+        let told = dns.heard(1_000);
+        let answers: Vec<String> = told.answers.iter().map(|record| record.data.to_string()).collect();
+        assert_eq!(answers.first().map(String::as_str), answer, "{name}");
+        let code = if answer.is_some() { ResponseCode::NoError } else { ResponseCode::NXDomain };
+        assert_eq!(told.metadata.response_code, code, "{name}");
+    }
+    dns.not_asked();
+}
+
+#[test]
+fn questions_that_have_no_answer_are_refused_here() {
+    let mut dns = Dns::new();
+    let mut version = query(1, "a.example", TYPE_A, true);
+    let at = version.len() - 5;
+    version[at] = 1;
+    for (ask, code) in [
+        (query(1, "a.example", 252, true), ResponseCode::Refused),
+        (query(1, "a.example", 251, true), ResponseCode::Refused),
+        (query(1, "a.example", 41, true), ResponseCode::FormErr),
+        (query(1, "a.example", 250, true), ResponseCode::FormErr),
+        // Its number is BADSIG's, too.
+        (version, ResponseCode::BADSIG),
+    ] {
+        dns.ask(1_000, &ask);
+        assert_eq!(dns.heard(1_000).metadata.response_code, code);
+    }
+    dns.not_asked();
+}
+
+#[test]
+fn resolved_names_are_pinned_to_their_addresses() {
+    let mut dns = Dns::with(|spec| spec.dns.hosts = vec![("Box.".into(), ip("192.0.2.1"))]);
+    let names = |dns: &Dns| dns.script.engine.names_of(dns.script.now, ip("192.0.2.1"));
+    assert_eq!(names(&dns), ["box"]);
+    dns.ask(1_000, &query(1, "WWW.example", TYPE_A, true));
+    dns.answers(0, &[(0, "www.example", TYPE_A, 60, A.into())]);
+    dns.heard(1_000);
+    assert_eq!(names(&dns), ["box", "www.example"]);
+    // As long as the guest may still have it from the cache, and the grace.
+    dns.script.advance_millis(59_000);
+    dns.ask(1_000, &query(2, "www.example", TYPE_A, true));
+    dns.heard(1_000);
+    dns.script.advance(PIN_GRACE);
+    assert_eq!(names(&dns), ["box", "www.example"]);
+    dns.script.advance_millis(1_000);
+    assert_eq!(names(&dns), ["box"]);
+}
