@@ -13,11 +13,69 @@ pub struct StackSpec {
     pub guest: Link,
     /// Addresses of the gateway (the stack itself).
     pub gateway: Link,
-    /// DNS forwarder at the gateway's addresses.
+    /// Whether the link carries IPv6. Without, what comes in such packets is dropped.
+    pub ipv6: bool,
+    /// DNS forwarder.
     pub dns: DnsSpec,
     /// Whether the gateway's addresses stand for the host's loopback (TCP/UDP ports other than DNS), and the host's
     /// own addresses may be reached.
     pub allow_host_loopback: bool,
+    /// Addresses of the host that the sockets of flows use.
+    pub outbound: Outbound,
+}
+
+/// Addresses of the host that sockets are bound to before they connect or send; `None`: what the routing table says.
+/// Connections to the host's loopback are not bound.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Outbound {
+    /// For IPv4.
+    pub v4: Option<Ipv4Addr>,
+    /// For IPv6.
+    pub v6: Option<Ipv6Addr>,
+}
+
+impl Outbound {
+    /// The address for what goes to `to`.
+    pub(crate) fn towards(&self, to: IpAddr) -> Option<IpAddr> {
+        match to {
+            _ if to.is_loopback() => None,
+            IpAddr::V4(_) => self.v4.map(IpAddr::from),
+            IpAddr::V6(_) => self.v6.map(IpAddr::from),
+        }
+    }
+}
+
+impl StackSpec {
+    /// Whether `ip` is an address that the stack answers for.
+    pub(crate) fn is_ours(&self, ip: IpAddr) -> bool {
+        self.gateway.is(ip) || self.is_resolver(ip)
+    }
+
+    /// Whether the DNS forwarder is at `ip`.
+    pub(crate) fn is_resolver(&self, ip: IpAddr) -> bool {
+        match ip {
+            IpAddr::V4(ip) => self.resolver_v4() == Some(ip),
+            IpAddr::V6(ip) => self.resolver_v6() == Some(ip),
+        }
+    }
+
+    /// The forwarder's IPv4 address.
+    pub(crate) fn resolver_v4(&self) -> Option<Ipv4Addr> {
+        match self.dns.at {
+            DnsAt::Gateway => Some(self.gateway.v4.0),
+            DnsAt::Addresses(v4, _) => Some(v4),
+            DnsAt::Nowhere => None,
+        }
+    }
+
+    /// The forwarder's IPv6 address.
+    pub(crate) fn resolver_v6(&self) -> Option<Ipv6Addr> {
+        match self.dns.at {
+            DnsAt::Gateway => Some(self.gateway.v6.0),
+            DnsAt::Addresses(_, v6) => Some(v6),
+            DnsAt::Nowhere => None,
+        }
+    }
 }
 
 /// Addresses of one end of the TAP link.
@@ -73,10 +131,24 @@ impl Link {
 /// The DNS forwarder.
 #[derive(Debug, Clone, Default)]
 pub struct DnsSpec {
+    /// Where the guest finds it.
+    pub at: DnsAt,
     /// Resolvers to forward to; empty: those of the host's /etc/resolv.conf, re-read when it changes.
     pub upstreams: Vec<SocketAddr>,
     /// Names answered by the forwarder itself.
     pub hosts: Vec<(String, IpAddr)>,
+}
+
+/// Where the DNS forwarder is, port 53.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum DnsAt {
+    /// At the gateway's addresses.
+    #[default]
+    Gateway,
+    /// At addresses of its own, in the guest's subnets.
+    Addresses(Ipv4Addr, Ipv6Addr),
+    /// There is none.
+    Nowhere,
 }
 
 /// A published port.
@@ -204,6 +276,13 @@ pub(crate) const MAX_REASSEMBLIES: usize = 64;
 /// How long fragments wait for the rest (RFC 8200 section 4.5: 60 seconds).
 pub(crate) const REASSEMBLY: Duration = Duration::from_secs(30);
 
+/// What a lease of DHCP holds.
+pub(crate) const LEASE: Duration = Duration::from_secs(86_400);
+/// How long a router advertisement holds (RFC 8319: the most there is).
+pub(crate) const ROUTER_LIFETIME: Duration = Duration::from_secs(65_535);
+/// When it is repeated, if the guest has asked for one.
+pub(crate) const ROUTER_REFRESH: Duration = Duration::from_secs(65_535 / 3);
+
 /// Frames towards the guest that wait for the TAP to take them.
 pub(crate) const MAX_PENDING_FRAMES: usize = 1_024;
 
@@ -225,8 +304,10 @@ pub(crate) mod tests {
                 v4: (Ipv4Addr::new(10, 0, 2, 2), 24),
                 v6: ("fd00::2".parse().expect("address"), 64),
             },
+            ipv6: true,
             dns: DnsSpec::default(),
             allow_host_loopback: false,
+            outbound: Outbound::default(),
         }
     }
 

@@ -22,11 +22,12 @@ use std::thread::JoinHandle;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use smoltcp::time::{Duration, Instant};
-use smoltcp::wire::{Icmpv6Message, Icmpv6Packet, NdiscRepr, UdpPacket};
+use smoltcp::wire::UdpPacket;
 
 use crate::config::{Error, REASSEMBLY, StackSpec};
 use crate::control::{self, Commands, Control};
 use crate::device::{self, ReadResult, Tap};
+use crate::dhcp;
 use crate::dns::pins::Pins;
 use crate::dns::{Dns, Origin};
 use crate::emit;
@@ -36,6 +37,7 @@ use crate::fragment::Reassembly;
 use crate::host::Budget;
 use crate::icmp::Icmp;
 use crate::ingress::{self, Drop as Dropped, ICMP, ICMPV6, Inbound, Packet, TCP, UDP};
+use crate::ndp;
 use crate::netlink::Routes;
 use crate::policy::{self, DNS_PORT, Rules, Transport, Verdict};
 use crate::stats::{Counters, Stats};
@@ -170,7 +172,7 @@ impl Shared {
     /// What is to be done with a flow of the guest's to `remote`.
     pub(crate) fn decide(&mut self, transport: Transport, remote: Endpoint) -> Verdict {
         // The gateway is known without asking.
-        let route = if self.spec.gateway.is(remote.ip) {
+        let route = if self.spec.is_ours(remote.ip) {
             policy::RouteKind::Unknown
         } else {
             self.routes.kind_of(remote.ip)
@@ -179,9 +181,9 @@ impl Shared {
     }
 
     /// Whether `ip` is an address that the guest may send from.
-    fn is_guest(&self, ip: IpAddr) -> bool {
+    pub(crate) fn is_guest(&self, ip: IpAddr) -> bool {
         let link = &self.spec.guest;
-        link.contains(ip) && !self.spec.gateway.is(ip) && !link.is_subnet_edge(ip)
+        link.contains(ip) && !self.spec.is_ours(ip) && !link.is_subnet_edge(ip)
     }
 }
 
@@ -233,7 +235,7 @@ impl Engine {
             epoll,
             timers: Timers::default(),
             stats,
-            budget: forward::budget_for(&published),
+            budget: forward::budget_for(&published, spec.outbound),
             random: Random::default(),
             pins: Pins::default(),
             datagram: device::frame_buffer(),
@@ -447,12 +449,7 @@ impl Engine {
         };
         match ingress::parse_frame(frame.bytes, self.sh.tap.gateway_mac(), frame.checksum_pending) {
             Ok(Inbound::Arp { source_mac, source, target }) => {
-                if target == self.sh.spec.gateway.v4.0 && self.sh.is_guest(source.into()) {
-                    self.sh.tap.learn_guest_mac(source_mac);
-                    if !self.sh.tap.is_congested() {
-                        emit::arp_reply(&mut self.sh.tap, target, source_mac, source);
-                    }
-                }
+                ndp::arp(&mut self.sh, source_mac, source, target);
             }
             Ok(Inbound::Ip(packet)) => self.packet(now, &packet, ingress::source_mac(frame.bytes)),
             Err(Dropped::Malformed) => self.sh.stats.dropped_malformed.one(),
@@ -461,9 +458,16 @@ impl Engine {
     }
 
     fn packet(&mut self, now: Instant, packet: &Packet<'_>, mac: Option<[u8; 6]>) {
+        if packet.is_v6() && !self.sh.spec.ipv6 {
+            self.sh.stats.dropped_source.one();
+            return;
+        }
         if packet.dst.is_multicast() || packet.dst == IpAddr::from([255; 4]) {
             if packet.protocol == ICMPV6 && packet.fragment.is_none() {
-                return self.neighbour(packet, mac);
+                return ndp::neighbour(&mut self.sh, now, packet, mac);
+            }
+            if dhcp::ingress(&mut self.sh, packet, mac) {
+                return;
             }
             self.sh.stats.dropped_multicast.one();
             return;
@@ -471,7 +475,10 @@ impl Engine {
         if !self.sh.is_guest(packet.src) {
             // Link-local neighbours ask about us by unicast, too, to see whether we still are there.
             if packet.protocol == ICMPV6 && packet.fragment.is_none() {
-                return self.neighbour(packet, mac);
+                return ndp::neighbour(&mut self.sh, now, packet, mac);
+            }
+            if dhcp::ingress(&mut self.sh, packet, mac) {
+                return;
             }
             self.sh.stats.dropped_source.one();
             return;
@@ -504,7 +511,7 @@ impl Engine {
                     return self.udp.refused(&mut self.sh, now, key);
                 }
                 if packet.is_v6() {
-                    self.neighbour(packet, None);
+                    ndp::neighbour(&mut self.sh, now, packet, None);
                 }
                 self.icmp.ingress(&mut self.sh, now, packet);
             }
@@ -517,7 +524,10 @@ impl Engine {
     }
 
     fn udp_datagram(&mut self, now: Instant, packet: &Packet<'_>) {
-        if self.sh.spec.gateway.is(packet.dst)
+        if self.sh.spec.gateway.is(packet.dst) && dhcp::ingress(&mut self.sh, packet, None) {
+            return;
+        }
+        if self.sh.spec.is_resolver(packet.dst)
             && let Ok(datagram) = UdpPacket::new_checked(packet.payload())
             && datagram.dst_port() == DNS_PORT
             && datagram.src_port() != 0
@@ -535,31 +545,6 @@ impl Engine {
         self.udp.ingress(&mut self.sh, now, packet, &self.forward);
     }
 
-    /// Answers a neighbour solicitation for the gateway; other neighbour discovery and MLD mean nothing here.
-    fn neighbour(&mut self, packet: &Packet<'_>, mac: Option<[u8; 6]>) {
-        let (IpAddr::V6(src), Ok(icmp)) = (packet.src, Icmpv6Packet::new_checked(packet.payload())) else {
-            return;
-        };
-        // RFC 4861 section 7.1.1: the hop limit proves that the sender is on the link.
-        if icmp.msg_type() != Icmpv6Message::NeighborSolicit
-            || packet.hop_limit != 255
-            || src.is_unspecified()
-            || src.is_multicast()
-            || !ingress::verify_checksum(packet)
-        {
-            return;
-        }
-        if let Ok(NdiscRepr::NeighborSolicit { target_addr, .. }) = NdiscRepr::parse(&icmp)
-            && target_addr == self.sh.spec.gateway.v6.0
-            && !self.sh.tap.is_congested()
-        {
-            if let Some(mac) = mac {
-                self.sh.tap.learn_guest_mac(mac);
-            }
-            emit::neighbour_advert(&mut self.sh.tap, target_addr, src);
-        }
-    }
-
     fn fire_timers(&mut self, now: Instant) {
         while let Some(key) = self.sh.timers.pop_due(now) {
             match key {
@@ -568,6 +553,7 @@ impl Engine {
                 TimerKey::Ping => self.icmp.timer(&mut self.sh, now),
                 TimerKey::Dns(id) => self.dns.timer(&mut self.sh, now, id),
                 TimerKey::Accept => self.sh.descriptor_freed = true,
+                TimerKey::Router => ndp::advertise_router(&mut self.sh, now, ndp::ALL_NODES),
                 TimerKey::Reassembly => {
                     if let Some(at) = self.reassembly.expire(now) {
                         self.sh.timers.set(at, TimerKey::Reassembly);
@@ -627,7 +613,7 @@ impl Engine {
         self.reassembly.check_bounds();
         self.sh.tap.check_bounds();
         let flows = self.sh.stats.snapshot().tcp_flows + u64::try_from(self.dns.under_way()).unwrap_or(0);
-        assert!(u64::try_from(self.sh.timers.len()).is_ok_and(|timers| timers <= flows + 4));
+        assert!(u64::try_from(self.sh.timers.len()).is_ok_and(|timers| timers <= flows + 5));
     }
 }
 

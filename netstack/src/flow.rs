@@ -146,6 +146,7 @@ pub(crate) enum TimerKey {
     Dns(FlowId),
     Reassembly,
     Accept,
+    Router,
 }
 
 impl TimerKey {
@@ -156,6 +157,7 @@ impl TimerKey {
             Self::Ping => Some(1),
             Self::Reassembly => Some(2),
             Self::Accept => Some(3),
+            Self::Router => Some(4),
             Self::Tcp(_) | Self::Dns(_) => None,
         }
     }
@@ -170,7 +172,7 @@ impl TimerKey {
 #[derive(Debug, Default)]
 pub(crate) struct Timers {
     queue: BTreeSet<(Instant, TimerKey)>,
-    tables: [Option<Instant>; 4],
+    tables: [Option<Instant>; 5],
 }
 
 impl Timers {

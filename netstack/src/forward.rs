@@ -20,7 +20,7 @@ use nix::sys::socket::{
 };
 use smoltcp::time::{Duration, Instant};
 
-use crate::config::{Error, Link, Protocol, Publish};
+use crate::config::{Error, Link, Outbound, Protocol, Publish};
 use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
 use crate::host::{self, Budget, HostFd};
@@ -389,8 +389,9 @@ fn ways(guest: &Link, gateway: &Link, peer: SocketAddr, inside: Inside) -> [Flow
 
 /// The sockets of published ports count. They are taken from the stack's share and the rest's alike, and some are left for
 /// flows however many ports there are.
-pub(crate) fn budget_for(published: &Published) -> Budget {
+pub(crate) fn budget_for(published: &Published, outbound: Outbound) -> Budget {
     let mut budget = Budget::from_rlimit();
+    budget.outbound = outbound;
     let sockets = published.sockets();
     budget.limit = (budget.limit + sockets / 2).max(sockets + LEAST_FOR_FLOWS);
     budget

@@ -7,8 +7,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockProtocol, SockType, SockaddrStorage, connect, setsockopt, socket, sockopt,
+    AddressFamily, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, connect, setsockopt, socket,
+    sockopt,
 };
+
+use crate::config::Outbound;
 
 /// How many descriptors the stack may use, and does: half of the process's limit. The other half is for the rest of the
 /// process, which must not run out of them whatever the guest does.
@@ -16,6 +19,8 @@ use nix::sys::socket::{
 pub(crate) struct Budget {
     used: Arc<AtomicUsize>,
     pub(crate) limit: usize,
+    /// Which of the host's addresses sockets use.
+    pub(crate) outbound: Outbound,
 }
 
 impl Budget {
@@ -28,7 +33,7 @@ impl Budget {
     }
 
     pub(crate) fn new(limit: usize) -> Self {
-        Self { used: Arc::default(), limit }
+        Self { used: Arc::default(), limit, outbound: Outbound::default() }
     }
 
     /// Counts `fd` for as long as it lives.
@@ -89,6 +94,7 @@ pub(crate) fn tcp_connect(budget: &Budget, to: SocketAddr, rest: usize) -> nix::
     budget.check_leaving(rest)?;
     let fd = socket(family(to.ip()), SockType::Stream, FLAGS, None)?;
     tune_tcp(fd.as_fd());
+    bind_outbound(budget, &fd, to.ip(), true)?;
     let connected = match connect(fd.as_raw_fd(), &SockaddrStorage::from(to)) {
         Ok(()) => true,
         Err(Errno::EINPROGRESS) => false,
@@ -133,7 +139,18 @@ pub(crate) fn datagram_socket(
         IpAddr::V4(_) => setsockopt(&fd, sockopt::Ipv4RecvErr, &true),
         IpAddr::V6(_) => setsockopt(&fd, sockopt::Ipv6RecvErr, &true),
     };
+    bind_outbound(budget, &fd, ip, false)?;
     Ok(budget.hold(fd))
+}
+
+/// Gives a socket for what goes to `to` the address that is configured for that.
+fn bind_outbound(budget: &Budget, fd: &OwnedFd, to: IpAddr, connects: bool) -> nix::Result<()> {
+    let Some(from) = budget.outbound.towards(to) else { return Ok(()) };
+    if connects {
+        // The port is chosen when the destination is known: many connections may share one.
+        setsockopt(fd, sockopt::IpBindAddressNoPort, &true)?;
+    }
+    bind(fd.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(from, 0)))
 }
 
 #[cfg(test)]

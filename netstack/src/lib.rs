@@ -25,7 +25,7 @@
 //!
 //! ```no_run
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! use netstack::{DnsSpec, Link, Published, Stack, StackSpec, open_tap};
+//! use netstack::{DnsSpec, Link, Outbound, Published, Stack, StackSpec, open_tap};
 //! // In the guest's network namespace; the descriptor may then be sent elsewhere.
 //! let tap = open_tap("tap0")?;
 //! let spec = StackSpec {
@@ -40,8 +40,10 @@
 //!         v4: ([10, 0, 2, 2].into(), 24),
 //!         v6: ("fd00::2".parse()?, 64),
 //!     },
+//!     ipv6: true,
 //!     dns: DnsSpec::default(),
 //!     allow_host_loopback: false,
+//!     outbound: Outbound::default(),
 //! };
 //! // In the host's.
 //! let stack = Stack::start(tap, &spec, Published::bind(&[])?)?;
@@ -57,6 +59,7 @@
 mod config;
 mod control;
 mod device;
+mod dhcp;
 mod dns;
 mod emit;
 mod engine;
@@ -66,6 +69,7 @@ mod fragment;
 mod host;
 mod icmp;
 mod ingress;
+mod ndp;
 mod netlink;
 mod policy;
 #[cfg(test)]
@@ -75,10 +79,11 @@ mod sys;
 mod tcp;
 mod udp;
 
-pub use config::{DnsSpec, Error, Link, Protocol, Publish, StackSpec};
+pub use config::{DnsAt, DnsSpec, Error, Link, Outbound, Protocol, Publish, StackSpec};
 pub use control::Control;
 pub use engine::Stack;
 pub use forward::{PortId, Published, PublishedPort};
+pub use ndp::slaac_address;
 pub use stats::Stats;
 
 use std::os::fd::OwnedFd;

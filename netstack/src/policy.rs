@@ -44,11 +44,25 @@ pub(crate) struct Rules {
     guest: Link,
     gateway: Link,
     allow_host_loopback: bool,
+    /// Where the DNS forwarder is.
+    resolver: (Option<Ipv4Addr>, Option<Ipv6Addr>),
 }
 
 impl Rules {
     pub(crate) fn new(spec: &StackSpec) -> Self {
-        Self { guest: spec.guest, gateway: spec.gateway, allow_host_loopback: spec.allow_host_loopback }
+        Self {
+            guest: spec.guest,
+            gateway: spec.gateway,
+            allow_host_loopback: spec.allow_host_loopback,
+            resolver: (spec.resolver_v4(), spec.resolver_v6()),
+        }
+    }
+
+    fn is_resolver(&self, ip: IpAddr) -> bool {
+        match ip {
+            IpAddr::V4(ip) => self.resolver.0 == Some(ip),
+            IpAddr::V6(ip) => self.resolver.1 == Some(ip),
+        }
     }
 }
 
@@ -102,10 +116,12 @@ pub(crate) fn decide(
     route: RouteKind,
 ) -> Verdict {
     let (ip, port) = (destination.ip(), destination.port());
+    if rules.is_resolver(ip) && (port == DNS_PORT || transport == Transport::Ping) {
+        return Verdict::Gateway;
+    }
     if rules.gateway.is(ip) {
         return match transport {
             Transport::Ping => Verdict::Gateway,
-            _ if port == DNS_PORT => Verdict::Gateway,
             _ if rules.allow_host_loopback => {
                 let loopback: IpAddr = match ip {
                     IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
@@ -278,6 +294,27 @@ mod tests {
             Verdict::Allow(to.parse().expect(to))
         );
         assert_eq!(decide_by(true, Transport::Tcp, to, RouteKind::Unknown), Verdict::Refuse(Reason::Unknown));
+    }
+
+    #[test]
+    fn a_resolver_of_its_own_leaves_port_53_of_the_gateway_to_the_host() {
+        let at = crate::config::DnsAt::Addresses([10, 0, 2, 3].into(), "fd00::3".parse().expect("address"));
+        let mut spec = StackSpec { allow_host_loopback: true, ..crate::config::tests::spec() };
+        spec.dns.at = at;
+        let decide = |spec: &StackSpec, transport, to: &str| {
+            decide(&Rules::new(spec), transport, to.parse().expect(to), RouteKind::Remote)
+        };
+        for to in ["10.0.2.3:53", "[fd00::3]:53"] {
+            assert_eq!(decide(&spec, Transport::Udp, to), Verdict::Gateway);
+        }
+        assert_eq!(decide(&spec, Transport::Ping, "10.0.2.3:0"), Verdict::Gateway);
+        assert_eq!(decide(&spec, Transport::Tcp, "10.0.2.3:80"), Verdict::Refuse(Reason::Subnet));
+        let loopback = Verdict::Allow("127.0.0.1:53".parse().expect("address"));
+        assert_eq!(decide(&spec, Transport::Udp, "10.0.2.2:53"), loopback);
+        spec.dns.at = crate::config::DnsAt::Nowhere;
+        assert_eq!(decide(&spec, Transport::Udp, "10.0.2.3:53"), Verdict::Refuse(Reason::Subnet));
+        spec.allow_host_loopback = false;
+        assert_eq!(decide(&spec, Transport::Udp, "10.0.2.2:53"), Verdict::Refuse(Reason::HostLoopback));
     }
 
     #[test]

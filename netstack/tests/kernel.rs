@@ -791,7 +791,7 @@ impl Drop for Process {
 }
 
 fn dns_spec(upstreams: &[SocketAddr]) -> StackSpec {
-    StackSpec { dns: DnsSpec { upstreams: upstreams.to_vec(), hosts: Vec::new() }, ..spec() }
+    StackSpec { dns: DnsSpec { upstreams: upstreams.to_vec(), ..DnsSpec::default() }, ..spec() }
 }
 
 fn dns_by_dnsmasq_over_udp_and_tcp(_: &World) {

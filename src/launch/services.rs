@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use fsoverlay::Overlay;
-use netstack::{DnsSpec, Link, Protocol, Publish, Published, Stack, StackSpec};
+use netstack::{DnsSpec, Link, Outbound, Protocol, Publish, Published, Stack, StackSpec};
 
 use super::LaunchError;
 use crate::plan::{NetPlan, Plan, StackPlan};
@@ -99,8 +99,10 @@ fn stack_spec(plan: &StackPlan) -> StackSpec {
             v4: (plan.gateway_v4, plan.guest_v4.1),
             v6: (plan.gateway_v6, plan.guest_v6.1),
         },
+        ipv6: true,
         dns: DnsSpec::default(),
         allow_host_loopback: plan.allow_host_loopback,
+        outbound: Outbound::default(),
     }
 }
 

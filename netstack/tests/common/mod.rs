@@ -15,7 +15,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 
-use netstack::{DnsSpec, Link, Publish, Published, Stack, StackSpec};
+use netstack::{DnsSpec, Link, Outbound, Publish, Published, Stack, StackSpec};
 use nix::sched::{CloneFlags, setns, unshare};
 
 /// The host's own addresses.
@@ -149,8 +149,10 @@ pub(crate) fn spec() -> StackSpec {
             v4: ([10, 0, 2, 2].into(), 24),
             v6: ("fd00::2".parse().expect("address"), 64),
         },
+        ipv6: true,
         dns: DnsSpec::default(),
         allow_host_loopback: false,
+        outbound: Outbound::default(),
     }
 }
 
