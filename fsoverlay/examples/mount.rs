@@ -8,6 +8,8 @@
 //! child (the same program, started again) makes the namespaces, mounts, passes
 //! `/dev/fuse` over the socket that is its standard input, and runs the command in the
 //! mount. No process is forked while threads run.
+//!
+//! The tests of mounts have this program in theirs, under the word `--mount`.
 
 use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -123,27 +125,27 @@ fn parse(mut words: impl Iterator<Item = String>) -> Outcome<Args> {
     Ok(args)
 }
 
-fn main() -> Outcome<ExitCode> {
+pub(crate) fn main() -> Outcome<ExitCode> {
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
         .with_writer(std::io::stderr)
         .init();
-    let mut words = std::env::args().skip(1).peekable();
+    let mut words = std::env::args().skip(1).collect::<Vec<_>>().into_iter().peekable();
+    let me = words.next_if_eq("--mount");
     if words.next_if_eq("--inside").is_some() {
         return inside(&parse(words)?).map(|never| match never {});
     }
-    let args = parse(words)?;
-    serve(&args)
+    let mut again = Command::new(std::env::current_exe()?);
+    again.args(me).arg("--inside").args(words.clone());
+    serve(&parse(words)?, again)
 }
 
-/// Parent: the host's side.
-fn serve(args: &Args) -> Outcome<ExitCode> {
+/// Parent: the host's side. `inside` starts the child.
+fn serve(args: &Args, mut inside: Command) -> Outcome<ExitCode> {
     let (mut ours, theirs) = UnixStream::pair()?;
-    let mut child = Command::new(std::env::current_exe()?)
-        .arg("--inside")
-        .args(std::env::args_os().skip(1))
-        .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .spawn()?;
+    let mut child = inside.stdin(Stdio::from(OwnedFd::from(theirs))).spawn()?;
+    // It holds the other end of the socket.
+    drop(inside);
     if let Some(limit) = args.nofile {
         let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
         setrlimit(Resource::RLIMIT_NOFILE, limit, hard)?;

@@ -187,10 +187,9 @@ impl Mount {
     /// The command under another one; of the server itself if that is empty.
     pub(crate) fn command_under(&self, first: &[&str]) -> Result<Command, Failure> {
         let me = std::env::current_exe()?;
-        let program = program()?;
         let mut words = first.iter().map(std::ffi::OsString::from).collect::<Vec<_>>();
         words.extend(self.wrapper.iter().map(std::ffi::OsString::from));
-        words.push(program.into());
+        words.extend([me.clone().into(), "--mount".into()]);
         let mut command = Command::new(words.remove(0));
         command
             .args(words)
@@ -226,13 +225,18 @@ impl Mount {
 }
 
 /// The example that mounts and serves.
-pub(crate) fn program() -> Result<PathBuf, Failure> {
-    if let Some(path) = std::env::var_os("FSOVERLAY_MOUNT") {
-        return Ok(path.into());
-    }
-    let me = std::env::current_exe()?;
-    let target = me.parent().and_then(Path::parent).ok_or("the test program has no target directory")?;
-    Ok(target.join("examples/mount"))
+pub(crate) fn mount_program() -> Result<Command, Failure> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("--mount");
+    Ok(command)
+}
+
+/// Another mount, made in a mount of the case `name` in `dir`, with its upper in `home`; it runs the inner half
+/// with the argument `above`.
+pub(crate) fn mount_above(name: &'static str, dir: &Path, home: &Path) -> Mount {
+    let world = World { name, dir: dir.to_owned() };
+    let mount = world.bare().with("--at", dir.join("other/mnt"));
+    mount.with("--upper", home.join("upper")).with("--work", home.join("work")).arg("above")
 }
 
 /// Runs the outer half in fresh directories.

@@ -319,7 +319,7 @@ fn use_remote(args: &[String]) -> Check {
     match args {
         [wrap, dir, rest @ ..] if wrap == "wrap" => {
             let dir = Path::new(dir);
-            let status = std::process::Command::new(crate::harness::program()?)
+            let status = crate::harness::mount_program()?
                 .arg("--lower")
                 .arg(dir.join("lower2"))
                 .arg("--at")

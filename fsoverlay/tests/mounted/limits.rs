@@ -3,13 +3,12 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::harness::{Case, Check, Failure, World, errno_of, holds, program, same};
+use crate::harness::{Case, Check, Failure, World, errno_of, holds, mount_above, same};
 use crate::semantics::{make_tree, no_leftovers};
 
 pub(crate) const CASES: &[Case] = &[
@@ -153,35 +152,21 @@ fn stop_below(args: &[String]) -> Check {
     match args {
         [dir] => {
             let dir = Path::new(dir);
-            mount_above("large_copy_ups_hold_up_nobody_else", dir, &[dir.join("mnt")], &dir.join("other"))
+            run_above("large_copy_ups_hold_up_nobody_else", dir, &[dir.join("mnt")], &dir.join("other"))
         }
         [_, server] => copy_slowly(Pid::from_raw(server.parse()?)),
         _ => Err("one or two arguments are wanted".into()),
     }
 }
 
-/// Mounts layers above a mount, with the upper in `home`, and runs the inner half of a case in it, with
-/// the server of the mount below as its argument.
-fn mount_above(case: &str, dir: &Path, lowers: &[PathBuf], home: &Path) -> Check {
-    let mut command = Command::new(program()?);
-    command.args(["--translated", "--workers", "2"]);
+/// Mounts layers above a mount, and runs the inner half of a case in it, with the server of the mount below
+/// as its argument.
+fn run_above(case: &'static str, dir: &Path, lowers: &[PathBuf], home: &Path) -> Check {
+    let mut mount = mount_above(case, dir, home);
     for lower in lowers {
-        command.arg("--lower").arg(lower);
+        mount.option("--lower", lower);
     }
-    let status = command
-        .arg("--upper")
-        .arg(home.join("upper"))
-        .arg("--work")
-        .arg(home.join("work"))
-        .arg("--at")
-        .arg(dir.join("other/mnt"))
-        .arg("--")
-        .arg(std::env::current_exe()?)
-        .args(["--inside", case, "above"])
-        .arg(nix::unistd::getppid().to_string())
-        .status()?;
-    holds!(status.success());
-    Ok(())
+    mount.arg(nix::unistd::getppid().to_string()).run().map(drop)
 }
 
 /// Stops the server of the mount below, does `long` [`LARGE`] times at once, which must have to wait for
@@ -255,7 +240,7 @@ fn seek_above(args: &[String]) -> Check {
         [dir] => {
             let dir = Path::new(dir);
             let lowers = [dir.join("lower2"), dir.join("mnt")];
-            return mount_above("a_seek_holds_up_no_other", dir, &lowers, &dir.join("other"));
+            return run_above("a_seek_holds_up_no_other", dir, &lowers, &dir.join("other"));
         }
         [_, server] => Pid::from_raw(server.parse()?),
         _ => return Err("one or two arguments are wanted".into()),
@@ -294,7 +279,7 @@ fn sync_above(args: &[String]) -> Check {
             for part in ["upper", "work"] {
                 fs::create_dir(part)?;
             }
-            return mount_above("syncs_hold_up_nobody_else", dir, &[dir.join("lower2")], &dir.join("mnt"));
+            return run_above("syncs_hold_up_nobody_else", dir, &[dir.join("lower2")], &dir.join("mnt"));
         }
         [_, server] => Pid::from_raw(server.parse()?),
         _ => return Err("one or two arguments are wanted".into()),

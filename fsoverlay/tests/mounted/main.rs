@@ -3,10 +3,10 @@
 //! Each case has two halves. The outer half prepares directories, starts the example
 //! program `mount` (which makes the namespaces and serves), and looks at the disk
 //! afterwards. The inner half is this program started again by it, with the mount as its
-//! working directory. A failure is an error of either half.
+//! working directory. A failure is an error of either half. The example is part of this
+//! program, so that it is never an older build.
 //!
-//! `FSOVERLAY_MOUNT` names another build of the example; `FSOVERLAY_NO_SKIP` makes a
-//! skipped case a failure. Arguments filter cases by name.
+//! `FSOVERLAY_NO_SKIP` makes a skipped case a failure. Arguments filter cases by name.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a test runner reports on its output")]
 
@@ -16,6 +16,8 @@ mod hardlinks;
 mod harness;
 mod layers;
 mod limits;
+#[path = "../../examples/mount.rs"]
+mod mount;
 mod numbers;
 mod operation;
 mod owners;
@@ -53,6 +55,12 @@ fn main() -> ExitCode {
     if std::env::args().nth(1).as_deref() == Some("--inside") {
         args.next();
         return inside(args.collect());
+    }
+    if std::env::args().nth(1).as_deref() == Some("--mount") {
+        return mount::main().unwrap_or_else(|err| {
+            eprintln!("Error: {err:?}");
+            ExitCode::FAILURE
+        });
     }
     let filters: Vec<String> = args.filter(|a| !a.starts_with('-')).collect();
     if std::env::args().any(|a| a == "--list") {

@@ -14,6 +14,21 @@ use rustix::fs::{
 
 use crate::semantics::Mapping;
 
+/// The system calls by which a server changes names and attributes on disk, for strace to have them fail.
+/// Opening makes files.
+pub(crate) const CHANGES: [&str; 10] = [
+    "openat",
+    "linkat",
+    "renameat2",
+    "unlinkat",
+    "mknodat",
+    "mkdirat",
+    "symlinkat",
+    "fsetxattr,lsetxattr,setxattr",
+    "fchmod,fchmodat",
+    "utimensat",
+];
+
 /// splitmix64.
 pub(crate) struct Random(u64);
 
@@ -265,7 +280,8 @@ impl Operation {
             }
             What::MakeNode => {
                 let kind = [FileType::Fifo, FileType::Socket, FileType::RegularFile][n % 3];
-                rustix::fs::mknodat(CWD, &a, kind, mode_of(m & 0o177 | 0o600), 0).map(done)?
+                let mode = if site.rules.any_mode { m & 0o777 } else { m & 0o177 | 0o600 };
+                rustix::fs::mknodat(CWD, &a, kind, mode_of(mode), 0).map(done)?
             }
             What::Mode => {
                 let meta = fs::metadata(&a)?;

@@ -3,11 +3,10 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::Command;
 
 use fsoverlay::{Overlay, OverlaySpec};
 
-use crate::harness::{Case, Check, World, errno, holds, program, same};
+use crate::harness::{Case, Check, World, errno, holds, mount_above, same};
 
 pub(crate) const CASES: &[Case] = &[
     Case { name: "syncs_go_to_the_disk", outside: count_syncs, inside: sync_over },
@@ -42,23 +41,12 @@ fn sync_over(args: &[String]) -> Check {
         for part in ["upper", "work"] {
             fs::create_dir(part)?;
         }
-        let mut command = Command::new(program()?);
-        command.arg("--translated").args(Some(volatile).filter(|word| !word.is_empty()));
-        let status = command
-            .arg("--lower")
-            .arg(dir.join("lower2"))
-            .arg("--upper")
-            .arg(dir.join("mnt/upper"))
-            .arg("--work")
-            .arg(dir.join("mnt/work"))
-            .arg("--at")
-            .arg(dir.join("other/mnt"))
-            .arg("--")
-            .arg(std::env::current_exe()?)
-            .args(["--inside", "syncs_go_to_the_disk", "above"])
-            .status()?;
-        holds!(status.success());
-        return Ok(());
+        let mut mount = mount_above("syncs_go_to_the_disk", dir, &dir.join("mnt"));
+        mount.option("--lower", dir.join("lower2"));
+        if !volatile.is_empty() {
+            mount = mount.flag(volatile);
+        }
+        return mount.run().map(drop);
     }
     fs::create_dir("dir")?;
     let file = File::create("dir/file")?;
