@@ -4,6 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use smoltcp::time::Duration;
 
+use crate::policy::PolicySpec;
+
 /// Everything the stack needs to know.
 #[derive(Debug, Clone)]
 pub struct StackSpec {
@@ -17,9 +19,8 @@ pub struct StackSpec {
     pub ipv6: bool,
     /// DNS forwarder.
     pub dns: DnsSpec,
-    /// Whether the gateway's addresses stand for the host's loopback (TCP/UDP ports other than DNS), and the host's
-    /// own addresses may be reached.
-    pub allow_host_loopback: bool,
+    /// What the guest may reach.
+    pub policy: PolicySpec,
     /// Addresses of the host that the sockets of flows use.
     pub outbound: Outbound,
 }
@@ -227,6 +228,8 @@ pub(crate) const INBOUND_CONNECT: Duration = Duration::from_secs(10);
 pub(crate) const MAX_UDP_SOCKETS: usize = 4_096;
 /// Destinations remembered for each UDP socket.
 pub(crate) const MAX_UDP_PEERS: usize = 64;
+/// How long what the policy said about a destination of a UDP flow holds.
+pub(crate) const VERDICT_AGE: Duration = Duration::from_secs(2);
 /// Flows of published UDP ports at once.
 pub(crate) const MAX_UDP_INBOUND: usize = 4_096;
 /// Idle time of a UDP flow that got an answer (RFC 4787 REQ-5 asks for two minutes at least).
@@ -306,7 +309,7 @@ pub(crate) mod tests {
             },
             ipv6: true,
             dns: DnsSpec::default(),
-            allow_host_loopback: false,
+            policy: PolicySpec::default(),
             outbound: Outbound::default(),
         }
     }

@@ -13,7 +13,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::PipeReader;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -31,7 +31,7 @@ use crate::dhcp;
 use crate::dns::pins::Pins;
 use crate::dns::{Dns, Origin};
 use crate::emit;
-use crate::flow::{Endpoint, FlowId, TimerKey, Timers};
+use crate::flow::{Endpoint, FlowId, FlowKey, TimerKey, Timers};
 use crate::forward::{self, BoundPort, Forward, PortId, Published, PublishedPort};
 use crate::fragment::Reassembly;
 use crate::host::Budget;
@@ -39,7 +39,7 @@ use crate::icmp::Icmp;
 use crate::ingress::{self, Drop as Dropped, ICMP, ICMPV6, Inbound, Packet, TCP, UDP};
 use crate::ndp;
 use crate::netlink::Routes;
-use crate::policy::{self, DNS_PORT, Rules, Transport, Verdict};
+use crate::policy::{self, DNS_PORT, Reason, RouteKind, Rules, Transport, Verdict};
 use crate::stats::{Counters, Stats};
 use crate::sys;
 use crate::tcp::Tcp;
@@ -171,13 +171,34 @@ impl Shared {
 
     /// What is to be done with a flow of the guest's to `remote`.
     pub(crate) fn decide(&mut self, transport: Transport, remote: Endpoint) -> Verdict {
-        // The gateway is known without asking.
+        // The gateway is known without asking. Behind a translator the host may meet itself.
         let route = if self.spec.is_ours(remote.ip) {
-            policy::RouteKind::Unknown
+            RouteKind::Unknown
         } else {
-            self.routes.kind_of(remote.ip)
+            let embedded = policy::embedded_v4(remote.ip).map(|ip| self.routes.kind_of(ip.into()));
+            match embedded {
+                None | Some(RouteKind::Remote) => self.routes.kind_of(remote.ip),
+                Some(kind) => kind,
+            }
         };
         policy::decide(&self.rules, transport, remote.into(), route)
+    }
+
+    /// Counts a refused flow and says by which rule; whether the guest is to be told.
+    pub(crate) fn refused(&mut self, transport: Transport, key: FlowKey, reason: Reason) -> bool {
+        tracing::debug!(
+            transport = transport.name(),
+            to = %SocketAddr::from(key.remote),
+            reason = reason.name(),
+            rule = self.rules.rule_of(reason).map(tracing::field::display),
+            "refused"
+        );
+        if reason.is_silent() {
+            self.stats.dropped_multicast.one();
+        } else {
+            self.stats.refused_by_policy.one();
+        }
+        !reason.is_silent()
     }
 
     /// Whether `ip` is an address that the guest may send from.
@@ -469,8 +490,7 @@ impl Engine {
             if dhcp::ingress(&mut self.sh, packet, mac) {
                 return;
             }
-            self.sh.stats.dropped_multicast.one();
-            return;
+            return self.group(packet);
         }
         if !self.sh.is_guest(packet.src) {
             // Link-local neighbours ask about us by unicast, too, to see whether we still are there.
@@ -494,6 +514,23 @@ impl Engine {
             },
             Ok(None) => self.sh.timers.set(now + REASSEMBLY, TimerKey::Reassembly),
             Err(()) => self.sh.stats.dropped_malformed.one(),
+        }
+    }
+
+    /// A packet for many receivers, none of whom it will reach.
+    fn group(&mut self, packet: &Packet<'_>) {
+        let later = packet.fragment.is_some_and(|piece| piece.offset != 0);
+        match packet.payload() {
+            [a, b, c, d, ..] if packet.protocol == UDP && !later => {
+                let reason = if packet.dst.is_multicast() { Reason::Multicast } else { Reason::Broadcast };
+                let key = FlowKey {
+                    guest: Endpoint::new(packet.src, u16::from_be_bytes([*a, *b])),
+                    remote: Endpoint::new(packet.dst, u16::from_be_bytes([*c, *d])),
+                };
+                self.sh.refused(Transport::Udp, key, reason);
+            }
+            // Group management and discovery that every kernel does by itself.
+            _ => self.sh.stats.dropped_multicast.one(),
         }
     }
 
@@ -636,6 +673,11 @@ fn contain(run: impl FnOnce()) {
 }
 
 /// The monotonic clock, with an arbitrary beginning.
+///
+/// It stands still while the host is suspended, as do the clocks that the guest's kernel and epoll count by. That is
+/// right for everything that is timed here: a guest that slept owes us no acknowledgement from that time, and no flow
+/// was idle because nobody was awake. What grows old in the world meanwhile is asked for anew in any case: the list of
+/// resolvers and the host's addresses are never older than some seconds of this clock.
 fn clock() -> impl FnMut() -> Instant {
     let start = std::time::Instant::now();
     move || {

@@ -20,7 +20,7 @@ use smoltcp::time::{Duration, Instant};
 use crate::config::{MAX_PINGS, PING_IDLE};
 use crate::emit::{self, Unreachable};
 use crate::engine::{Shared, Token};
-use crate::flow::{Endpoint, FlowId, Slab, TimerKey};
+use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
 use crate::host::{self, HostFd};
 use crate::ingress::{ICMP, ICMPV6, Packet};
 use crate::policy::{Transport, Verdict};
@@ -73,10 +73,13 @@ impl Icmp {
                     emit::icmp(&mut sh.tap, packet.dst, packet.src, &answer);
                 }
             }
-            Verdict::Refuse(reason) if reason.is_silent() => sh.stats.dropped_multicast.one(),
-            Verdict::Refuse(_) => {
-                sh.stats.refused_by_policy.one();
-                udp::unreachable(sh, packet, Unreachable::Prohibited);
+            Verdict::Refuse(reason) => {
+                let id = u16::from_be_bytes([*id_high, *id_low]);
+                let key =
+                    FlowKey { guest: Endpoint::new(packet.src, id), remote: Endpoint::new(packet.dst, 0) };
+                if sh.refused(Transport::Ping, key, reason) {
+                    udp::unreachable(sh, packet, Unreachable::Prohibited);
+                }
             }
             Verdict::Allow(to) => {
                 let guest = Endpoint::new(packet.src, u16::from_be_bytes([*id_high, *id_low]));

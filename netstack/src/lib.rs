@@ -25,7 +25,7 @@
 //!
 //! ```no_run
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! use netstack::{DnsSpec, Link, Outbound, Published, Stack, StackSpec, open_tap};
+//! use netstack::{DnsSpec, Link, Outbound, PolicySpec, Published, Stack, StackSpec, open_tap};
 //! // In the guest's network namespace; the descriptor may then be sent elsewhere.
 //! let tap = open_tap("tap0")?;
 //! let spec = StackSpec {
@@ -42,7 +42,7 @@
 //!     },
 //!     ipv6: true,
 //!     dns: DnsSpec::default(),
-//!     allow_host_loopback: false,
+//!     policy: PolicySpec::default(),
 //!     outbound: Outbound::default(),
 //! };
 //! // In the host's.
@@ -84,6 +84,7 @@ pub use control::Control;
 pub use engine::Stack;
 pub use forward::{PortId, Published, PublishedPort};
 pub use ndp::slaac_address;
+pub use policy::{HostLoopback, PolicySpec, Rule, RuleError, Transport};
 pub use stats::Stats;
 
 use std::os::fd::OwnedFd;

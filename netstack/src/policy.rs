@@ -1,28 +1,86 @@
 //! What the guest may reach: a pure function from a wanted flow to a verdict. No I/O, no state.
 //!
-//! By default everything is allowed that the caller can reach, except what would be the host itself or its link:
+//! In this order, and the first that applies decides:
 //!
-//! - the host's loopback, by any name: 127/8, ::1, 0.0.0.0/8, ::, their IPv4-mapped, IPv4-compatible, NAT64 and 6to4
-//!   forms. The kernel of the host takes 0.0.0.0 and :: for loopback;
-//! - the host's own addresses (its LAN address, where services bound to 0.0.0.0 listen), which the caller of
-//!   [`decide`] looks up in the host's routing table;
-//! - link-local addresses and the cloud's metadata services;
-//! - multicast, broadcast and reserved addresses;
-//! - the guest's own subnet, where there is nobody but the gateway.
-//!
-//! With `allow_host_loopback` the gateway's addresses stand for the host's loopback, and the host's own addresses may
-//! be reached. The other refusals stay.
+//! 1. The gateway's and the forwarder's addresses: the stack answers DNS and echo requests. Other ports of the gateway stand for the host's loopback as far
+//!    as [`HostLoopback`] opens it, and are refused else. Rules by address are not asked: the gateway is no address of
+//!    anybody's network.
+//! 2. What is refused always:
+//!    - the host's loopback, by any name: 127/8, ::1, 0.0.0.0/8, ::, their IPv4-mapped, IPv4-compatible, NAT64 and 6to4
+//!      forms. The kernel of the host takes 0.0.0.0 and :: for loopback;
+//!    - multicast, broadcast and reserved addresses;
+//!    - link-local addresses and the cloud's metadata services, but for an `allow` rule that is about nothing else;
+//!    - the guest's own subnet, where there is nobody but the gateway;
+//!    - the host's own addresses (its LAN address, where services bound to 0.0.0.0 listen), which the caller of
+//!      [`decide`] looks up in the host's routing table, but for ports that [`HostLoopback`] opens.
+//! 3. A `deny` rule that matches refuses. Rules about an IPv4 address count for its NAT64 and 6to4 forms, too.
+//! 4. If there are `allow` rules, one of them has to match. If there are none, everything else is allowed that the caller
+//!    can reach.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::config::{Link, StackSpec};
 
+mod rules;
+
+use rules::Table;
+pub use rules::{Rule, RuleError};
+
+/// What the guest may reach.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PolicySpec {
+    /// If there are any, nothing else is allowed.
+    pub allow: Vec<Rule>,
+    /// Refused, whatever is allowed.
+    pub deny: Vec<Rule>,
+    /// The host's loopback and own addresses.
+    pub host_loopback: HostLoopback,
+}
+
+/// Whether the gateway's addresses stand for the host's loopback, and the host's own addresses may be reached.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum HostLoopback {
+    /// Neither.
+    #[default]
+    Refused,
+    /// Both, by these TCP and UDP ports. (Where the forwarder is, port 53 is always its own.)
+    Ports(BTreeSet<u16>),
+    /// Both, wholly.
+    All,
+}
+
+impl HostLoopback {
+    fn opens(&self, transport: Transport, port: u16) -> bool {
+        match self {
+            Self::Refused => false,
+            Self::Ports(ports) => transport != Transport::Ping && ports.contains(&port),
+            Self::All => true,
+        }
+    }
+}
+
 /// Kind of a wanted flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Transport {
+pub enum Transport {
+    /// TCP.
     Tcp,
+    /// UDP.
     Udp,
+    /// Echo requests of ICMP and ICMPv6.
     Ping,
+}
+
+impl Transport {
+    /// The word for it in rules and logs.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Ping => "icmp",
+        }
+    }
 }
 
 /// What the host's routing table says about a destination.
@@ -38,22 +96,31 @@ pub(crate) enum RouteKind {
     Unknown,
 }
 
-/// The rules that do not change while the stack runs.
+/// The rules, in tables.
 #[derive(Debug, Clone)]
 pub(crate) struct Rules {
     guest: Link,
     gateway: Link,
-    allow_host_loopback: bool,
+    policy: PolicySpec,
+    allow: Table,
+    deny: Table,
+    /// Those of `allow` that open what is refused else.
+    opened: Table,
     /// Where the DNS forwarder is.
     resolver: (Option<Ipv4Addr>, Option<Ipv6Addr>),
 }
 
 impl Rules {
     pub(crate) fn new(spec: &StackSpec) -> Self {
+        let policy = spec.policy.clone();
+        let opening = |(_, rule): &(usize, &Rule)| rule.opens();
         Self {
             guest: spec.guest,
             gateway: spec.gateway,
-            allow_host_loopback: spec.allow_host_loopback,
+            allow: Table::new(policy.allow.iter().enumerate()),
+            deny: Table::new(policy.deny.iter().enumerate()),
+            opened: Table::new(policy.allow.iter().enumerate().filter(opening)),
+            policy,
             resolver: (spec.resolver_v4(), spec.resolver_v6()),
         }
     }
@@ -62,6 +129,14 @@ impl Rules {
         match ip {
             IpAddr::V4(ip) => self.resolver.0 == Some(ip),
             IpAddr::V6(ip) => self.resolver.1 == Some(ip),
+        }
+    }
+
+    /// The rule that a refusal names.
+    pub(crate) fn rule_of(&self, reason: Reason) -> Option<&Rule> {
+        match reason {
+            Reason::Denied(rule) => self.policy.deny.get(rule),
+            _ => None,
         }
     }
 }
@@ -88,27 +163,52 @@ pub(crate) enum Reason {
     LinkLocal,
     /// A cloud's metadata service.
     Metadata,
-    /// Multicast and broadcast.
+    /// Multicast.
     Multicast,
+    /// Broadcast.
+    Broadcast,
     /// Addresses without a meaning.
     Reserved,
     /// The guest's own subnet.
     Subnet,
     /// The host's routing table could not be asked.
     Unknown,
+    /// By this one of the `deny` rules.
+    Denied(usize),
+    /// By none of the `allow` rules.
+    NotAllowed,
 }
 
 impl Reason {
-    /// Multicast is dropped without an answer (RFC 1122 section 3.2.2), everything else is answered.
+    /// Multicast and broadcast are dropped without an answer (RFC 1122 section 3.2.2, RFC 4443 section 2.4), everything
+    /// else is answered.
     pub(crate) fn is_silent(self) -> bool {
-        self == Self::Multicast
+        matches!(self, Self::Multicast | Self::Broadcast)
+    }
+
+    /// The word for it in logs.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::HostLoopback => "host-loopback",
+            Self::HostAddress => "host-address",
+            Self::LinkLocal => "link-local",
+            Self::Metadata => "metadata",
+            Self::Multicast => "multicast",
+            Self::Broadcast => "broadcast",
+            Self::Reserved => "reserved",
+            Self::Subnet => "subnet",
+            Self::Unknown => "route-unknown",
+            Self::Denied(_) => "deny",
+            Self::NotAllowed => "not-allowed",
+        }
     }
 }
 
 /// The DNS port, which is the forwarder's at the gateway's addresses.
 pub(crate) const DNS_PORT: u16 = 53;
 
-/// Decides about a flow of the guest to `destination`, about which the host's routing table says `route`.
+/// Decides about a flow of the guest to `destination`, about which (and about the IPv4 address in it) the host's routing
+/// table says `route`.
 pub(crate) fn decide(
     rules: &Rules,
     transport: Transport,
@@ -119,10 +219,11 @@ pub(crate) fn decide(
     if rules.is_resolver(ip) && (port == DNS_PORT || transport == Transport::Ping) {
         return Verdict::Gateway;
     }
+    let host_loopback = &rules.policy.host_loopback;
     if rules.gateway.is(ip) {
         return match transport {
             Transport::Ping => Verdict::Gateway,
-            _ if rules.allow_host_loopback => {
+            _ if host_loopback.opens(transport, port) => {
                 let loopback: IpAddr = match ip {
                     IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
                     IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
@@ -132,21 +233,79 @@ pub(crate) fn decide(
             _ => Verdict::Refuse(Reason::HostLoopback),
         };
     }
-    if let Some(reason) = refused_range(ip) {
+    if let Some(reason) = refused_range(ip)
+        && !(reason.can_be_opened() && rules.opened.find(transport, destination).is_some())
+    {
         return Verdict::Refuse(reason);
     }
     if rules.guest.is_subnet_edge(ip) {
-        return Verdict::Refuse(Reason::Multicast);
+        return Verdict::Refuse(Reason::Broadcast);
     }
     if rules.guest.contains(ip) {
         return Verdict::Refuse(Reason::Subnet);
     }
     match route {
-        RouteKind::Remote => Verdict::Allow(destination),
-        RouteKind::Local if rules.allow_host_loopback => Verdict::Allow(destination),
-        RouteKind::Local => Verdict::Refuse(Reason::HostAddress),
-        RouteKind::Broadcast => Verdict::Refuse(Reason::Multicast),
-        RouteKind::Unknown => Verdict::Refuse(Reason::Unknown),
+        RouteKind::Remote => {}
+        RouteKind::Local if host_loopback.opens(transport, port) => {}
+        RouteKind::Local => return Verdict::Refuse(Reason::HostAddress),
+        RouteKind::Broadcast => return Verdict::Refuse(Reason::Broadcast),
+        RouteKind::Unknown => return Verdict::Refuse(Reason::Unknown),
+    }
+    let denied = |to| rules.deny.find(transport, to);
+    let embedded = embedded_v4(ip).map(|v4| SocketAddr::new(v4.into(), port));
+    if let Some(rule) = denied(destination).or_else(|| embedded.and_then(denied)) {
+        return Verdict::Refuse(Reason::Denied(rule));
+    }
+    if !rules.policy.allow.is_empty() && rules.allow.find(transport, destination).is_none() {
+        return Verdict::Refuse(Reason::NotAllowed);
+    }
+    Verdict::Allow(destination)
+}
+
+impl Reason {
+    /// Whether an `allow` rule that is about nothing else takes a refusal back.
+    fn can_be_opened(self) -> bool {
+        matches!(self, Self::LinkLocal | Self::Metadata)
+    }
+}
+
+impl Rule {
+    /// The reason for which every address of this rule is refused without it.
+    fn refused_always(&self) -> Option<Reason> {
+        let (first, last) = self.range()?;
+        let reason = refused_range(first)?;
+        // Two refused ranges may hold a rule's both ends, but not its middle, too.
+        let middle = match (first, last) {
+            (IpAddr::V4(a), IpAddr::V4(b)) => Ipv4Addr::from_bits(a.to_bits().midpoint(b.to_bits())).into(),
+            (IpAddr::V6(a), IpAddr::V6(b)) => Ipv6Addr::from_bits(a.to_bits().midpoint(b.to_bits())).into(),
+            _ => first,
+        };
+        [middle, last].iter().all(|ip| refused_range(*ip) == Some(reason)).then_some(reason)
+    }
+
+    /// Whether, as an `allow` rule, it opens what is refused else.
+    fn opens(&self) -> bool {
+        self.refused_always().is_some_and(Reason::can_be_opened)
+    }
+
+    /// Whether it makes sense as an `allow` rule.
+    ///
+    /// # Errors
+    ///
+    /// If nothing that it is about can ever be reached.
+    pub fn check_allow(&self) -> Result<(), RuleError> {
+        let reason = match self.refused_always() {
+            Some(Reason::HostLoopback) => {
+                "the host's loopback is reached by the gateway's address, and opened with allow-host-loopback"
+            }
+            Some(Reason::LinkLocal) if matches!(self.range(), Some((IpAddr::V6(_), _))) => {
+                "a link-local IPv6 address means nothing on another link"
+            }
+            None | Some(Reason::LinkLocal | Reason::Metadata) => return Ok(()),
+            Some(Reason::Multicast | Reason::Broadcast) => "multicast and broadcast cannot be reached",
+            Some(_) => "nobody has such an address",
+        };
+        Err(RuleError::new(reason))
     }
 }
 
@@ -168,7 +327,7 @@ fn refused_v4(ip: Ipv4Addr) -> Option<Reason> {
     match first {
         0 | 127 => Some(Reason::HostLoopback),
         224..=239 => Some(Reason::Multicast),
-        _ if ip.is_broadcast() => Some(Reason::Multicast),
+        _ if ip.is_broadcast() => Some(Reason::Broadcast),
         240.. => Some(Reason::Reserved),
         _ if ip.is_link_local() => Some(Reason::LinkLocal),
         _ if METADATA_V4.contains(&ip) => Some(Reason::Metadata),
@@ -176,162 +335,35 @@ fn refused_v4(ip: Ipv4Addr) -> Option<Reason> {
     }
 }
 
-fn refused_v6(ip: Ipv6Addr) -> Option<Reason> {
-    let segments = ip.segments();
-    let embedded = |high: u16, low: u16| {
-        let [a, b] = high.to_be_bytes();
-        let [c, d] = low.to_be_bytes();
-        Ipv4Addr::new(a, b, c, d)
-    };
-    match segments {
-        [0, 0, 0, 0, 0, 0, 0, 0 | 1] => Some(Reason::HostLoopback),
-        // IPv4-mapped and IPv4-compatible (RFC 4291 section 2.5.5): the host's kernel sends the mapped form over IPv4.
-        // Neither is ever right on a wire.
-        [0, 0, 0, 0, 0, 0xffff | 0, high, low] => {
-            Some(refused_v4(embedded(high, low)).unwrap_or(Reason::Reserved))
-        }
-        // NAT64 (RFC 6052) and 6to4 (RFC 3056): fine, unless what they lead to is not.
-        [0x64, 0xff9b, 0, 0, 0, 0, high, low] | [0x2002, high, low, ..] => refused_v4(embedded(high, low)),
-        [0xff00..=0xffff, ..] => Some(Reason::Multicast),
-        // fe80::/10 and the old site-local fec0::/10.
-        [0xfe80..=0xfeff, ..] => Some(Reason::LinkLocal),
-        _ if METADATA_V6.contains(&ip) => Some(Reason::Metadata),
+/// The IPv4 address that a translator or tunnel makes of an IPv6 one: NAT64 (RFC 6052) and 6to4 (RFC 3056).
+pub(crate) fn embedded_v4(ip: IpAddr) -> Option<Ipv4Addr> {
+    let IpAddr::V6(ip) = ip else { return None };
+    match ip.segments() {
+        [0x64, 0xff9b, 0, 0, 0, 0, high, low] | [0x2002, high, low, ..] => Some(v4_of(high, low)),
         _ => None,
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+fn v4_of(high: u16, low: u16) -> Ipv4Addr {
+    Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low))
+}
 
-    fn decide_by(allow_host_loopback: bool, transport: Transport, to: &str, route: RouteKind) -> Verdict {
-        let rules = Rules::new(&StackSpec { allow_host_loopback, ..crate::config::tests::spec() });
-        decide(&rules, transport, to.parse().expect(to), route)
-    }
-
-    fn tcp(to: &str) -> Verdict {
-        decide_by(false, Transport::Tcp, to, RouteKind::Remote)
-    }
-
-    #[test]
-    fn other_machines_are_allowed() {
-        for to in [
-            "192.0.2.1:80",
-            "10.0.3.1:22",
-            "100.64.0.1:1",
-            "172.16.0.1:443",
-            "[2001:db8::1]:443",
-            "[fd12::1]:1",
-            "[64:ff9b::c000:201]:80",
-            "[2002:c000:201::1]:80",
-        ] {
-            assert_eq!(tcp(to), Verdict::Allow(to.parse().expect(to)), "{to}");
+fn refused_v6(ip: Ipv6Addr) -> Option<Reason> {
+    match ip.segments() {
+        [0, 0, 0, 0, 0, 0, 0, 0 | 1] => Some(Reason::HostLoopback),
+        // IPv4-mapped and IPv4-compatible (RFC 4291 section 2.5.5): the host's kernel sends the mapped form over IPv4.
+        // Neither is ever right on a wire.
+        [0, 0, 0, 0, 0, 0xffff | 0, high, low] => {
+            Some(refused_v4(v4_of(high, low)).unwrap_or(Reason::Reserved))
         }
-    }
-
-    #[test]
-    fn the_hosts_loopback_is_refused_by_every_name() {
-        for to in [
-            "127.0.0.1:80",
-            "127.255.255.254:80",
-            "0.0.0.0:80",
-            "0.1.2.3:80",
-            "[::]:80",
-            "[::1]:80",
-            "[::ffff:127.0.0.1]:80",
-            "[::ffff:0.0.0.0]:80",
-            "[::127.0.0.1]:80",
-            "[64:ff9b::7f00:1]:80",
-            "[2002:7f00:1::1]:80",
-            "10.0.2.2:80",
-            "[fd00::2]:80",
-        ] {
-            assert_eq!(tcp(to), Verdict::Refuse(Reason::HostLoopback), "{to}");
-        }
-    }
-
-    #[test]
-    fn ranges_without_a_host_are_refused_by_name() {
-        for (to, reason) in [
-            ("169.254.169.254:80", Reason::LinkLocal),
-            ("[::ffff:169.254.169.254]:80", Reason::LinkLocal),
-            ("[64:ff9b::a9fe:a9fe]:80", Reason::LinkLocal),
-            ("[fe80::1]:80", Reason::LinkLocal),
-            ("[fec0::1]:80", Reason::LinkLocal),
-            ("100.100.100.200:80", Reason::Metadata),
-            ("168.63.129.16:80", Reason::Metadata),
-            ("[fd00:ec2::254]:80", Reason::Metadata),
-            ("224.0.0.1:80", Reason::Multicast),
-            ("239.255.255.250:1900", Reason::Multicast),
-            ("255.255.255.255:67", Reason::Multicast),
-            ("[ff02::fb]:5353", Reason::Multicast),
-            ("240.0.0.1:80", Reason::Reserved),
-            ("[::ffff:192.0.2.1]:80", Reason::Reserved),
-            ("10.0.2.255:80", Reason::Multicast),
-            ("10.0.2.3:80", Reason::Subnet),
-            ("10.0.2.100:80", Reason::Subnet),
-            ("[fd00::3]:80", Reason::Subnet),
-        ] {
-            for allow in [false, true] {
-                let verdict = decide_by(allow, Transport::Udp, to, RouteKind::Remote);
-                assert_eq!(verdict, Verdict::Refuse(reason), "{to}");
-            }
-        }
-    }
-
-    #[test]
-    fn the_hosts_own_addresses_follow_the_routing_table() {
-        let to = "198.51.100.7:22";
-        for (route, reason) in [
-            (RouteKind::Local, Reason::HostAddress),
-            (RouteKind::Broadcast, Reason::Multicast),
-            (RouteKind::Unknown, Reason::Unknown),
-        ] {
-            assert_eq!(decide_by(false, Transport::Tcp, to, route), Verdict::Refuse(reason));
-        }
-        assert_eq!(
-            decide_by(true, Transport::Tcp, to, RouteKind::Local),
-            Verdict::Allow(to.parse().expect(to))
-        );
-        assert_eq!(decide_by(true, Transport::Tcp, to, RouteKind::Unknown), Verdict::Refuse(Reason::Unknown));
-    }
-
-    #[test]
-    fn a_resolver_of_its_own_leaves_port_53_of_the_gateway_to_the_host() {
-        let at = crate::config::DnsAt::Addresses([10, 0, 2, 3].into(), "fd00::3".parse().expect("address"));
-        let mut spec = StackSpec { allow_host_loopback: true, ..crate::config::tests::spec() };
-        spec.dns.at = at;
-        let decide = |spec: &StackSpec, transport, to: &str| {
-            decide(&Rules::new(spec), transport, to.parse().expect(to), RouteKind::Remote)
-        };
-        for to in ["10.0.2.3:53", "[fd00::3]:53"] {
-            assert_eq!(decide(&spec, Transport::Udp, to), Verdict::Gateway);
-        }
-        assert_eq!(decide(&spec, Transport::Ping, "10.0.2.3:0"), Verdict::Gateway);
-        assert_eq!(decide(&spec, Transport::Tcp, "10.0.2.3:80"), Verdict::Refuse(Reason::Subnet));
-        let loopback = Verdict::Allow("127.0.0.1:53".parse().expect("address"));
-        assert_eq!(decide(&spec, Transport::Udp, "10.0.2.2:53"), loopback);
-        spec.dns.at = crate::config::DnsAt::Nowhere;
-        assert_eq!(decide(&spec, Transport::Udp, "10.0.2.3:53"), Verdict::Refuse(Reason::Subnet));
-        spec.allow_host_loopback = false;
-        assert_eq!(decide(&spec, Transport::Udp, "10.0.2.2:53"), Verdict::Refuse(Reason::HostLoopback));
-    }
-
-    #[test]
-    fn the_gateway_answers_dns_and_echo_and_stands_for_loopback_when_allowed() {
-        for route in [RouteKind::Remote, RouteKind::Unknown] {
-            assert_eq!(decide_by(false, Transport::Udp, "10.0.2.2:53", route), Verdict::Gateway);
-            assert_eq!(decide_by(true, Transport::Tcp, "[fd00::2]:53", route), Verdict::Gateway);
-            assert_eq!(decide_by(false, Transport::Ping, "10.0.2.2:0", route), Verdict::Gateway);
-        }
-        for (to, real) in [("10.0.2.2:80", "127.0.0.1:80"), ("[fd00::2]:80", "[::1]:80")] {
-            assert_eq!(
-                decide_by(true, Transport::Tcp, to, RouteKind::Remote),
-                Verdict::Allow(real.parse().expect(real))
-            );
-        }
-        // Loopback itself stays refused: only the gateway stands for it.
-        let verdict = decide_by(true, Transport::Tcp, "127.0.0.1:80", RouteKind::Local);
-        assert_eq!(verdict, Verdict::Refuse(Reason::HostLoopback));
+        [0xff00..=0xffff, ..] => Some(Reason::Multicast),
+        // fe80::/10 and the old site-local fec0::/10.
+        [0xfe80..=0xfeff, ..] => Some(Reason::LinkLocal),
+        _ if METADATA_V6.contains(&ip) => Some(Reason::Metadata),
+        // Translated addresses are fine, unless what they lead to is not.
+        _ => embedded_v4(ip.into()).and_then(refused_v4),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -22,6 +22,7 @@ use crate::engine::{Engine, Turn};
 use crate::forward::Published;
 use crate::ingress::tests::Seeded;
 use crate::ingress::{self, Inbound, Packet};
+use crate::policy::{HostLoopback, PolicySpec};
 use crate::sys::VNET_HEADER_LEN;
 
 mod dns;
@@ -39,7 +40,8 @@ fn ip(text: &str) -> IpAddr {
 }
 
 fn spec() -> StackSpec {
-    StackSpec { allow_host_loopback: true, ..crate::config::tests::spec() }
+    let policy = PolicySpec { host_loopback: HostLoopback::All, ..PolicySpec::default() };
+    StackSpec { policy, ..crate::config::tests::spec() }
 }
 
 struct Script {

@@ -47,6 +47,7 @@ use crate::host::{self, HostFd};
 use crate::ingress::{self, Packet};
 use crate::policy::{Transport, Verdict};
 use crate::sys::{RingSocket, Rings};
+use crate::udp;
 
 /// Bytes moved for one flow before the others get their turn.
 const TURN_BUDGET: usize = 1024 * 1024;
@@ -347,10 +348,9 @@ impl Tcp {
             Verdict::Gateway => self.outbound_dns(sh, now, key, packet),
             Verdict::Allow(to) => self.outbound_host(sh, now, key, packet, to),
             Verdict::Refuse(reason) => {
-                tracing::debug!(?reason, to = %SocketAddr::from(key.remote), "TCP connection refused");
-                sh.stats.refused_by_policy.one();
-                if !reason.is_silent() {
-                    self.refuse(sh, now, packet);
+                // Not by a RST, which would be the peer's own refusal.
+                if sh.refused(Transport::Tcp, key, reason) {
+                    udp::unreachable(sh, packet, Unreachable::Prohibited);
                 }
             }
         }

@@ -3,7 +3,8 @@
 //! The mapping is endpoint-independent (RFC 4787 REQ-1): whatever destinations the guest talks to from one port, the
 //! world sees one port of the host, so that protocols which tell a third party about it work. What comes in is filtered
 //! by address (REQ-8): it must be from an address that the guest has sent to, any port of it. A destination passes the
-//! policy when it is first used; [`MAX_UDP_PEERS`] are remembered, the longest unused forgotten first.
+//! policy when it is first used, and again when that is [`VERDICT_AGE`] ago, since the host's addresses change while it
+//! joins other networks; [`MAX_UDP_PEERS`] are remembered, the longest unused forgotten first.
 //!
 //! Ends by idleness only: [`UDP_IDLE`] after the last datagram either way, [`UDP_UNANSWERED`] if nothing ever came back,
 //! [`UDP_DNS_IDLE`] for flows to port 53. When the table or the descriptors are full, the longest idle flow gives way:
@@ -30,7 +31,7 @@ use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::UdpPacket;
 
 use crate::config::{
-    MAX_UDP_INBOUND, MAX_UDP_PEERS, MAX_UDP_SOCKETS, UDP_DNS_IDLE, UDP_IDLE, UDP_UNANSWERED,
+    MAX_UDP_INBOUND, MAX_UDP_PEERS, MAX_UDP_SOCKETS, UDP_DNS_IDLE, UDP_IDLE, UDP_UNANSWERED, VERDICT_AGE,
 };
 use crate::emit::{self, IcmpError, Unreachable};
 use crate::engine::{Shared, Token};
@@ -57,6 +58,8 @@ struct Peer {
     /// As the host sees it.
     real: SocketAddr,
     used: Instant,
+    /// When the policy was asked last.
+    asked: Instant,
 }
 
 #[derive(Debug)]
@@ -198,17 +201,23 @@ impl Udp {
         {
             // The next one is probably for the same.
             flow.peers.swap(0, at);
-            flow.used = now;
             let peer = flow.peers.first_mut()?;
-            peer.used = now;
-            return Some((id, peer.real));
+            if now < peer.asked + VERDICT_AGE {
+                flow.used = now;
+                peer.used = now;
+                return Some((id, peer.real));
+            }
+            // The host may have got this address since.
+            flow.peers.swap_remove(0);
         }
         // Refused destinations do not deserve a socket.
         let real = match sh.decide(Transport::Udp, key.remote) {
             Verdict::Allow(real) => real,
             Verdict::Gateway => return None,
             Verdict::Refuse(reason) => {
-                refused(sh, packet, reason.is_silent());
+                if sh.refused(Transport::Udp, key, reason) {
+                    unreachable(sh, packet, Unreachable::Prohibited);
+                }
                 return None;
             }
         };
@@ -223,7 +232,7 @@ impl Udp {
         {
             flow.peers.swap_remove(oldest);
         }
-        flow.peers.insert(0, Peer { seen: key.remote, real, used: now });
+        flow.peers.insert(0, Peer { seen: key.remote, real, used: now, asked: now });
         Some((id, real))
     }
 
@@ -390,15 +399,6 @@ impl Udp {
             // Once: it is lost if nobody wants it there either.
             self.servers.entry(arrival.lane()).or_default().last = None;
         }
-    }
-}
-
-fn refused(sh: &mut Shared, packet: &Packet<'_>, silently: bool) {
-    if silently {
-        sh.stats.dropped_multicast.one();
-    } else {
-        sh.stats.refused_by_policy.one();
-        unreachable(sh, packet, Unreachable::Prohibited);
     }
 }
 

@@ -13,7 +13,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::*;
-use netstack::{DnsSpec, Protocol, Publish, StackSpec};
+use netstack::{DnsSpec, HostLoopback, PolicySpec, Protocol, Publish, StackSpec};
+use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// Long enough for anything that is going to happen.
@@ -77,6 +78,9 @@ tests! {
     multicast_goes_nowhere,
     host_is_unreachable_by_default,
     host_loopback_can_be_allowed,
+    host_loopback_can_be_allowed_by_port,
+    rules_hold_and_say_so,
+    routes_and_addresses_of_the_host_are_followed,
     dns_by_dnsmasq_over_udp_and_tcp,
     dns_answers_are_kept_while_the_resolver_is_gone,
     dns_follows_the_hosts_resolv_conf,
@@ -226,8 +230,9 @@ fn tcp_refused_is_refused_and_unreachable_unreachable(_: &World) {
             (at("203.0.113.1", 80), ErrorKind::NetworkUnreachable),
             (at("2001:db8:ffff::1", 80), ErrorKind::NetworkUnreachable),
             // Refused by the policy.
-            (at("169.254.169.254", 80), ErrorKind::ConnectionRefused),
-            (at("100.100.100.200", 80), ErrorKind::ConnectionRefused),
+            (at("169.254.169.254", 80), ErrorKind::HostUnreachable),
+            (at("100.100.100.200", 80), ErrorKind::HostUnreachable),
+            (at("fd00:ec2::254", 80), ErrorKind::PermissionDenied),
         ] {
             let begin = Instant::now();
             assert_eq!(connect(to).unwrap_err().kind(), kind, "{to}");
@@ -734,8 +739,12 @@ fn host_is_unreachable_by_default(_: &World) {
     assert!(guest.stack.stats().refused_by_policy > 0);
 }
 
+fn with_loopback(host_loopback: HostLoopback) -> StackSpec {
+    StackSpec { policy: PolicySpec { host_loopback, ..PolicySpec::default() }, ..spec() }
+}
+
 fn host_loopback_can_be_allowed(_: &World) {
-    let guest = Guest::with(&StackSpec { allow_host_loopback: true, ..spec() }, &[]);
+    let guest = Guest::with(&with_loopback(HostLoopback::All), &[]);
     for (addr, tcp, udp) in canaries() {
         tcp.set_nonblocking(false).unwrap();
         udp.set_nonblocking(false).unwrap();
@@ -762,6 +771,134 @@ fn host_loopback_can_be_allowed(_: &World) {
     }
     // Loopback by its own names, and the rest, stay refused.
     guest.net.run(|| assert!(connect(at("169.254.169.254", 80)).is_err()));
+}
+
+fn host_loopback_can_be_allowed_by_port(_: &World) {
+    let canaries = canaries();
+    let [(open, ..), (open_v6, ..), ..] = canaries.as_slice() else { unreachable!("six canaries") };
+    let ports = HostLoopback::Ports([open.port(), open_v6.port()].into());
+    let guest = Guest::with(&with_loopback(ports), &[]);
+    for (addr, tcp, udp) in &canaries {
+        let name = names_for(*addr)[0];
+        let connected = guest.net.run(move || {
+            if let Ok(socket) = UdpSocket::bind((any(&name.ip().to_string()), 0)) {
+                let _ = socket.send_to(b"x", name);
+            }
+            connect(name)
+        });
+        if addr == open || addr == open_v6 {
+            connected.unwrap();
+            tcp.set_nonblocking(false).unwrap();
+            tcp.accept().unwrap();
+            udp.set_nonblocking(false).unwrap();
+            udp.set_read_timeout(Some(PATIENCE)).unwrap();
+            udp.recv_from(&mut [0; 4]).unwrap();
+        } else {
+            let expected =
+                if name.is_ipv6() { ErrorKind::PermissionDenied } else { ErrorKind::HostUnreachable };
+            assert_eq!(connected.unwrap_err().kind(), expected, "{name}");
+            // The datagram came before the SYN, so it has been looked at.
+            assert_eq!(udp.recv_from(&mut [0; 4]).unwrap_err().kind(), ErrorKind::WouldBlock, "{name}");
+        }
+    }
+}
+
+/// What the guest's kernel tells a program that sends a datagram from a connected socket.
+fn datagram_error(net: &Net, to: SocketAddr) -> Option<i32> {
+    net.run(move || {
+        let socket = UdpSocket::bind((any(&to.ip().to_string()), 0)).unwrap();
+        socket.connect(to).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        let _ = socket.send(b"x");
+        socket.recv(&mut [0; 4]).err().and_then(|error| error.raw_os_error())
+    })
+}
+
+fn rules_hold_and_say_so(world: &World) {
+    let ports =
+        INTERNET.map(|ip| serve(&world.internet, ip, |mut stream| stream.write_all(b"hello").unwrap()));
+    let [v4, v6] = [at(INTERNET_V4, ports[0]), at(INTERNET_V6, ports[1])];
+    let parse = |texts: &[String]| texts.iter().map(|text| text.parse().unwrap()).collect();
+    let policy = |allow: &[String], deny: &[String]| StackSpec {
+        policy: PolicySpec { allow: parse(allow), deny: parse(deny), ..PolicySpec::default() },
+        ..spec()
+    };
+    let hello = |guest: &Guest, to: SocketAddr| {
+        guest.net.run(move || {
+            let mut text = String::new();
+            connect(to)?.read_to_string(&mut text).map(|_| text)
+        })
+    };
+    // Only this port of this address.
+    let guest = Guest::with(&policy(&[format!("tcp:{v4}")], &[]), &[]);
+    assert_eq!(hello(&guest, v4).unwrap(), "hello");
+    assert_eq!(hello(&guest, at(INTERNET_V4, 1)).unwrap_err().kind(), ErrorKind::HostUnreachable);
+    assert_eq!(hello(&guest, v6).unwrap_err().kind(), ErrorKind::PermissionDenied);
+    assert_eq!(datagram_error(&guest.net, v4), Some(Errno::EHOSTUNREACH as i32));
+    assert_eq!(datagram_error(&guest.net, v6), Some(Errno::EACCES as i32));
+    let ping = |ip: &'static str| {
+        guest.net.run(move || {
+            let output = Command::new("ping").args(["-c", "1", "-W", "10", ip]).output().unwrap();
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        })
+    };
+    assert!(ping(INTERNET_V4).contains("Packet filtered"));
+    assert!(ping(INTERNET_V6).contains("Administratively prohibited"));
+    assert!(ping(GATEWAY_V4).contains("1 received"), "the gateway is part of the stack");
+    assert_eq!(guest.stack.stats().refused_by_policy, 6);
+    // Everything but this network.
+    let guest = Guest::with(&policy(&[], &["[2001:db8:1::/48]".to_owned()]), &[]);
+    assert_eq!(hello(&guest, v4).unwrap(), "hello");
+    assert_eq!(hello(&guest, v6).unwrap_err().kind(), ErrorKind::PermissionDenied);
+}
+
+fn routes_and_addresses_of_the_host_are_followed(world: &World) {
+    let guest = Guest::new();
+    // A network that the host does not know yet, and joins while the guest is there.
+    let (there, moving) = ("192.0.2.130", "198.51.100.50");
+    world
+        .internet
+        .run(move || sh(&format!("ip addr add {there}/32 dev lo; ip addr add {moving}/32 dev inet0")));
+    let port = serve(&world.internet, there, |mut stream| stream.write_all(b"hello").unwrap());
+    let reach = |ip: &'static str, port| guest.net.run(move || connect(at(ip, port)).map(drop));
+    assert_eq!(reach(there, port).unwrap_err().kind(), ErrorKind::NetworkUnreachable);
+    sh(&format!("ip route add {there}/32 via {INTERNET_V4}"));
+    reach(there, port).unwrap();
+    sh(&format!("ip route del {there}/32"));
+    assert_eq!(reach(there, port).unwrap_err().kind(), ErrorKind::NetworkUnreachable);
+
+    // An address of another machine that becomes the host's own, under a flow that exists.
+    let echo = world.internet.run(move || UdpSocket::bind((moving, 0)).unwrap());
+    echo.set_read_timeout(Some(PATIENCE)).unwrap();
+    let to = echo.local_addr().unwrap();
+    let socket = guest.net.run(move || {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.connect(to).unwrap();
+        socket
+    });
+    socket.send(b"x").unwrap();
+    echo.recv_from(&mut [0; 4]).unwrap();
+    let before = guest.stack.stats().refused_by_policy;
+    world.internet.run(move || sh(&format!("ip addr del {moving}/32 dev inet0")));
+    sh(&format!("ip addr add {moving}/32 dev lo"));
+    let canary = UdpSocket::bind(to).unwrap();
+    let tcp = TcpListener::bind(to).unwrap();
+    assert_eq!(reach(moving, to.port()).unwrap_err().kind(), ErrorKind::HostUnreachable);
+    wait_until("the flow is refused", || {
+        let _ = socket.send(b"x");
+        guest.stack.stats().refused_by_policy > before + 1
+    });
+    // From here on nothing arrives: what was sent before the refusal is read away.
+    canary.set_nonblocking(true).unwrap();
+    while canary.recv_from(&mut [0; 4]).is_ok() {}
+    for _ in 0..10 {
+        let _ = socket.send(b"y");
+    }
+    guest.net.run(|| sh(&format!("ping -c 1 -W 5 {GATEWAY_V4}")));
+    assert_eq!(canary.recv_from(&mut [0; 4]).unwrap_err().kind(), ErrorKind::WouldBlock);
+    tcp.set_nonblocking(true).unwrap();
+    assert_eq!(tcp.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
+    sh(&format!("ip addr del {moving}/32 dev lo"));
 }
 
 /// A directory that goes with the test.

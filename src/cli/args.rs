@@ -150,9 +150,23 @@ pub(super) struct RunArgs {
     /// Publish a port: [IP:]HOST:INSIDE[/udp]
     #[arg(short, long, value_name = "PORTS", help_heading = "Network")]
     pub(super) publish: Vec<String>,
-    /// Let the gateway's address stand for the host's loopback
-    #[arg(long, help_heading = "Network")]
-    pub(super) allow_host_loopback: bool,
+    /// Let the gateway's address (host.containers.internal) stand for the host's loopback, and the host's own
+    /// addresses be reached; with ports, only by those
+    #[arg(
+        long,
+        value_name = "PORTS",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "all",
+        help_heading = "Network"
+    )]
+    pub(super) allow_host_loopback: Vec<String>,
+    /// Reach this and nothing else (repeatable): an address, a network, or `any`; IPv6 in brackets
+    #[arg(long, value_name = "[tcp:|udp:|icmp:]ADDR[/N][:PORTS]", help_heading = "Network")]
+    pub(super) allow: Vec<String>,
+    /// Do not reach this, whatever is allowed (repeatable)
+    #[arg(long, value_name = "[tcp:|udp:|icmp:]ADDR[/N][:PORTS]", help_heading = "Network")]
+    pub(super) deny: Vec<String>,
 
     /// Allow another sandbox inside this one
     #[arg(long, help_heading = "Sandbox")]

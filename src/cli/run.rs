@@ -20,7 +20,8 @@ use crate::plan::{self, BoxPlace, NetPlan, Plan, UpperPlan};
 use crate::report::{PublishedPort, RunReport};
 use crate::sandbox::{BoxRecord, BoxState, ExternalUpper, LockedBox, StateError, StateRoot, external_upper};
 use crate::spec::{
-    self, LayerSpec, NetMode, PublishSpec, RootSpec, SandboxSpec, SpecError, TimeSpec, ValidSpec,
+    self, LayerSpec, LoopbackSpec, NetMode, PublishSpec, RootSpec, SandboxSpec, SpecError, TimeSpec,
+    ValidSpec,
 };
 
 /// What `--report` writes.
@@ -402,7 +403,23 @@ fn spec_of(args: &RunArgs) -> Result<SandboxSpec, Failure> {
         Network::None => NetMode::None,
         Network::Host => NetMode::Host,
     };
-    spec.net.allow_host_loopback = args.allow_host_loopback;
+    for text in &args.allow_host_loopback {
+        let more = spec::parse::host_loopback(text).map_err(|error| usage(&error))?;
+        spec.net.host_loopback = match (std::mem::take(&mut spec.net.host_loopback), more) {
+            (LoopbackSpec::Ports(mut ports), LoopbackSpec::Ports(more)) => {
+                ports.extend(more);
+                LoopbackSpec::Ports(ports)
+            }
+            (LoopbackSpec::All, _) | (_, LoopbackSpec::All) => LoopbackSpec::All,
+            (LoopbackSpec::Refused, more) | (more, LoopbackSpec::Refused) => more,
+        };
+    }
+    for text in &args.allow {
+        spec.net.allow.push(spec::parse::allow(text).map_err(|error| usage(&error))?);
+    }
+    for text in &args.deny {
+        spec.net.deny.push(spec::parse::deny(text).map_err(|error| usage(&error))?);
+    }
     for text in &args.publish {
         spec.net.publish.extend(spec::parse::publish(text).map_err(|error| usage(&error))?);
     }

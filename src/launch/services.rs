@@ -3,11 +3,14 @@
 use std::os::fd::OwnedFd;
 
 use fsoverlay::Overlay;
-use netstack::{DnsSpec, Link, Outbound, Protocol, Publish, Published, Stack, StackSpec};
+use netstack::{
+    DnsSpec, HostLoopback, Link, Outbound, PolicySpec, Protocol, Publish, Published, Stack, StackSpec,
+};
 
 use super::LaunchError;
 use crate::plan::{NetPlan, Plan, StackPlan};
 use crate::report::PublishedPort;
+use crate::spec::LoopbackSpec;
 
 /// Threads that serve the overlay. At least two, because a request that waits for the disk must not
 /// hold up the others; each costs start-up time, and more than four serve no faster.
@@ -100,8 +103,21 @@ fn stack_spec(plan: &StackPlan) -> StackSpec {
             v6: (plan.gateway_v6, plan.guest_v6.1),
         },
         ipv6: true,
-        dns: DnsSpec::default(),
-        allow_host_loopback: plan.allow_host_loopback,
+        // Whether the loopback is opened or not: else the host's resolvers would be asked, and could send the sandbox
+        // somewhere else.
+        dns: DnsSpec {
+            hosts: StackPlan::GATEWAY_NAMES.map(|name| (name.to_owned(), plan.gateway_v4.into())).into(),
+            ..DnsSpec::default()
+        },
+        policy: PolicySpec {
+            allow: plan.allow.clone(),
+            deny: plan.deny.clone(),
+            host_loopback: match &plan.host_loopback {
+                LoopbackSpec::Refused => HostLoopback::Refused,
+                LoopbackSpec::Ports(ports) => HostLoopback::Ports(ports.clone()),
+                LoopbackSpec::All => HostLoopback::All,
+            },
+        },
         outbound: Outbound::default(),
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::{MapWriter, MountStep, NetPlan, Plan, SeccompPlan};
 use crate::log::{escape, escape_os};
-use crate::spec::IdExtent;
+use crate::spec::{IdExtent, LoopbackSpec};
 
 /// The plan as text: one thing a line, in the order in which it is done. Names are escaped
 /// for terminals, and values of variables are not shown.
@@ -144,9 +144,22 @@ impl Lines {
         let (v6, v6_prefix) = stack.guest_v6;
         self.line("", format_args!("{v4}/{v4_prefix}, gateway and name server {}", stack.gateway_v4))?;
         self.line("", format_args!("{v6}/{v6_prefix}, gateway {}", stack.gateway_v6))?;
-        let loopback =
-            if stack.allow_host_loopback { "is the gateway's address" } else { "cannot be reached" };
-        self.line("", format_args!("the host's loopback {loopback}"))?;
+        match &stack.host_loopback {
+            LoopbackSpec::Refused => self.line("", "the host's loopback cannot be reached")?,
+            LoopbackSpec::Ports(ports) => {
+                self.line(
+                    "",
+                    format_args!("the host's loopback is the gateway's address, ports {}", ranges(ports)),
+                )?;
+            }
+            LoopbackSpec::All => self.line("", "the host's loopback is the gateway's address")?,
+        }
+        for rule in &stack.allow {
+            self.line("allow", rule)?;
+        }
+        for rule in &stack.deny {
+            self.line("deny", rule)?;
+        }
         for publish in &stack.publish {
             let ip = match publish.host_ip {
                 Some(std::net::IpAddr::V6(ip)) => format!("[{ip}]"),
@@ -184,6 +197,19 @@ impl Lines {
         }
         Ok(())
     }
+}
+
+/// Ports, with neighbours as ranges.
+fn ranges(ports: &std::collections::BTreeSet<u16>) -> String {
+    let mut ranges: Vec<(u16, u16)> = Vec::new();
+    for &port in ports {
+        match ranges.last_mut() {
+            Some((_, last)) if *last + 1 == port => *last = port,
+            _ => ranges.push((port, port)),
+        }
+    }
+    let text = |(first, last)| if first == last { format!("{first}") } else { format!("{first}-{last}") };
+    ranges.into_iter().map(text).collect::<Vec<_>>().join(" ")
 }
 
 fn shown(path: &Path) -> String {

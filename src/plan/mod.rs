@@ -24,7 +24,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::host::layers::RootFacts;
-use crate::spec::{IdExtent, PublishSpec, TimeSpec, UserSpec};
+use crate::spec::{IdExtent, LoopbackSpec, PublishSpec, TimeSpec, UserSpec};
 
 /// Where a box is kept and what its root is made of: found before planning.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -248,13 +248,21 @@ pub struct StackPlan {
     pub gateway_v6: std::net::Ipv6Addr,
     /// Published ports.
     pub publish: Vec<PublishSpec>,
-    /// The gateway's address leads to the host's loopback.
-    pub allow_host_loopback: bool,
+    /// Whether the gateway's address leads to the host's loopback.
+    pub host_loopback: LoopbackSpec,
+    /// If there are any, nothing else is reached.
+    #[serde(with = "crate::spec::text_list")]
+    pub allow: Vec<netstack::Rule>,
+    /// Not reached, whatever is allowed.
+    #[serde(with = "crate::spec::text_list")]
+    pub deny: Vec<netstack::Rule>,
 }
 
 impl StackPlan {
     /// Ethernet address of the inside: locally administered, seen by nobody but the stack.
     pub const GUEST_MAC: [u8; 6] = [0x02, 0x72, 0x6f, 0x6f, 0x74, 0x01];
+    /// Names that lead to the gateway's IPv4 address, as those of other tools do.
+    pub const GATEWAY_NAMES: [&str; 2] = ["host.containers.internal", "host.docker.internal"];
     /// Ethernet address of the gateway.
     pub const GATEWAY_MAC: [u8; 6] = [0x02, 0x72, 0x6f, 0x6f, 0x74, 0x02];
 }

@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use super::{BoxPlace, GeneratedPlan, MountStep, NetPlan, Note, PlanError};
+use super::{BoxPlace, GeneratedPlan, MountStep, NetPlan, Note, PlanError, StackPlan};
 use crate::host::HostFacts;
 use crate::host::layers::{Accounts, Kind, PlaceFacts};
 use crate::spec::{NetMode, RootSpec, ValidSpec};
@@ -199,7 +199,9 @@ fn hosts(net: &NetPlan, hostname: &str, host: Option<&str>) -> String {
     let mut text = String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
     match net {
         NetPlan::Stack(stack) => {
-            writeln!(text, "{}\t{hostname}", stack.guest_v4.0).expect("writing to a String does not fail");
+            let names = StackPlan::GATEWAY_NAMES.join(" ");
+            writeln!(text, "{}\t{hostname}\n{}\t{names}", stack.guest_v4.0, stack.gateway_v4)
+                .expect("writing to a String does not fail");
         }
         NetPlan::None | NetPlan::Host => {
             writeln!(text, "127.0.1.1\t{hostname}").expect("writing to a String does not fail");

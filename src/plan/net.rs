@@ -46,7 +46,9 @@ pub(super) fn plan_net(spec: &ValidSpec, facts: &HostFacts) -> Result<NetPlan, P
                 guest_v6: (GUEST_V6, PREFIX_V6),
                 gateway_v6: GATEWAY_V6,
                 publish: spec.net.publish.clone(),
-                allow_host_loopback: spec.net.allow_host_loopback,
+                host_loopback: spec.net.host_loopback.clone(),
+                allow: spec.net.allow.clone(),
+                deny: spec.net.deny.clone(),
             }))
         }
     }

@@ -152,7 +152,9 @@ fn layers_with_everything() {
     ];
     spec.fs.tmpfs = vec![TmpfsSpec { root_path: "/data/cache".into(), size: Some(4096), mode: 0o700 }];
     spec.net.publish = crate::spec::parse::publish("[::1]:8080:80/udp").unwrap();
-    spec.net.allow_host_loopback = true;
+    spec.net.host_loopback = crate::spec::LoopbackSpec::Ports([5432, 8000, 8001, 8002].into());
+    spec.net.allow = vec!["tcp:192.0.2.0/24:443".parse().unwrap(), "[2001:db8::/32]".parse().unwrap()];
+    spec.net.deny = vec!["any:25".parse().unwrap()];
     spec.remove = true;
     let mut place = place(&[("/l/base", 1000), ("/l/top", 0)]);
     place.root.places[1].kind = None;

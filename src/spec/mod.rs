@@ -6,15 +6,18 @@
 pub(crate) mod os;
 pub mod overlay;
 pub mod parse;
+pub(crate) mod text_list;
 mod validate;
 
 pub use validate::{EXTENTS_MAX, SpecError, ValidSpec, check_box_name};
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use netstack::Rule;
 use serde::{Deserialize, Serialize};
 
 /// Everything that is wanted of one sandbox.
@@ -189,8 +192,28 @@ pub struct NetSpec {
     pub mode: NetMode,
     /// Ports of the host that lead inside.
     pub publish: Vec<PublishSpec>,
-    /// The gateway's address stands for the host's loopback.
-    pub allow_host_loopback: bool,
+    /// What the gateway's address leads to.
+    pub host_loopback: LoopbackSpec,
+    /// If there are any, nothing else is reached.
+    #[serde(with = "text_list")]
+    pub allow: Vec<Rule>,
+    /// Not reached, whatever is allowed.
+    #[serde(with = "text_list")]
+    pub deny: Vec<Rule>,
+}
+
+/// `--allow-host-loopback[=PORT[,PORT...]]`: whether the gateway's address stands for the host's
+/// loopback, and the host's own addresses may be reached.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LoopbackSpec {
+    /// Neither.
+    #[default]
+    Refused,
+    /// Both, by these ports.
+    Ports(BTreeSet<u16>),
+    /// Both, wholly.
+    All,
 }
 
 /// `--network`

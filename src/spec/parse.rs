@@ -3,13 +3,16 @@
 //! Each function takes the text alone and reads nothing of the machine: relative paths
 //! stay relative (the caller knows what they are relative to).
 
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::net::IpAddr;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{IdExtent, PublishSpec, SpecError, TmpfsSpec, UserSpec, VolumeSpec};
+use netstack::{Rule, RuleError};
+
+use super::{IdExtent, LoopbackSpec, PublishSpec, SpecError, TmpfsSpec, UserSpec, VolumeSpec};
 
 fn invalid(field: &'static str, value: impl AsRef<OsStr>, reason: impl Into<String>) -> SpecError {
     SpecError::Invalid { field, value: value.as_ref().to_string_lossy().into_owned(), reason: reason.into() }
@@ -99,6 +102,33 @@ pub fn publish(text: &str) -> Result<Vec<PublishSpec>, SpecError> {
         .zip(first..=last)
         .map(|(host_port, inside_port)| PublishSpec { host_ip, host_port, inside_port, udp })
         .collect())
+}
+
+/// `[tcp:|udp:|icmp:]TARGET[:PORTS]` of `--allow` (see [`netstack::Rule`]).
+pub fn allow(text: &str) -> Result<Rule, SpecError> {
+    let rule: Rule = text.parse().map_err(|error: RuleError| invalid("allow", text, error.to_string()))?;
+    rule.check_allow().map_err(|error| invalid("allow", text, error.to_string()))?;
+    Ok(rule)
+}
+
+/// The same of `--deny`.
+pub fn deny(text: &str) -> Result<Rule, SpecError> {
+    text.parse().map_err(|error: RuleError| invalid("deny", text, error.to_string()))
+}
+
+/// `all`, or `PORT[,PORT...]` with ranges `A-B`, of `--allow-host-loopback`.
+pub fn host_loopback(text: &str) -> Result<LoopbackSpec, SpecError> {
+    const FIELD: &str = "allow-host-loopback";
+    if text == "all" {
+        return Ok(LoopbackSpec::All);
+    }
+    let mut ports = BTreeSet::new();
+    for range in text.split(',') {
+        let (first, last) = port_range(range)
+            .ok_or_else(|| invalid(FIELD, text, "write ports, 1 to 65535: 5432,8000-8009"))?;
+        ports.extend(first..=last);
+    }
+    Ok(LoopbackSpec::Ports(ports))
 }
 
 fn port_range(text: &str) -> Option<(u16, u16)> {
@@ -310,6 +340,21 @@ mod tests {
             "1.2.3.4:5:6:7",
         ] {
             assert!(publish(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn rules_and_ports_of_the_loopback() {
+        assert_eq!(allow("tcp:[2001:db8::/32]:443").unwrap().to_string(), "tcp:[2001:db8::/32]:443");
+        assert!(allow("127.0.0.1").unwrap_err().to_string().contains("allow-host-loopback"));
+        assert!(allow("example.com").unwrap_err().to_string().starts_with("allow: "));
+        assert!(deny("10.0.0.1/8").unwrap_err().to_string().starts_with("deny: "));
+        assert!(deny("127.0.0.1").is_ok());
+        assert_eq!(host_loopback("all").unwrap(), LoopbackSpec::All);
+        let ports = LoopbackSpec::Ports([80, 8000, 8001].into());
+        assert_eq!(host_loopback("8000-8001,80").unwrap(), ports);
+        for bad in ["", "0", "80,", "http", "9-8", "65536", "all,80"] {
+            assert!(host_loopback(bad).is_err(), "{bad}");
         }
     }
 

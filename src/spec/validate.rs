@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
 
-use super::{IdExtent, NetMode, RootSpec, SandboxSpec, TimeSpec};
+use super::{IdExtent, LoopbackSpec, NetMode, RootSpec, SandboxSpec, TimeSpec};
 
 /// Why a spec is not acceptable. `field` is the name of the flag or key without dashes.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -179,11 +179,15 @@ impl SandboxSpec {
         let net = &self.net;
         if net.mode != NetMode::Stack {
             let reason = match net.mode {
-                NetMode::Host => "with the host's network, ports and loopback are the host's own already",
+                NetMode::Host => "with the host's network, everything that the host reaches is reached",
                 _ => "there is no network to reach",
             };
-            let field = if net.allow_host_loopback {
+            let field = if net.host_loopback != LoopbackSpec::Refused {
                 "allow-host-loopback"
+            } else if !net.allow.is_empty() {
+                "allow"
+            } else if !net.deny.is_empty() {
+                "deny"
             } else if net.publish.is_empty() {
                 return Ok(());
             } else {
@@ -504,9 +508,21 @@ mod tests {
         assert!(text.starts_with("publish and network none"), "{text}");
         let text = refused(|s| {
             s.net.mode = NetMode::Host;
-            s.net.allow_host_loopback = true;
+            s.net.host_loopback = LoopbackSpec::All;
         });
         assert!(text.starts_with("allow-host-loopback and network host"), "{text}");
+        for (mode, word) in [(NetMode::Host, "host"), (NetMode::None, "none")] {
+            let allow = refused(|s| {
+                s.net.mode = mode;
+                s.net.allow = vec!["any".parse().unwrap()];
+            });
+            assert!(allow.starts_with(&format!("allow and network {word}")), "{allow}");
+            let deny = refused(|s| {
+                s.net.mode = mode;
+                s.net.deny = vec!["any".parse().unwrap()];
+            });
+            assert!(deny.starts_with(&format!("deny and network {word}")), "{deny}");
+        }
         assert!(refused(|s| s.net.publish = vec![port.clone(), port.clone()]).contains("twice"));
     }
 

@@ -438,6 +438,103 @@ fn the_hosts_loopback_is_the_gateway_on_request() {
     assert_eq!(stop(port, &lab.host.to_string(), thread), 1);
 }
 
+#[test]
+fn the_hosts_loopback_is_opened_by_port_and_by_name() {
+    let lab = lab!();
+    let home = Home::new();
+    let (port, thread, _listener) = loopback_server("0.0.0.0");
+    let (other, other_thread, _other_listener) = loopback_server("0.0.0.0");
+    let names = ["host.containers.internal", "host.docker.internal", "gateway"].map(str::to_owned);
+    let addresses: Vec<String> = names.iter().cloned().chain([lab.host.to_string()]).collect();
+    let option = format!("--allow-host-loopback={port}");
+    let got = try_from_inside(&home, &[&option], &addresses, port);
+    assert_eq!(got, ["I am the host"; 4]);
+    let got = try_from_inside(&home, &[&option], &addresses, other);
+    assert_eq!(got, ["EHOSTUNREACH"; 4]);
+    // The names are there without the option, too, and lead nowhere else.
+    let got = try_from_inside(&home, &[], &names, port);
+    assert_eq!(got, ["EHOSTUNREACH"; 3]);
+    assert_eq!(stop(port, "127.0.0.1", thread), 4);
+    assert_eq!(stop(other, "127.0.0.1", other_thread), 0, "something reached the host");
+}
+
+#[test]
+fn names_of_the_host_are_answered_by_the_name_server_too() {
+    need!("dig");
+    let home = Home::new();
+    let script = "dig +short A host.containers.internal; dig +short A host.docker.internal; \
+                  dig +short AAAA host.docker.internal; awk '/nameserver/ {print $2}' /etc/resolv.conf";
+    let text = home.sh(NONE, script).run().ok().text();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.len(), 3, "{text}");
+    assert!(lines.iter().all(|line| *line == lines[2]), "{text}");
+}
+
+#[test]
+fn rules_hold_for_real_programs() {
+    let lab = lab!();
+    need!("curl");
+    need!("ping");
+    let home = Home::new();
+    // Exit statuses of curl: 7, no connection. Its message has the errno.
+    let curl = |to: &IpAddr| match to {
+        IpAddr::V4(ip) => {
+            format!("curl -sS -m 20 -o /dev/null http://{ip}:{}/ 2>&1 && echo reached", Lab::HTTP)
+        }
+        IpAddr::V6(ip) => {
+            format!("curl -sS -m 20 -o /dev/null 'http://[{ip}]:{}/' 2>&1 && echo reached", Lab::HTTP)
+        }
+    };
+    let [v4, v6] = lab.both();
+    let script = format!(
+        "{}; {}; ping -c 1 -W 10 {v4} | grep -i -o 'filtered\\|1 received'; true",
+        curl(&v4),
+        curl(&v6)
+    );
+    let run = |options: &[&str]| home.sh(options, &script).run().text();
+    let all = run(&[]);
+    assert_eq!(all.matches("reached").count(), 2, "{all}");
+    let only = run(&["--allow", &format!("tcp:{v4}:{}", Lab::HTTP)]);
+    let lines: Vec<&str> = only.lines().collect();
+    assert!(
+        lines[0] == "reached" && lines[1].contains("curl: (7)") && lines[2].eq_ignore_ascii_case("filtered"),
+        "{only}"
+    );
+    let denied = run(&["--allow", "any", "--deny", &format!("{v4}"), "--deny", &format!("[{v6}]:1-65535")]);
+    assert_eq!(denied.matches("curl: (7)").count(), 2, "{denied}");
+    assert!(denied.to_lowercase().contains("filtered"), "{denied}");
+    // The errors by their names.
+    let errors =
+        |options: &[&str], port| try_from_inside(&home, options, &[v4.to_string(), v6.to_string()], port);
+    assert_eq!(errors(&["--deny=any"], Lab::HTTP), ["EHOSTUNREACH", "EACCES"]);
+    // Names are still resolved, and the address counts, not the name.
+    let name = home
+        .sh(
+            ["--deny=any"],
+            "getent ahostsv4 world.test | head -1; curl -sS -m 20 http://world.test/ 2>&1; echo $?",
+        )
+        .run()
+        .text();
+    assert!(name.contains(&v4.to_string()) && name.ends_with("7"), "{name}");
+}
+
+#[test]
+fn rules_that_make_no_sense_are_refused_before_anything_happens() {
+    let home = Home::new();
+    for (option, part) in [
+        ("--allow=127.0.0.1", "allow-host-loopback"),
+        ("--allow=224.0.0.0/4", "multicast"),
+        ("--allow=example.com:443", "no IP address"),
+        ("--deny=2001:db8::/32", "in brackets"),
+        ("--deny=10.0.0.1/8", "bits behind"),
+        ("--deny=any:0", "no port"),
+        ("--allow-host-loopback=", "write ports"),
+        ("--allow-host-loopback=http", "write ports"),
+    ] {
+        home.rootlet(["run", option, "--", "true"]).run().exits(125).says(part);
+    }
+}
+
 /// A port of the host that nobody listens on now.
 fn free_port() -> u16 {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()

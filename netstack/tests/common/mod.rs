@@ -15,7 +15,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 
-use netstack::{DnsSpec, Link, Outbound, Publish, Published, Stack, StackSpec};
+use netstack::{DnsSpec, Link, Outbound, PolicySpec, Publish, Published, Stack, StackSpec};
 use nix::sched::{CloneFlags, setns, unshare};
 
 /// The host's own addresses.
@@ -151,7 +151,7 @@ pub(crate) fn spec() -> StackSpec {
         },
         ipv6: true,
         dns: DnsSpec::default(),
-        allow_host_loopback: false,
+        policy: PolicySpec::default(),
         outbound: Outbound::default(),
     }
 }

@@ -1,0 +1,322 @@
+//! What is decided, as data.
+
+use super::*;
+use crate::config::DnsAt;
+
+fn rules(host_loopback: HostLoopback, allow: &[&str], deny: &[&str]) -> Rules {
+    let parse = |texts: &[&str]| texts.iter().map(|text| text.parse().expect(text)).collect();
+    let policy = PolicySpec { allow: parse(allow), deny: parse(deny), host_loopback };
+    Rules::new(&StackSpec { policy, ..crate::config::tests::spec() })
+}
+
+fn decide_by(loopback: bool, transport: Transport, to: &str, route: RouteKind) -> Verdict {
+    let host_loopback = if loopback { HostLoopback::All } else { HostLoopback::Refused };
+    decide(&rules(host_loopback, &[], &[]), transport, to.parse().expect(to), route)
+}
+
+fn tcp(to: &str) -> Verdict {
+    decide_by(false, Transport::Tcp, to, RouteKind::Remote)
+}
+
+#[test]
+fn other_machines_are_allowed() {
+    for to in [
+        "192.0.2.1:80",
+        "10.0.3.1:22",
+        "100.64.0.1:1",
+        "172.16.0.1:443",
+        "[2001:db8::1]:443",
+        "[fd12::1]:1",
+        "[64:ff9b::c000:201]:80",
+        "[2002:c000:201::1]:80",
+    ] {
+        assert_eq!(tcp(to), Verdict::Allow(to.parse().expect(to)), "{to}");
+    }
+}
+
+#[test]
+fn the_hosts_loopback_is_refused_by_every_name() {
+    for to in [
+        "127.0.0.1:80",
+        "127.255.255.254:80",
+        "0.0.0.0:80",
+        "0.1.2.3:80",
+        "[::]:80",
+        "[::1]:80",
+        "[::ffff:127.0.0.1]:80",
+        "[::ffff:0.0.0.0]:80",
+        "[::127.0.0.1]:80",
+        "[64:ff9b::7f00:1]:80",
+        "[2002:7f00:1::1]:80",
+        "10.0.2.2:80",
+        "[fd00::2]:80",
+    ] {
+        assert_eq!(tcp(to), Verdict::Refuse(Reason::HostLoopback), "{to}");
+    }
+}
+
+#[test]
+fn ranges_without_a_host_are_refused_by_name() {
+    for (to, reason) in [
+        ("169.254.169.254:80", Reason::LinkLocal),
+        ("[::ffff:169.254.169.254]:80", Reason::LinkLocal),
+        ("[64:ff9b::a9fe:a9fe]:80", Reason::LinkLocal),
+        ("[fe80::1]:80", Reason::LinkLocal),
+        ("[fec0::1]:80", Reason::LinkLocal),
+        ("100.100.100.200:80", Reason::Metadata),
+        ("168.63.129.16:80", Reason::Metadata),
+        ("[fd00:ec2::254]:80", Reason::Metadata),
+        ("224.0.0.1:80", Reason::Multicast),
+        ("239.255.255.250:1900", Reason::Multicast),
+        ("255.255.255.255:67", Reason::Broadcast),
+        ("[ff02::fb]:5353", Reason::Multicast),
+        ("240.0.0.1:80", Reason::Reserved),
+        ("[::ffff:192.0.2.1]:80", Reason::Reserved),
+        ("10.0.2.255:80", Reason::Broadcast),
+        ("10.0.2.3:80", Reason::Subnet),
+        ("10.0.2.100:80", Reason::Subnet),
+        ("[fd00::3]:80", Reason::Subnet),
+    ] {
+        for allow in [false, true] {
+            let verdict = decide_by(allow, Transport::Udp, to, RouteKind::Remote);
+            assert_eq!(verdict, Verdict::Refuse(reason), "{to}");
+        }
+    }
+}
+
+#[test]
+fn the_hosts_own_addresses_follow_the_routing_table() {
+    let to = "198.51.100.7:22";
+    for (route, reason) in [
+        (RouteKind::Local, Reason::HostAddress),
+        (RouteKind::Broadcast, Reason::Broadcast),
+        (RouteKind::Unknown, Reason::Unknown),
+    ] {
+        assert_eq!(decide_by(false, Transport::Tcp, to, route), Verdict::Refuse(reason));
+    }
+    assert_eq!(decide_by(true, Transport::Tcp, to, RouteKind::Local), Verdict::Allow(to.parse().expect(to)));
+    assert_eq!(decide_by(true, Transport::Tcp, to, RouteKind::Unknown), Verdict::Refuse(Reason::Unknown));
+}
+
+#[test]
+fn the_gateway_answers_dns_and_echo_and_stands_for_loopback_when_allowed() {
+    for route in [RouteKind::Remote, RouteKind::Unknown] {
+        assert_eq!(decide_by(false, Transport::Udp, "10.0.2.2:53", route), Verdict::Gateway);
+        assert_eq!(decide_by(true, Transport::Tcp, "[fd00::2]:53", route), Verdict::Gateway);
+        assert_eq!(decide_by(false, Transport::Ping, "10.0.2.2:0", route), Verdict::Gateway);
+    }
+    for (to, real) in [("10.0.2.2:80", "127.0.0.1:80"), ("[fd00::2]:80", "[::1]:80")] {
+        assert_eq!(
+            decide_by(true, Transport::Tcp, to, RouteKind::Remote),
+            Verdict::Allow(real.parse().expect(real))
+        );
+    }
+    // Loopback itself stays refused: only the gateway stands for it.
+    let verdict = decide_by(true, Transport::Tcp, "127.0.0.1:80", RouteKind::Local);
+    assert_eq!(verdict, Verdict::Refuse(Reason::HostLoopback));
+}
+
+/// `tcp:`, `udp:` or `icmp:` and a destination, and what becomes of it: `ok`, or the name of the refusal.
+fn verdict(rules: &Rules, wanted: &str, route: RouteKind) -> String {
+    let (transport, to) = wanted.split_once(' ').expect(wanted);
+    let transport = match transport {
+        "tcp" => Transport::Tcp,
+        "udp" => Transport::Udp,
+        _ => Transport::Ping,
+    };
+    match decide(rules, transport, to.parse().expect(to), route) {
+        Verdict::Gateway => "gateway".into(),
+        Verdict::Allow(real) if real == to.parse().expect(to) => "ok".into(),
+        Verdict::Allow(real) => real.to_string(),
+        Verdict::Refuse(reason) => match rules.rule_of(reason) {
+            Some(rule) => format!("{} {rule}", reason.name()),
+            None => reason.name().into(),
+        },
+    }
+}
+
+/// Flows, and what becomes of each.
+type Becomes = &'static [(&'static str, &'static str)];
+
+#[test]
+fn rules_decide() {
+    let cases: &[(&[&str], &[&str], Becomes)] = &[
+        // Without rules everything goes.
+        (&[], &[], &[("tcp 192.0.2.1:80", "ok"), ("icmp [2001:db8::1]:0", "ok")]),
+        // One rule that allows, and nothing else does.
+        (
+            &["tcp:192.0.2.0/24:443"],
+            &[],
+            &[
+                ("tcp 192.0.2.1:443", "ok"),
+                ("tcp 192.0.2.1:80", "not-allowed"),
+                ("udp 192.0.2.1:443", "not-allowed"),
+                ("icmp 192.0.2.1:0", "not-allowed"),
+                ("tcp 192.0.3.1:443", "not-allowed"),
+                ("tcp [2001:db8::1]:443", "not-allowed"),
+                // The stack's own services are not part of the world.
+                ("udp 10.0.2.2:53", "gateway"),
+                ("icmp 10.0.2.2:0", "gateway"),
+            ],
+        ),
+        // Denying wins, whatever the order and the prefixes.
+        (
+            &["192.0.2.7", "10.0.0.0/8"],
+            &["192.0.2.0/24", "any:25"],
+            &[
+                ("tcp 192.0.2.7:80", "deny 192.0.2.0/24"),
+                ("tcp 10.9.0.1:25", "deny any:25"),
+                ("tcp 10.9.0.1:80", "ok"),
+                ("icmp 10.9.0.1:0", "ok"),
+            ],
+        ),
+        // Denying alone leaves the rest as it is.
+        (
+            &[],
+            &["udp:any", "[2001:db8::/32]"],
+            &[
+                ("udp 192.0.2.1:443", "deny udp:any"),
+                ("tcp 192.0.2.1:443", "ok"),
+                ("icmp [2001:db8::1]:0", "deny [2001:db8::/32]"),
+                ("tcp [2001:db9::1]:443", "ok"),
+            ],
+        ),
+        // A denied IPv4 address is not reached through a translator, an allowed one is not by itself.
+        (
+            &["192.0.2.0/24", "[2002::/16]"],
+            &["192.0.2.9"],
+            &[
+                ("tcp [2002:c000:209::1]:80", "deny 192.0.2.9"),
+                ("tcp [2002:c000:201::1]:80", "ok"),
+                ("tcp [64:ff9b::c000:201]:80", "not-allowed"),
+            ],
+        ),
+        // A wide rule opens nothing that is refused always, one about nothing else does.
+        (
+            &["any", "169.254.169.254:80", "icmp:100.100.100.200"],
+            &[],
+            &[
+                ("tcp 169.254.169.254:80", "ok"),
+                ("tcp 169.254.169.254:81", "link-local"),
+                ("tcp 169.254.169.253:80", "link-local"),
+                ("tcp [64:ff9b::a9fe:a9fe]:80", "link-local"),
+                ("icmp 100.100.100.200:0", "ok"),
+                ("tcp 100.100.100.200:80", "metadata"),
+                ("tcp 168.63.129.16:80", "metadata"),
+                ("tcp 127.0.0.1:80", "host-loopback"),
+                ("udp 224.0.0.251:5353", "multicast"),
+                ("udp 255.255.255.255:67", "broadcast"),
+                ("tcp 10.0.2.3:80", "subnet"),
+                ("tcp 10.0.2.2:80", "host-loopback"),
+            ],
+        ),
+        // And denying takes that back, too.
+        (&["169.254.169.254"], &["169.254.0.0/16"], &[("tcp 169.254.169.254:80", "deny 169.254.0.0/16")]),
+    ];
+    for (allow, deny, wanted) in cases {
+        let rules = rules(HostLoopback::Refused, allow, deny);
+        for (flow, becomes) in *wanted {
+            assert_eq!(verdict(&rules, flow, RouteKind::Remote), *becomes, "{flow} by {allow:?} {deny:?}");
+        }
+    }
+}
+
+#[test]
+fn the_host_is_opened_by_port_and_by_that_option_alone() {
+    let ports = || HostLoopback::Ports([53, 5432].into());
+    let cases: &[(HostLoopback, &[&str], &[&str], Becomes)] = &[
+        (
+            ports(),
+            &[],
+            &[],
+            &[
+                ("tcp 10.0.2.2:5432", "127.0.0.1:5432"),
+                ("udp [fd00::2]:5432", "[::1]:5432"),
+                ("tcp 10.0.2.2:5433", "host-loopback"),
+                ("tcp 10.0.2.2:53", "gateway"),
+                ("tcp 127.0.0.1:5432", "host-loopback"),
+                ("tcp 198.51.100.7:5432", "ok"),
+                ("tcp 198.51.100.7:22", "host-address"),
+                ("icmp 198.51.100.7:0", "host-address"),
+            ],
+        ),
+        (HostLoopback::All, &[], &[], &[("icmp 198.51.100.7:0", "ok"), ("tcp 198.51.100.7:22", "ok")]),
+        // The gateway is nobody's address; the host's own are addresses like others.
+        (
+            ports(),
+            &["192.0.2.1"],
+            &["any:5432"],
+            &[
+                ("tcp 10.0.2.2:5432", "127.0.0.1:5432"),
+                ("tcp 198.51.100.7:5432", "deny any:5432"),
+                ("tcp 198.51.100.7:53", "not-allowed"),
+            ],
+        ),
+        // Rules about addresses do not open the host.
+        (HostLoopback::Refused, &["198.51.100.7"], &[], &[("tcp 198.51.100.7:22", "host-address")]),
+    ];
+    for (host_loopback, allow, deny, wanted) in cases {
+        let rules = rules(host_loopback.clone(), allow, deny);
+        for (flow, becomes) in *wanted {
+            assert_eq!(verdict(&rules, flow, RouteKind::Local), *becomes, "{flow} by {host_loopback:?}");
+        }
+    }
+}
+
+#[test]
+fn rules_that_can_never_allow_anything_are_told_apart() {
+    for (text, part) in [
+        ("127.0.0.1:5432", "allow-host-loopback"),
+        ("[::1]", "allow-host-loopback"),
+        ("0.0.0.0/8", "allow-host-loopback"),
+        ("[64:ff9b::7f00:1]", "allow-host-loopback"),
+        ("[fe80::1]", "another link"),
+        ("224.0.0.0/4", "multicast"),
+        ("255.255.255.255", "broadcast"),
+        ("[ff02::1]", "multicast"),
+        ("240.0.0.0/5", "nobody"),
+    ] {
+        let error = text.parse::<Rule>().expect(text).check_allow().expect_err(text).to_string();
+        assert!(error.contains(part), "{text}: {error}");
+    }
+    for text in [
+        "any",
+        "0.0.0.0/0",
+        "0.0.0.0/1",
+        "[::/0]",
+        "[64:ff9b::/97]",
+        "[2002::/16]",
+        "169.254.0.0/16",
+        "169.254.169.254:80",
+        "[fd00:ec2::254]",
+        "192.0.2.1",
+        "224.0.0.0/3",
+    ] {
+        assert_eq!(text.parse::<Rule>().expect(text).check_allow(), Ok(()), "{text}");
+    }
+}
+
+#[test]
+fn a_resolver_of_its_own_leaves_port_53_of_the_gateway_to_the_host() {
+    let by = |at, host_loopback, wanted: &str| {
+        let mut spec = crate::config::tests::spec();
+        spec.policy.host_loopback = host_loopback;
+        spec.policy.deny = vec!["any".parse().expect("rule")];
+        spec.dns.at = at;
+        verdict(&Rules::new(&spec), wanted, RouteKind::Remote)
+    };
+    let own = || DnsAt::Addresses([10, 0, 2, 3].into(), "fd00::3".parse().expect("address"));
+    for (at, host_loopback, wanted, becomes) in [
+        (own(), HostLoopback::All, "udp 10.0.2.3:53", "gateway"),
+        (own(), HostLoopback::All, "tcp [fd00::3]:53", "gateway"),
+        (own(), HostLoopback::All, "icmp 10.0.2.3:0", "gateway"),
+        (own(), HostLoopback::All, "tcp 10.0.2.3:80", "subnet"),
+        (own(), HostLoopback::All, "udp 10.0.2.2:53", "127.0.0.1:53"),
+        (own(), HostLoopback::Ports([53].into()), "udp 10.0.2.2:53", "127.0.0.1:53"),
+        (own(), HostLoopback::Refused, "udp 10.0.2.2:53", "host-loopback"),
+        (DnsAt::Nowhere, HostLoopback::All, "udp 10.0.2.3:53", "subnet"),
+        (DnsAt::Nowhere, HostLoopback::Refused, "udp 10.0.2.2:53", "host-loopback"),
+    ] {
+        assert_eq!(by(at, host_loopback.clone(), wanted), becomes, "{wanted} {at:?} {host_loopback:?}");
+    }
+}
