@@ -15,7 +15,7 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use crate::attr::{Attr, Kind, Meta, Stat, Time};
 use crate::config::{Branch, OverlaySpec, Owners, Records};
 use crate::errno::{Errno, Res, missing_ok};
-use crate::far::{Far, MountTable, mounts_below};
+use crate::far::{Far, MountTable, mounts_below, repeated_below};
 use crate::generated::{GENERATED_ROOT, GenTree};
 use crate::handle::{Fd, FdRing, Holder, Pins};
 use crate::hooks::{AccessKind, Counts, Hooks};
@@ -110,13 +110,18 @@ impl Engine {
     pub(crate) fn open_among(mounted: &MountTable, spec: &OverlaySpec) -> Result<Self, Error> {
         let mut layers = Vec::with_capacity(spec.layers.len());
         let mut far = Vec::new();
-        for (index, layer) in spec.layers.iter().enumerate() {
+        // As they are called: a layer that is within another one by a symbolic link is met as such.
+        let roots: Vec<_> =
+            spec.layers.iter().map(|layer| std::path::absolute(&layer.dir).unwrap_or_default()).collect();
+        for (position, layer) in spec.layers.iter().enumerate() {
             let opened = open_root(&layer.dir).and_then(|fd| {
                 let stat = stat_fd(fd.as_fd())?;
                 Ok((Arc::new(fd), stat))
             });
             let (fd, stat) = opened.map_err(|err| open_error(&layer.dir, err))?;
-            let index = LayerIdx::try_from(index).map_err(|_| open_error(&layer.dir, Errno::TOOBIG))?;
+            let index = LayerIdx::try_from(position).map_err(|_| open_error(&layer.dir, Errno::TOOBIG))?;
+            let within = roots.iter().filter_map(|other| other.strip_prefix(&roots[position]).ok());
+            let within = within.filter(|path| !path.as_os_str().is_empty()).map(std::path::Path::to_owned);
             // What was asked for comes last, and so counts.
             let mounts = mounts_below(&fd, mounted);
             let hidden = Hidden::new(
@@ -124,6 +129,7 @@ impl Engine {
                     .iter()
                     .map(|(path, far)| (&**path, far.clone()))
                     .chain(layer.hidden.iter().map(|path| (&**path, None))),
+                repeated_below(&fd, mounted).into_iter().chain(within),
             );
             far.extend(mounts.iter().filter_map(|(_, far)| far.clone()));
             let marks = match (layer.records, layer.oci_whiteouts) {
@@ -725,7 +731,7 @@ fn make_root(
         upper: upper.map(|u| u.root.clone()),
         state,
     };
-    Ok(table.intern(ROOT, |_| true, || new))
+    Ok(table.intern(ROOT, 1, |_| true, || new))
 }
 
 #[cfg(test)]

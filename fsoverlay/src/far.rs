@@ -95,6 +95,8 @@ impl Rule {
 #[derive(Debug, PartialEq, Eq)]
 struct Mount {
     dev: u64,
+    /// All of the file system, rather than a part of it.
+    whole: bool,
     at: PathBuf,
     rule: Rule,
 }
@@ -105,10 +107,11 @@ impl Mount {
         let dev = std::str::from_utf8(fields.nth(2)?).ok()?;
         let (major, minor) = dev.split_once(':')?;
         let dev = u64::from(major.parse::<u32>().ok()?) << 32 | u64::from(minor.parse::<u32>().ok()?);
-        let at = unescaped(fields.nth(1)?);
+        let whole = fields.next()? == b"/";
+        let at = unescaped(fields.next()?);
         // Optional fields end with a dash.
         fields.find(|field| *field == b"-")?;
-        Some(Self { dev, at: std::ffi::OsString::from_vec(at).into(), rule: Rule::of(fields.next()?) })
+        Some(Self { dev, whole, at: std::ffi::OsString::from_vec(at).into(), rule: Rule::of(fields.next()?) })
     }
 }
 
@@ -171,6 +174,32 @@ pub(crate) fn mounts_below(root: &Fd, table: &MountTable) -> Vec<(PathBuf, Optio
             }
         })
         .collect()
+}
+
+/// The mounts below a directory, by path relative to it, that show what is seen elsewhere below it, too.
+pub(crate) fn repeated_below(root: &Fd, table: &MountTable) -> Vec<PathBuf> {
+    let path = std::fs::read_link(format!("/proc/self/fd/{}", root.as_raw_fd()));
+    path.map(|path| repeated(&path, table)).unwrap_or_default()
+}
+
+/// All mounts of a file system below a directory but one: the first by path, of those that show all of it if there is
+/// one. (So that the answer is the same on another day.)
+fn repeated(root: &Path, table: &MountTable) -> Vec<PathBuf> {
+    let own = table.mounts.iter().rev().filter(|mount| root.starts_with(&mount.at));
+    let mut seen: Vec<u64> =
+        own.max_by_key(|mount| mount.at.as_os_str().len()).map(|mount| mount.dev).into_iter().collect();
+    let mut again = Vec::new();
+    let mut shown: Vec<_> =
+        select(root, table).into_iter().filter(|(_, mount)| mount.rule == Rule::Shown).collect();
+    shown.sort_by_key(|(_, mount)| !mount.whole);
+    for (path, mount) in shown {
+        if seen.contains(&mount.dev) {
+            again.push(path);
+        } else {
+            seen.push(mount.dev);
+        }
+    }
+    again
 }
 
 fn is_dir(root: &Fd, path: &Path) -> bool {
@@ -410,6 +439,23 @@ mod tests {
     use std::sync::mpsc::channel;
 
     use super::*;
+
+    #[test]
+    fn all_but_one_mount_of_a_file_system_repeat_it() {
+        let table = b"\
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+23 22 8:2 / /home rw - ext4 /dev/sda2 rw
+24 22 8:1 /srv /mnt/srv rw - ext4 /dev/sda1 rw
+25 22 8:2 /me /export rw - ext4 /dev/sda2 rw
+26 23 8:3 / /home/me/disk rw - xfs /dev/sda3 rw
+27 22 0:21 / /proc rw - proc proc rw
+28 22 0:21 / /mnt/proc rw - proc proc rw
+";
+        let below = |root: &str| repeated(Path::new(root), &MountTable::parse(table));
+        assert_eq!(below("/"), [Path::new("export"), Path::new("mnt/srv")]);
+        assert_eq!(below("/home"), [] as [PathBuf; 0]);
+        assert_eq!(below("/mnt"), [Path::new("srv")]);
+    }
 
     #[test]
     fn each_mount_below_goes_by_its_rule() {

@@ -16,7 +16,7 @@
 //! | `Node::inner` | owner, mode, names, place; never held over I/O |
 //! | a shard of the table | counts of lookups |
 
-use std::collections::{HashMap, hash_map};
+use std::collections::{HashMap, HashSet, hash_map};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
@@ -308,6 +308,10 @@ pub(crate) struct Aliases {
     by_key: Mutex<HashMap<Key, u64>>,
     /// There never was one: nobody needs to look.
     none: AtomicBool,
+    /// Numbers of places ([`InodeNumbers::of_place`]) that are in use, since another place has the object's
+    /// own. What is there under one name does not tell which of its places a lookup met.
+    places: Mutex<HashSet<u64>>,
+    no_places: AtomicBool,
     capacity: usize,
 }
 
@@ -328,8 +332,33 @@ impl Aliases {
         self.by_key.lock().remove(&key);
     }
 
+    /// The number that a place has rather than that of the object there, if it has it.
+    pub(crate) fn place(&self, ino: impl FnOnce() -> u64) -> Option<u64> {
+        if self.no_places.load(Ordering::Acquire) {
+            return None;
+        }
+        Some(ino()).filter(|ino| self.places.lock().contains(ino))
+    }
+
+    pub(crate) fn insert_place(&self, ino: u64) {
+        self.no_places.store(false, Ordering::Release);
+        self.places.lock().insert(ino);
+    }
+
+    /// A name of a layer's file is not known any more.
+    fn release_place(&self, ino: u64) {
+        if self.no_places.load(Ordering::Acquire) {
+            return;
+        }
+        let mut places = self.places.lock();
+        if places.len() > self.capacity {
+            places.remove(&ino);
+        }
+    }
+
     /// The object is not known any more.
     fn release(&self, key: Key, ino: u64) {
+        self.release_place(ino);
         let mut by_key = self.by_key.lock();
         if by_key.len() > self.capacity && by_key.get(&key) == Some(&ino) {
             by_key.remove(&key);
@@ -352,7 +381,13 @@ impl Table {
         let shards = (0..SHARDS).map(|_| Mutex::default()).collect();
         Arc::new(Self {
             shards,
-            aliases: Aliases { by_key: Mutex::default(), none: true.into(), capacity: aliases },
+            aliases: Aliases {
+                by_key: Mutex::default(),
+                none: true.into(),
+                places: Mutex::default(),
+                no_places: true.into(),
+                capacity: aliases,
+            },
         })
     }
 
@@ -403,10 +438,11 @@ impl Table {
 
     /// The node of an object with the number `ino`, found or made. `same` tells whether
     /// a node that has the number is that object; if it is another one, the object gets
-    /// another number.
+    /// another number, which `seed` chooses.
     pub(crate) fn intern(
         self: &Arc<Self>,
         ino: u64,
+        seed: u64,
         same: impl Fn(&Node) -> bool,
         make: impl FnOnce() -> NewNode,
     ) -> Arc<Node> {
@@ -419,8 +455,8 @@ impl Table {
                 if same(&node) {
                     return node;
                 }
+                number = InodeNumbers::clashed(ino, seed.wrapping_add(attempt));
                 attempt += 1;
-                number = InodeNumbers::clashed(ino, attempt);
                 continue;
             }
             let node = self.node(number, make());
@@ -480,7 +516,10 @@ impl Table {
             match &mut entry.what {
                 _ if entry.lookups > 0 => None,
                 Known::Node { kernel, .. } => kernel.take().map(Gone::Node),
-                Known::Name(_) => shard.remove(&ino).map(Gone::Name),
+                Known::Name(_) => {
+                    self.aliases.release_place(ino);
+                    shard.remove(&ino).map(Gone::Name)
+                }
             }
         };
         // Dropped without the shard's lock: the node's Drop takes it.
@@ -528,7 +567,7 @@ mod tests {
         let table = Table::new(10);
         let key = |ino| Key { dev: 1, ino };
         let make = |ino| {
-            let node = table.intern(1000 + ino, |_| false, || object(key(ino)));
+            let node = table.intern(1000 + ino, 1, |_| false, || object(key(ino)));
             table.aliases.insert(key(ino), node.ino);
             node
         };

@@ -14,7 +14,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags};
@@ -43,7 +43,7 @@ pub(crate) struct RealDir {
     /// `None` for the root, whose descriptor stays open.
     position: Mutex<Option<Position>>,
     pub(crate) slot: FdSlot,
-    /// Paths below here that are shown as empty directories, or are far.
+    /// Paths below here of which there is something to say.
     pub(crate) hidden: Option<Arc<Hidden>>,
     /// It is in a file system that may never answer.
     pub(crate) far: Option<Arc<Far>>,
@@ -118,6 +118,11 @@ impl RealDir {
     /// The far file system that is mounted on `name` in here.
     pub(crate) fn far_at(&self, name: &[u8]) -> Option<&Arc<Far>> {
         self.hidden.as_ref().and_then(|h| h.children.get(name)).and_then(|h| h.far.as_ref())
+    }
+
+    /// Whether what stands at `name` in here stands at another place of the layers, too.
+    pub(crate) fn repeats(&self, name: &[u8]) -> bool {
+        self.hidden.as_ref().and_then(|h| h.children.get(name)).is_some_and(|h| h.repeated)
     }
 
     /// Whether `name` in here is shown as an empty directory.
@@ -246,31 +251,33 @@ fn inside(extents: &[IdExtent], id: u32) -> u32 {
         .unwrap_or(id)
 }
 
-/// The paths of a layer that are shown as empty directories, or are far, by component.
+/// The paths of a layer that are shown as empty directories, are far, or show what is elsewhere, too, by
+/// component.
 #[derive(Debug, Default)]
 pub(crate) struct Hidden {
     children: BTreeMap<Box<[u8]>, Arc<Hidden>>,
     terminal: bool,
     far: Option<Arc<Far>>,
+    pub(crate) repeated: bool,
 }
 
 impl Hidden {
-    /// Builds the tree of names; `None` if nothing is hidden.
+    /// Builds the tree of names; `None` if there is nothing to say. `repeated` are the places of objects
+    /// that have another one in the layers.
     pub(crate) fn new<'a>(
         paths: impl IntoIterator<Item = (&'a Path, Option<Arc<Far>>)>,
+        repeated: impl IntoIterator<Item = PathBuf>,
     ) -> Option<Arc<Self>> {
         let mut root = HiddenBuilder::default();
         for (path, far) in paths {
-            let mut at = &mut root;
-            for component in path.components() {
-                if let Component::Normal(name) = component {
-                    at = at.0.entry(std::os::unix::ffi::OsStrExt::as_bytes(name).into()).or_default();
-                }
-            }
-            at.1 |= far.is_none();
-            at.2 = far;
+            let at = root.at(path);
+            at.terminal |= far.is_none();
+            at.far = far;
         }
-        (!root.0.is_empty()).then(|| root.build())
+        for path in repeated {
+            root.at(&path).repeated = true;
+        }
+        (!root.children.is_empty()).then(|| root.build())
     }
 
     /// The names in here that are hidden themselves.
@@ -280,12 +287,27 @@ impl Hidden {
 }
 
 #[derive(Default)]
-struct HiddenBuilder(BTreeMap<Box<[u8]>, HiddenBuilder>, bool, Option<Arc<Far>>);
+struct HiddenBuilder {
+    children: BTreeMap<Box<[u8]>, HiddenBuilder>,
+    terminal: bool,
+    far: Option<Arc<Far>>,
+    repeated: bool,
+}
 
 impl HiddenBuilder {
+    fn at(&mut self, path: &Path) -> &mut Self {
+        let mut at = self;
+        for component in path.components() {
+            if let Component::Normal(name) = component {
+                at = at.children.entry(std::os::unix::ffi::OsStrExt::as_bytes(name).into()).or_default();
+            }
+        }
+        at
+    }
+
     fn build(self) -> Arc<Hidden> {
-        let children = self.0.into_iter().map(|(name, child)| (name, child.build())).collect();
-        Arc::new(Hidden { children, terminal: self.1, far: self.2 })
+        let children = self.children.into_iter().map(|(name, child)| (name, child.build())).collect();
+        Arc::new(Hidden { children, terminal: self.terminal, far: self.far, repeated: self.repeated })
     }
 }
 
@@ -314,11 +336,12 @@ mod tests {
 
     #[test]
     fn hidden_paths_are_found_by_component() {
-        let hidden = Hidden::new([Path::new("proc"), Path::new("/home/me/state")].map(|path| (path, None)))
-            .expect("not empty");
+        let hidden =
+            Hidden::new([Path::new("proc"), Path::new("/home/me/state")].map(|path| (path, None)), [])
+                .expect("not empty");
         assert_eq!(hidden.names().collect::<Vec<_>>(), [b"proc"]);
         let home = &hidden.children[&b"home"[..]];
         assert!(!home.terminal && home.children[&b"me"[..]].children[&b"state"[..]].terminal);
-        assert!(Hidden::new([]).is_none());
+        assert!(Hidden::new([], []).is_none());
     }
 }

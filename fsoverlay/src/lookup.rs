@@ -253,6 +253,11 @@ impl Engine {
                     let Seen { stat, meta, .. } = *seen;
                     let number = self.numbers.number(stat.key);
                     let below = if stat.nlink > 1 { stat.nlink } else { 0 };
+                    let ino = if below > 0 {
+                        self.alias(stat.key).unwrap_or(number)
+                    } else {
+                        self.number_at(parent, name, number, lower.repeats(descent.name()))
+                    };
                     if below > 0
                         && let Some((seen, place)) = self.copy_of(number)?
                     {
@@ -264,7 +269,7 @@ impl Engine {
                     };
                     let place = Place::Lower { dir: lower.clone(), name: name.into() };
                     return Ok(Some(Found {
-                        ino: self.alias(stat.key).unwrap_or(number),
+                        ino,
                         meta,
                         stat: Some(stat),
                         key: stat.key,
@@ -367,10 +372,15 @@ impl Engine {
             stat.nlink = 1;
         }
         // The number stays what it was before a copy-up: that of the topmost layer.
-        let lower_key = state.lowers.first().map(|d| d.key);
+        let lower = state.lowers.first();
+        let lower_key = lower.map(|dir| dir.key);
         let written = marks.origin.or(marks.number).filter(|_| upper.is_some());
         let number = |key| self.numbers.number(key);
-        let origin = written.map(|origin| self.numbers.of(origin)).or_else(|| lower_key.map(number));
+        let below = |dir: &Arc<RealDir>| {
+            let repeats = dir.hidden.as_ref().is_some_and(|hidden| hidden.repeated);
+            self.number_at(parent, name, number(dir.key), repeats)
+        };
+        let origin = written.map(|origin| self.numbers.of(origin)).or_else(|| lower.map(below));
         let alias = upper_key.and_then(|key| self.alias(key));
         let ino = match (alias.or(origin), upper_key, state.generated) {
             (Some(ino), ..) => ino,
@@ -393,6 +403,16 @@ impl Engine {
             upper,
             state,
         }
+    }
+
+    /// The number of a directory, or of a file with one name, that a layer has: its own, `number`, or that of
+    /// its place.
+    pub(crate) fn number_at(&self, parent: &Node, name: &[u8], number: u64, repeats: bool) -> u64 {
+        let of_place = || InodeNumbers::of_place(number, parent.ino, name);
+        if repeats || InodeNumbers::is_clashed(parent.ino) {
+            return of_place();
+        }
+        self.table.aliases.place(of_place).unwrap_or(number)
     }
 
     /// The number of a hidden directory.
@@ -430,21 +450,22 @@ impl Engine {
             }
             match inner.place {
                 Place::Gone(_) => false,
+                _ if single && !inner.links.iter().any(|l| l.is(parent, name)) => false,
                 // Just copied up, and without a name in the upper; this is one that a layer has of it.
-                Place::Parked(_) if inner.entry && below && inner.origin == Some(number) => !single,
+                Place::Parked(_) if inner.entry && below && inner.origin == Some(number) => true,
                 // Held open without a known name: the same file if the disk says so.
                 Place::Unlinked(_) | Place::Parked(_) => inner.key == key,
                 Place::Generated(_) => generated,
-                _ if single && !inner.links.iter().any(|l| l.is(parent, name)) => false,
                 _ => inner.key == key || below && inner.origin == Some(number),
             }
         };
         let link = Link { parent: parent.clone(), name: name.into() };
         let (aliased, mut stat) = (found.aliased, found.stat);
         let in_upper = matches!(found.place, Place::Upper);
-        // One directory of a layer can be mounted in two places: the key does not tell which.
-        let unique = kind != Kind::Dir || found.upper.is_some();
-        let node = self.table.intern(found.ino, same, || NewNode {
+        // Of what has one name in a layer the key does not tell at which of several places it is.
+        let at_place = if kind == Kind::Dir { found.upper.is_none() } else { single };
+        let seed = if at_place { crate::numbers::hash(parent.ino, name) } else { 1 };
+        let node = self.table.intern(found.ino, seed, same, || NewNode {
             kind,
             inner: Inner {
                 meta: found.meta,
@@ -465,7 +486,11 @@ impl Engine {
         if let Some(far) = far {
             let _ = node.far.set(far);
         }
-        if aliased || node.ino != number && unique {
+        if at_place {
+            if node.ino != number {
+                self.table.aliases.insert_place(node.ino);
+            }
+        } else if aliased || node.ino != number {
             // It may have gone with the node that was known before; or the number is in use.
             self.table.aliases.insert(key, node.ino);
         }
@@ -622,5 +647,132 @@ impl Engine {
             }
         }
         Ok(false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{LayerSpec, OverlaySpec};
+    use crate::engine::tests::Scratch;
+    use rustix::fs::XattrFlags;
+
+    /// The number of a path as the kernel learns it, and forgets it again.
+    fn number(engine: &Engine, path: &str) -> u64 {
+        let mut at = engine.root().clone();
+        let mut names = path.split('/').peekable();
+        while let Some(name) = names.next() {
+            if names.peek().is_some() {
+                at = engine.lookup(&at, name.as_bytes()).expect("a directory");
+                continue;
+            }
+            let (node, attr) = engine.lookup_known(&at, name.as_bytes()).expect("found");
+            drop(node);
+            let listed = engine.read_dir(&at, 2, 99).expect("listed");
+            let entry = listed.iter().find(|(_, entry)| *entry.name == *name.as_bytes()).expect("an entry");
+            assert_eq!(entry.1.ino, attr.ino, "{path}");
+            engine.table.forget(attr.ino, 1);
+            return attr.ino;
+        }
+        at.ino
+    }
+
+    /// Each path has one number, in whatever order they are looked up and forgotten.
+    fn stay(engine: &Engine, paths: &[&str]) -> Vec<u64> {
+        let numbers: Vec<u64> = paths.iter().map(|path| number(engine, path)).collect();
+        for _ in 0..3 {
+            for (path, first) in paths.iter().zip(&numbers).rev() {
+                assert_eq!(number(engine, path), *first, "{path}");
+            }
+        }
+        let mut distinct = numbers.clone();
+        distinct.sort_unstable();
+        distinct.dedup();
+        assert_eq!(distinct.len(), numbers.len(), "{numbers:?}");
+        numbers
+    }
+
+    /// `a/f`, `a/sub/g` and a link in the layer.
+    fn fill(scratch: &Scratch) {
+        let lower = scratch.dir.join("lower");
+        std::fs::create_dir_all(lower.join("a/sub")).expect("made");
+        std::fs::write(lower.join("a/f"), "lower").expect("written");
+        std::fs::write(lower.join("a/sub/g"), "lower").expect("written");
+        std::os::unix::fs::symlink("x", lower.join("a/l")).expect("linked");
+    }
+
+    #[test]
+    fn a_layer_within_another_has_numbers_of_its_own() {
+        let scratch = Scratch::new("within");
+        fill(&scratch);
+        let mut spec = scratch.spec();
+        spec.layers.push(LayerSpec { dir: scratch.dir.join("lower/a"), ..LayerSpec::default() });
+        let paths = ["f", "a/f", "l", "a/l", "sub", "a/sub", "sub/g", "a/sub/g"];
+        let open = |spec: &OverlaySpec| Engine::open(spec).expect("an overlay");
+        let mut engine = open(&spec);
+        let numbers = stay(&engine, &paths);
+        // The other order first, in another mount.
+        engine = open(&spec);
+        for (path, first) in paths.iter().zip(&numbers).rev() {
+            assert_eq!(number(&engine, path), *first, "{path}");
+        }
+        // Of two places of a file one changes, and both keep their numbers.
+        let dir = engine.lookup(engine.root(), b"a").expect("found");
+        let file = engine.lookup(&dir, b"f").expect("found");
+        let other = engine.lookup(engine.root(), b"f").expect("found");
+        assert_eq!(engine.write(&file, 0, b"upper", false), Ok(5));
+        let mut bytes = [0; 5];
+        assert_eq!((engine.read(&other, 0, &mut bytes), &bytes), (Ok(5), b"lower"));
+        drop((dir, file, other));
+        assert_eq!(stay(&engine, &paths), numbers);
+        engine = open(&spec);
+        assert_eq!(stay(&engine, &paths), numbers);
+    }
+
+    #[test]
+    fn places_that_nobody_told_of_keep_their_numbers() {
+        let scratch = Scratch::new("places");
+        fill(&scratch);
+        for name in ["x", "y"] {
+            let dir = scratch.dir.join("upper").join(name);
+            std::fs::create_dir(&dir).expect("made");
+            let fd = crate::layer::open_root(&dir).expect("opened");
+            let at = At::Name(fd.as_fd(), b".");
+            crate::sys::set_xattr(at, crate::xattr::REDIRECT, b"/a", XattrFlags::empty()).expect("set");
+        }
+        let engine = &scratch.engine;
+        let look = |dir: &str, name: &str| {
+            let dir = engine.lookup(engine.root(), dir.as_bytes()).expect("found");
+            engine.lookup(&dir, name.as_bytes()).expect("found")
+        };
+        // All at once: who comes second has another number, and keeps it.
+        let held = [look("a", "f"), look("x", "f"), look("y", "f"), look("a", "sub"), look("x", "sub")];
+        let paths = ["a/f", "x/f", "y/f", "a/sub", "x/sub"];
+        let numbers: Vec<u64> = held.iter().map(|node| node.ino).collect();
+        let again: Vec<u64> = paths.iter().map(|path| number(engine, path)).collect();
+        assert_eq!(again, numbers);
+        drop(held);
+        assert_eq!(stay(engine, &paths), numbers);
+        stay(engine, &["x/f", "a/f", "y/f", "x/sub/g", "a/sub/g", "x/l", "y/l", "a/l"]);
+    }
+
+    #[test]
+    fn an_unlinked_file_is_not_what_another_place_has() {
+        let scratch = Scratch::new("unlinked");
+        fill(&scratch);
+        let dir = scratch.dir.join("upper/x");
+        std::fs::create_dir(&dir).expect("made");
+        let fd = crate::layer::open_root(&dir).expect("opened");
+        let at = At::Name(fd.as_fd(), b".");
+        crate::sys::set_xattr(at, crate::xattr::REDIRECT, b"/a", XattrFlags::empty()).expect("set");
+        let engine = &scratch.engine;
+        let a = engine.lookup(engine.root(), b"a").expect("found");
+        let file = engine.lookup(&a, b"f").expect("found");
+        assert_eq!(engine.unlink(&a, b"f"), Ok(()));
+        let x = engine.lookup(engine.root(), b"x").expect("found");
+        let other = engine.lookup(&x, b"f").expect("found");
+        assert_ne!(other.ino, file.ino);
+        assert_eq!(engine.attr(&file).map(|attr| attr.stat.nlink), Ok(0));
+        assert_eq!(engine.attr(&other).map(|attr| attr.stat.nlink), Ok(1));
     }
 }

@@ -6,7 +6,7 @@
 //! | below 2^61 | an object on disk: 17 bits say which file system, 44 bits are its number there |
 //! | [`MIXED`] | the same where its number there has more bits (a FUSE file system below, say), mixed |
 //! | [`GENERATED`] | what is in memory only: a path, mixed |
-//! | [`CLASHED`] | an object whose own number is in use, and a hidden directory |
+//! | [`CLASHED`] | an object whose own number is in use, a hidden directory, and an object at a further place |
 //!
 //! Device numbers change from boot to boot; so a file system is known by what statfs(2) calls `f_fsid`,
 //! and by its device number only where it has none. The one of the upper (without one, of the lowest
@@ -15,6 +15,12 @@
 //! A copied-up object goes on with the number that it had. It is written down with the object
 //! ([`crate::xattr::ORIGIN`], [`crate::xattr::NUMBER`]; for links in [`crate::sidecar`]) as text in
 //! hexadecimal: `fs=FILESYSTEM:INO` with `i` or `d` before the file system's id or device, or `no=NUMBER`.
+//!
+//! A directory of a layer may stand at several places, by a bind mount, or because one layer is within
+//! another. Each is an object of its own, and so is each of the files in it that have a single name. One place,
+//! known from the start, has the numbers of the disk; at the others a number depends on the path as well
+//! ([`InodeNumbers::of_place`], [`crate::far::repeated_below`]), downwards from the directory where the
+//! repetition begins. Where that cannot be known from the start, the place that is met second gets such a number.
 //!
 //! Uniqueness does not rest on this alone: the inode table compares what a number stands for and takes
 //! another one if it is in use.
@@ -183,6 +189,16 @@ impl InodeNumbers {
             Some(fs) => format!("fs={}:{:x}", fs.id, number % PLAIN),
             None => format!("no={number:x}"),
         }
+    }
+
+    /// The number of an object at a place, which is told from other places where the same object stands.
+    pub(crate) fn of_place(number: u64, parent: u64, name: &[u8]) -> u64 {
+        Self::clashed(number, hash(parent, name))
+    }
+
+    /// Whether this is a number of [`InodeNumbers::clashed`].
+    pub(crate) fn is_clashed(number: u64) -> bool {
+        number & CLASHED == CLASHED
     }
 
     /// Another number for an object whose own is in use.

@@ -22,6 +22,7 @@ use crate::hooks::AccessKind;
 use crate::inode::{DirState, Node, ROOT};
 use crate::layer::{RealDir, UPPER, open_for_reading, stat_at};
 use crate::listing::{Builder, Entry, Listing};
+use crate::numbers::InodeNumbers;
 use crate::oci::{Said, said};
 use crate::sync::Mutex;
 
@@ -166,7 +167,9 @@ impl Engine {
     }
 
     fn add_real(&self, builder: &mut Builder<'_>, node: &Node, dir: &Arc<RealDir>) -> Res<()> {
-        let impure = dir.impure.load(Ordering::Relaxed);
+        // Where numbers are those of places, those of files with several names are not.
+        let unclear =
+            dir.impure.load(Ordering::Relaxed) || dir.layer != UPPER && InodeNumbers::is_clashed(node.ino);
         let mut failed = None;
         let named = self.has_named_whiteouts(dir);
         let mut gone: Vec<Box<[u8]>> = Vec::new();
@@ -198,8 +201,11 @@ impl Engine {
                     return true;
                 }
                 let key = Key { dev: dir.key.dev, ino };
-                let ino = self.alias(key).unwrap_or_else(|| self.numbers.number(key));
-                failed = builder.add(name, kind, ino, !impure).err();
+                let ino = self.alias(key).unwrap_or_else(|| {
+                    let number = self.numbers.number(key);
+                    if dir.layer == UPPER { number } else { self.number_at(node, name, number, false) }
+                });
+                failed = builder.add(name, kind, ino, !unclear).err();
                 failed.is_none()
             })?;
         }

@@ -13,6 +13,7 @@ use crate::semantics::{drop_caches, make_tree, no_leftovers, walk};
 pub(crate) const CASES: &[Case] = &[
     Case { name: "numbers_stay_over_remounts", outside: remounts, inside: numbers },
     Case { name: "numbers_of_several_file_systems_stay", outside: several, inside: numbers },
+    Case { name: "a_directory_at_two_places_has_two_numbers", outside: twice, inside: places },
 ];
 
 type Numbers = BTreeMap<PathBuf, (u64, u64)>;
@@ -98,6 +99,76 @@ fn several(world: &mut World) -> Check {
     );
     world.mount().under(&["unshare", "-Urm", "sh", "-c", &script, "sh"]).run()?;
     no_leftovers(world)
+}
+
+/// A directory, a file and a file system below the layer that are also mounted elsewhere in it.
+fn twice(world: &mut World) -> Check {
+    let lower = world.lower();
+    fs::create_dir_all(lower.join("a/sub"))?;
+    for dir in ["b", "disk", "disk2"] {
+        fs::create_dir(lower.join(dir))?;
+    }
+    for file in ["a/f", "a/sub/g", "a/h1", "once"] {
+        fs::write(lower.join(file), "lower")?;
+    }
+    fs::hard_link(lower.join("a/h1"), lower.join("a/h2"))?;
+    symlink("x", lower.join("a/l"))?;
+    fs::write(lower.join("again"), "")?;
+    let file = world.path("other/numbers").display().to_string();
+    let script = format!(
+        "cd {} && mount -t tmpfs tmpfs disk && mkdir disk/sub && echo lower > disk/f && touch disk/sub/g && ln -s x disk/l \
+         && mount --bind a b && mount --bind disk disk2 && mount --bind once again && cd / \
+         && \"$@\" {file} a && \"$@\" {file} b && \"$@\" {file} change && \"$@\" {file} b",
+        lower.display()
+    );
+    world.mount().under(&["unshare", "-Urm", "sh", "-c", &script, "sh"]).run()?;
+    no_leftovers(world)
+}
+
+fn places(args: &[String]) -> Check {
+    let [file, step] = args else { return Err("two arguments are wanted".into()) };
+    let mut paths = vec!["once".to_owned(), "again".to_owned()];
+    for dir in ["a", "b", "disk", "disk2"] {
+        paths.extend(["f", "sub/g", "sub", "l", ""].map(|name| format!("./{dir}/{name}")));
+    }
+    if step == "b" {
+        paths.reverse();
+    }
+    let look = || -> Result<Numbers, Failure> {
+        let mut all = Numbers::new();
+        for path in &paths {
+            let meta = fs::symlink_metadata(path)?;
+            all.insert(path.into(), (meta.dev(), meta.ino()));
+            drop_caches();
+        }
+        Ok(all)
+    };
+    let before = look()?;
+    let distinct = before.values().map(|number| number.1).collect::<std::collections::BTreeSet<_>>().len();
+    same!(distinct, before.len(), "{before:?}");
+    if Path::new(file).exists() {
+        compare(&before, file)?;
+    }
+    if step == "change" {
+        for (changed, other) in
+            [("b/f", "a/f"), ("a/sub/g", "b/sub/g"), ("disk2/f", "disk/f"), ("again", "once")]
+        {
+            let old = fs::read(other)?;
+            fs::write(changed, "upper")?;
+            same!(fs::read(other)?, old, "{other}");
+        }
+        // Names of one file, wherever they are.
+        fs::write("b/h1", "upper")?;
+        for name in ["a/h1", "a/h2", "b/h2"] {
+            same!(fs::read_to_string(name)?, "upper", "{name}");
+        }
+    }
+    same!(look()?, before);
+    for dir in ["a", "b", "disk", "disk2"] {
+        walk(Path::new(dir), &mut Numbers::new())?;
+    }
+    same!(look()?, before);
+    save(&before, file)
 }
 
 fn numbers(args: &[String]) -> Check {
