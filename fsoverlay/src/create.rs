@@ -493,6 +493,11 @@ impl Engine {
             released(quota, node.kind, stat);
         }
         self.note_links(node);
+        if stat.nlink <= 1
+            && let Ok(upper) = self.upper()
+        {
+            upper.sidecar.forget(stat);
+        }
         if ended {
             self.table.aliases.remove(key);
             let slot = node.file.take();

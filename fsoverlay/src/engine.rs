@@ -202,6 +202,9 @@ impl Engine {
     pub(crate) fn set_hooks(&mut self, hooks: Hooks) {
         if let Some(quota) = &hooks.quota {
             let _ = self.pins.quota.set(quota.clone());
+            if let Some(upper) = &self.upper {
+                let _ = upper.sidecar.quota.set(quota.clone());
+            }
         }
         self.journal = Journal::new(hooks.journal);
         self.hooks = hooks;
@@ -585,7 +588,8 @@ impl Upper {
         let work = Arc::new(work);
         Ok(Self {
             root: RealDir::root(UPPER, Arc::new(dir), stat.key, None),
-            sidecar: Sidecar::new(work.clone()),
+            sidecar: Sidecar::open(work.clone(), spec.volatile)
+                .map_err(|err| open_error(&spec.work.join("owners"), err))?,
             links: Links::default(),
             work,
             counter: AtomicU64::new(u64::from(std::process::id()) << 32),

@@ -88,6 +88,15 @@ pub(crate) enum Origin {
     Number(u64),
 }
 
+impl std::fmt::Display for Origin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Object { fs, ino } => write!(f, "fs={fs}:{ino:x}"),
+            Self::Number(number) => write!(f, "no={number:x}"),
+        }
+    }
+}
+
 impl Origin {
     pub(crate) fn parse(text: &[u8]) -> Option<Self> {
         let text = std::str::from_utf8(text).ok()?;
@@ -186,9 +195,10 @@ impl InodeNumbers {
     /// How a number is written down.
     pub(crate) fn describe(&self, number: u64) -> String {
         match self.known.read().iter().find(|fs| number / PLAIN == fs.prefix) {
-            Some(fs) => format!("fs={}:{:x}", fs.id, number % PLAIN),
-            None => format!("no={number:x}"),
+            Some(fs) => Origin::Object { fs: fs.id, ino: number % PLAIN },
+            None => Origin::Number(number),
         }
+        .to_string()
     }
 
     /// The number of an object at a place, which is told from other places where the same object stands.

@@ -7,36 +7,59 @@
 //! takes a line back. One that was copied up, whose number is not the disk's, gets a line
 //! `INO BTIME = ORIGIN` ([`crate::numbers`]), and one of several names `INO BTIME + COUNT`
 //! ([`crate::links`]). A number that the file system used again for another link is
-//! told apart by the time of birth. The upper itself stays as the kernel's overlayfs
+//! told apart by the time of birth, and what was said of the one before is forgotten. The upper itself
+//! stays as the kernel's overlayfs
 //! wants it; without the file (the work directory was emptied, the upper copied
 //! elsewhere) links belong to the default owner again.
 //!
-//! The file is read when the first link of the upper is looked up, and only appended
-//! to while mounted: one `write` per line, so that a killed server leaves whole lines.
+//! The file is read when the first link of the upper is looked up, and appended
+//! to: one `write` per line, so that a killed server leaves whole lines. What is not a line (a torn one, any
+//! bytes) says nothing.
+//!
+//! # How large it gets
+//!
+//! A link that is removed takes its lines back with a last one, `INO BTIME x x`. When most of the file says
+//! nothing any more it is written anew beside itself, synced, and renamed into its place: at any moment one of
+//! the two is there, whole. So the file and the memory that it takes are bounded by how many links there
+//! are; by [`MAX_SIZE`] and [`MAX_LINKS`] besides, beyond which a new link gets no record (`ENOSPC`), and an upper
+//! with such a file is refused. Its blocks count for a [`Quota`].
 
 use std::collections::HashMap;
-use std::io::{Read, Write as _};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
 
 use crate::attr::{Kind, Stat};
-use crate::errno::{Errno, Res};
+use crate::copyup::write_all;
+use crate::errno::{Errno, Res, missing_ok};
 use crate::handle::Fd;
+use crate::hooks::{Growth, Quota, Refusal, Usage};
+use crate::layer::{stat_at, stat_fd};
 use crate::numbers::Origin;
 use crate::sync::Mutex;
 
 const NAME: &str = "owners";
-/// A file larger than this is not read: it cannot be ours.
+/// The file while it is written anew. No other temporary name has so small a number
+/// ([`crate::engine::Upper::temp_name`]).
+const NEW_NAME: &str = "#0";
+/// A file larger than this is not used.
 const MAX_SIZE: u64 = 256 << 20;
+/// Nor is one that knows more links.
+const MAX_LINKS: usize = 4 << 20;
+/// A file of this size may know more than [`MAX_LINKS`]: no line of ours is shorter.
+const MANY: u64 = MAX_LINKS as u64 * SHORTEST;
+const SHORTEST: u64 = 10;
+/// Longer than any line of ours.
+const LONGEST: usize = 128;
+/// What a file may have too much before it is written anew.
+const SLACK: u64 = 64 << 10;
+/// What files grow by.
+const BLOCK: u64 = 4096;
 
-/// The identity of a link on disk.
-type LinkId = (u64, i64, u32);
-
-fn id(stat: &Stat) -> LinkId {
-    (stat.key.ino, stat.btime.sec, stat.btime.nsec)
-}
+/// The identity of a link on disk, beside its number: when it was born.
+type Birth = (i64, u32);
 
 /// Whether something in the upper cannot hold attributes.
 pub(crate) fn is_needed(stat: &Stat) -> bool {
@@ -46,6 +69,7 @@ pub(crate) fn is_needed(stat: &Stat) -> bool {
 /// What lines say of a link.
 #[derive(Debug, Default, Clone, Copy)]
 struct Said {
+    birth: Birth,
     owner: Option<(u32, u32)>,
     number: Option<Origin>,
     links: Option<u32>,
@@ -57,6 +81,7 @@ enum Line {
     Owner(Option<(u32, u32)>),
     Number(Origin),
     Links(u32),
+    Gone,
 }
 
 impl Said {
@@ -65,7 +90,83 @@ impl Said {
             Line::Owner(owner) => self.owner = owner,
             Line::Number(origin) => self.number = Some(origin),
             Line::Links(count) => self.links = Some(count),
+            Line::Gone => *self = Self { birth: self.birth, ..Self::default() },
         }
+    }
+
+    /// How many lines say the same.
+    fn lines(&self) -> u64 {
+        u64::from(self.owner.is_some()) + u64::from(self.number.is_some()) + u64::from(self.links.is_some())
+    }
+
+    fn write(&self, ino: u64, out: &mut Vec<u8>) {
+        let (sec, nsec) = self.birth;
+        let mut line =
+            |text: String| out.extend_from_slice(format!("{ino:x} {sec}.{nsec} {text}\n").as_bytes());
+        if let Some((uid, gid)) = self.owner {
+            line(format!("{uid} {gid}"));
+        }
+        if let Some(origin) = self.number {
+            line(format!("= {origin}"));
+        }
+        if let Some(count) = self.links {
+            line(format!("+ {count}"));
+        }
+    }
+}
+
+/// The file, open.
+#[derive(Debug)]
+struct File {
+    fd: Fd,
+    length: u64,
+    /// The last line is not a whole one.
+    torn: bool,
+    /// It could not be written anew at this length.
+    stuck_at: u64,
+}
+
+/// All that the file says, and the file, once there is one.
+#[derive(Debug, Default)]
+struct Index {
+    said: HashMap<u64, Said>,
+    /// How many lines are needed to say it.
+    lines: u64,
+    file: Option<File>,
+}
+
+impl Index {
+    fn get(&self, link: &Stat) -> Said {
+        let birth = (link.btime.sec, link.btime.nsec);
+        self.said.get(&link.key.ino).filter(|said| said.birth == birth).copied().unwrap_or_default()
+    }
+
+    fn learn(&mut self, ino: u64, birth: Birth, line: Line) {
+        let said = self.said.entry(ino).or_default();
+        self.lines -= said.lines();
+        if said.birth != birth {
+            *said = Said { birth, ..Said::default() };
+        }
+        said.learn(line);
+        let lines = said.lines();
+        self.lines += lines;
+        if lines == 0 {
+            self.said.remove(&ino);
+            // What many links took is not kept for few.
+            if self.said.capacity() > 1024 && self.said.len() < self.said.capacity() / 8 {
+                self.said.shrink_to(self.said.len() * 2);
+            }
+        }
+    }
+
+    /// The most that the file may take.
+    fn allowance(&self) -> u64 {
+        SLACK + self.lines * 2 * LONGEST as u64
+    }
+
+    /// The most that it takes when it was just written anew.
+    fn least(&self) -> u64 {
+        self.lines * LONGEST as u64
     }
 }
 
@@ -73,41 +174,67 @@ impl Said {
 #[derive(Debug)]
 pub(crate) struct Sidecar {
     work: Fd,
-    loaded: Mutex<Option<HashMap<LinkId, Said>>>,
+    loaded: Mutex<Option<Index>>,
     /// Lines were written since the last sync.
     unsynced: AtomicBool,
+    /// There is something to forget.
+    any: AtomicBool,
+    volatile: bool,
+    /// Is told how much the file takes.
+    pub(crate) quota: OnceLock<Arc<dyn Quota>>,
 }
 
 impl Sidecar {
-    pub(crate) fn new(work: Fd) -> Self {
-        Self { work, loaded: Mutex::new(None), unsynced: AtomicBool::new(false) }
+    /// Refuses a file that cannot be ours (`EFBIG` if it is too large). It is read later, unless it takes reading
+    /// to know.
+    pub(crate) fn open(work: Fd, volatile: bool) -> Res<Self> {
+        let found = missing_ok(stat_at(work.as_fd(), NAME.as_bytes()))?;
+        let sidecar = Self {
+            work,
+            loaded: Mutex::new(None),
+            unsynced: AtomicBool::new(false),
+            any: AtomicBool::new(found.is_some()),
+            volatile,
+            quota: OnceLock::new(),
+        };
+        match found {
+            None => {}
+            Some(stat) if stat.kind() != Some(Kind::File) => return Err(Errno::INVAL),
+            Some(stat) if stat.size > MAX_SIZE => return Err(Errno::FBIG),
+            Some(stat) if stat.size > MANY => *sidecar.loaded.lock() = Some(sidecar.load()?),
+            Some(_) => {}
+        }
+        Ok(sidecar)
     }
 
-    fn load(&self) -> Res<HashMap<LinkId, Said>> {
+    fn load(&self) -> Res<Index> {
+        let mut index = Index::default();
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let fd = match rustix::fs::openat(&self.work, NAME, flags, Mode::empty()) {
-            Ok(fd) => fd,
-            Err(Errno::NOENT) => return Ok(HashMap::new()),
-            Err(err) => return Err(err),
+        let Some(fd) = missing_ok(rustix::fs::openat(&self.work, NAME, flags, Mode::empty()))? else {
+            return Ok(index);
         };
-        let mut text = String::new();
-        let mut file = std::fs::File::from(fd).take(MAX_SIZE);
-        file.read_to_string(&mut text).map_err(|_| Errno::IO)?;
-        let mut said: HashMap<LinkId, Said> = HashMap::new();
-        for line in text.lines() {
-            if let Some((id, line)) = parse(line) {
-                said.entry(id).or_default().learn(line);
-            }
-        }
-        Ok(said)
+        read_lines(fd.as_fd(), |ino, birth, line| {
+            index.learn(ino, birth, line);
+            if index.said.len() > MAX_LINKS { Err(Errno::FBIG) } else { Ok(()) }
+        })?;
+        Ok(index)
+    }
+
+    /// Does something with the index, which is read first if it is not known.
+    fn with<T>(&self, f: impl FnOnce(&mut Index) -> Res<T>) -> Res<T> {
+        let mut loaded = self.loaded.lock();
+        let index = match &mut *loaded {
+            Some(index) => index,
+            none => none.insert(self.load()?),
+        };
+        f(index)
     }
 
     fn said(&self, link: &Stat) -> Res<Said> {
-        let mut loaded = self.loaded.lock();
-        if loaded.is_none() {
-            *loaded = Some(self.load()?);
+        if !self.any.load(Ordering::Acquire) {
+            return Ok(Said::default());
         }
-        Ok(loaded.as_ref().and_then(|said| said.get(&id(link))).copied().unwrap_or_default())
+        self.with(|index| Ok(index.get(link)))
     }
 
     /// The recorded owner of a link of the upper.
@@ -156,56 +283,417 @@ impl Sidecar {
         self.add(link, &format!("+ {count}"))
     }
 
+    /// The link is gone. What fails leaves a line that says nothing to anybody.
+    pub(crate) fn forget(&self, link: &Stat) {
+        if !is_needed(link) || !self.any.load(Ordering::Acquire) {
+            return;
+        }
+        let forgotten = self.with(|index| match index.get(link).lines() {
+            0 => Ok(()),
+            _ => self.append(index, link, "x x"),
+        });
+        if let Err(err) = forgotten {
+            tracing::debug!(?err, "a line about a link that is gone stays");
+        }
+    }
+
     /// Appends a line about a link.
     fn add(&self, link: &Stat, text: &str) -> Res<()> {
-        let mut loaded = self.loaded.lock();
-        if loaded.is_none() {
-            *loaded = Some(self.load()?);
+        self.any.store(true, Ordering::Release);
+        self.with(|index| {
+            if index.said.len() >= MAX_LINKS && !index.said.contains_key(&link.key.ino) {
+                return Err(Errno::NOSPC);
+            }
+            self.append(index, link, text)
+        })
+    }
+
+    fn append(&self, index: &mut Index, link: &Stat, text: &str) -> Res<()> {
+        let birth = (link.btime.sec, link.btime.nsec);
+        let mut line = format!("{:x} {}.{} {text}\n", link.key.ino, birth.0, birth.1);
+        if index.file.is_none() {
+            index.file = Some(self.open_file()?);
         }
-        let Some(said) = loaded.as_mut() else { return Err(Errno::IO) };
-        let line = format!("{:x} {}.{} {text}\n", link.key.ino, link.btime.sec, link.btime.nsec);
-        let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(self.work.as_fd(), NAME, flags, Mode::from_raw_mode(0o600))?;
+        let Some(file) = &mut index.file else { return Err(Errno::IO) };
+        if file.torn {
+            line.insert(0, '\n');
+        }
+        let length = file.length + line.len() as u64;
+        if length > MAX_SIZE {
+            return Err(Errno::NOSPC);
+        }
+        let frees = text == "x x";
+        let room = self.reserve(file, length, frees)?;
         self.unsynced.store(true, Ordering::Release);
-        std::fs::File::from(fd)
-            .write_all(line.as_bytes())
-            .map_err(|err| Errno::from_io_error(&err).unwrap_or(Errno::IO))?;
-        if let Some((id, line)) = parse(line.trim_end()) {
-            said.entry(id).or_default().learn(line);
+        let written = write_all(file.fd.as_fd(), line.as_bytes(), file.length);
+        if let Err(err) = written {
+            // What came of it is written over, or cut off.
+            file.torn = rustix::fs::ftruncate(&file.fd, file.length).is_err();
+            return Err(err);
         }
+        (file.length, file.torn) = (length, false);
+        room.used();
+        if let Some((ino, birth, line)) = parse(line.trim().as_bytes()) {
+            index.learn(ino, birth, line);
+        }
+        self.tidy(index);
         Ok(())
+    }
+
+    fn open_file(&self) -> Res<File> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(&self.work, NAME, flags, Mode::from_raw_mode(0o600))?;
+        let length = stat_fd(fd.as_fd())?.size;
+        let mut last = [b'\n'];
+        if let Some(at) = length.checked_sub(1) {
+            rustix::io::pread(&fd, &mut last, at)?;
+        }
+        Ok(File { fd: Arc::new(fd), length, torn: last != [b'\n'], stuck_at: 0 })
+    }
+
+    /// Writes the file anew if most of it says nothing any more.
+    fn tidy(&self, index: &mut Index) {
+        let Some(file) = &index.file else { return };
+        let size_matters = file.length > MAX_SIZE - SLACK && index.least() < MAX_SIZE / 2;
+        if !(file.length > index.allowance() || size_matters) || file.length < file.stuck_at {
+            return;
+        }
+        let before = file.length;
+        match self.write_anew(&index.said) {
+            Ok(new) => {
+                if let Some(quota) = self.quota.get() {
+                    let bytes = signed(blocks_to(new.length)) - signed(blocks_to(before));
+                    quota.settle(Usage::default(), Growth { bytes, objects: 0 });
+                }
+                index.file = Some(new);
+            }
+            Err(err) => {
+                tracing::debug!(?err, "the owners of links cannot be written anew");
+                let _ = rustix::fs::unlinkat(&self.work, NEW_NAME, AtFlags::empty());
+                if let Some(file) = &mut index.file {
+                    file.stuck_at = before + SLACK;
+                }
+            }
+        }
+    }
+
+    /// Whoever loses power finds the old file or the new one, with all that was synced.
+    fn write_anew(&self, said: &HashMap<u64, Said>) -> Res<File> {
+        missing_ok(rustix::fs::unlinkat(&self.work, NEW_NAME, AtFlags::empty()))?;
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd: OwnedFd = rustix::fs::openat(&self.work, NEW_NAME, flags, Mode::from_raw_mode(0o600))?;
+        let (mut text, mut length) = (Vec::new(), 0);
+        for (ino, said) in said {
+            said.write(*ino, &mut text);
+            if text.len() >= 1 << 20 {
+                write_all(fd.as_fd(), &text, length)?;
+                length += text.len() as u64;
+                text.clear();
+            }
+        }
+        write_all(fd.as_fd(), &text, length)?;
+        length += text.len() as u64;
+        if !self.volatile {
+            rustix::fs::fsync(&fd)?;
+        }
+        rustix::fs::renameat(&self.work, NEW_NAME, &self.work, NAME)?;
+        Ok(File { fd: Arc::new(fd), length, torn: false, stuck_at: 0 })
+    }
+
+    fn reserve(&self, file: &File, length: u64, frees: bool) -> Res<Room<'_>> {
+        let bytes = blocks_to(length) - blocks_to(file.length);
+        let Some(quota) = self.quota.get().filter(|_| bytes > 0) else { return Ok(Room { quota: None }) };
+        // Nobody is kept from removing links.
+        let most = Usage { bytes: if frees { 0 } else { bytes }, objects: 0 };
+        if !frees {
+            quota.reserve(most).map_err(|refusal| match refusal {
+                Refusal::NoSpace => Errno::NOSPC,
+                Refusal::OverQuota => Errno::DQUOT,
+            })?;
+        }
+        Ok(Room { quota: Some((&**quota, most, bytes)) })
     }
 }
 
-fn parse(line: &str) -> Option<(LinkId, Line)> {
-    let mut fields = line.split(' ');
+/// Room for a line, given back unless it is used: the quota, what is reserved, and what is needed.
+struct Room<'a> {
+    quota: Option<(&'a dyn Quota, Usage, u64)>,
+}
+
+impl Room<'_> {
+    fn used(mut self) {
+        if let Some((quota, most, bytes)) = self.quota.take() {
+            quota.settle(most, Growth { bytes: signed(bytes), objects: 0 });
+        }
+    }
+}
+
+impl Drop for Room<'_> {
+    fn drop(&mut self) {
+        if let Some((quota, most, _)) = self.quota {
+            quota.settle(most, Growth::default());
+        }
+    }
+}
+
+fn signed(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+fn blocks_to(length: u64) -> u64 {
+    length.next_multiple_of(BLOCK)
+}
+
+/// Calls `f` for each line, whatever else is in the file; it takes memory for one.
+fn read_lines(fd: BorrowedFd<'_>, mut f: impl FnMut(u64, Birth, Line) -> Res<()>) -> Res<()> {
+    let mut buf = vec![0; 64 << 10];
+    let (mut kept, mut at) = (0, 0);
+    // The rest of a line that is longer than any of ours.
+    let mut skipping = false;
+    loop {
+        let read = match rustix::io::pread(fd, &mut buf[kept..], at) {
+            Ok(0) => return Ok(()),
+            Ok(read) => read,
+            Err(Errno::INTR) => continue,
+            Err(err) => return Err(err),
+        };
+        at += read as u64;
+        if at > MAX_SIZE {
+            return Err(Errno::FBIG);
+        }
+        let end = kept + read;
+        let mut start = 0;
+        while let Some(length) = buf[start..end].iter().position(|&b| b == b'\n') {
+            if let (false, Some((ino, birth, line))) = (skipping, parse(&buf[start..start + length])) {
+                f(ino, birth, line)?;
+            }
+            skipping = false;
+            start += length + 1;
+        }
+        if end - start > LONGEST {
+            (skipping, start) = (true, end);
+        }
+        buf.copy_within(start..end, 0);
+        kept = end - start;
+    }
+}
+
+fn parse(line: &[u8]) -> Option<(u64, Birth, Line)> {
+    if line.len() > LONGEST {
+        return None;
+    }
+    let mut fields = std::str::from_utf8(line).ok()?.split(' ');
     let ino = u64::from_str_radix(fields.next()?, 16).ok()?;
     let (sec, nsec) = fields.next()?.split_once('.')?;
-    let id = (ino, sec.parse().ok()?, nsec.parse().ok()?);
+    let birth = (sec.parse().ok()?, nsec.parse().ok()?);
     let (uid, gid) = (fields.next()?, fields.next()?);
-    Some((
-        id,
-        match uid {
-            "-" => Line::Owner(None),
-            "=" => Line::Number(Origin::parse(gid.as_bytes())?),
-            "+" => Line::Links(gid.parse().ok()?),
-            _ => Line::Owner(Some((uid.parse().ok()?, gid.parse().ok()?))),
-        },
-    ))
+    let line = match uid {
+        "-" => Line::Owner(None),
+        "=" => Line::Number(Origin::parse(gid.as_bytes())?),
+        "+" => Line::Links(gid.parse().ok()?),
+        "x" => Line::Gone,
+        _ => Line::Owner(Some((uid.parse().ok()?, gid.parse().ok()?))),
+    };
+    Some((ino, birth, line))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attr::{Key, Time};
+    use crate::engine::tests::Scratch;
+    use crate::hooks::Hooks;
+    use crate::setattr::SetAttr;
+
+    /// A work directory of its own, removed with it.
+    struct Work(std::path::PathBuf);
+
+    impl Work {
+        fn new(name: &str) -> Self {
+            let dir = std::env::temp_dir().join(format!("fsoverlay-sidecar-{name}-{}", std::process::id()));
+            std::fs::create_dir_all(&dir).expect("a temporary directory");
+            Self(dir)
+        }
+
+        fn file(&self) -> std::path::PathBuf {
+            self.0.join(NAME)
+        }
+
+        fn open(&self) -> Res<Sidecar> {
+            Sidecar::open(Arc::new(crate::layer::open_root(&self.0)?), true)
+        }
+
+        fn length(&self) -> u64 {
+            std::fs::metadata(self.file()).expect("the file").len()
+        }
+    }
+
+    impl Drop for Work {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn link(ino: u64, born: i64) -> Stat {
+        let key = Key { dev: 1, ino };
+        Stat { key, mode: 0o120_777, btime: Time { sec: born, nsec: 7 }, ..Stat::default() }
+    }
+
+    /// Counts bytes, and lets in so many.
+    #[derive(Debug)]
+    struct Limit {
+        used: Mutex<i64>,
+        most: i64,
+    }
+
+    impl Quota for Limit {
+        fn reserve(&self, most: Usage) -> Result<(), Refusal> {
+            let mut used = self.used.lock();
+            if *used + signed(most.bytes) > self.most {
+                return Err(Refusal::OverQuota);
+            }
+            *used += signed(most.bytes);
+            Ok(())
+        }
+
+        fn settle(&self, reserved: Usage, growth: Growth) {
+            *self.used.lock() += growth.bytes - signed(reserved.bytes);
+        }
+    }
 
     #[test]
     fn torn_and_strange_lines_are_ignored() {
-        assert_eq!(parse("ff 12.34 5 6"), Some(((255, 12, 34), Line::Owner(Some((5, 6))))));
-        assert_eq!(parse("ff 12.34 - -"), Some(((255, 12, 34), Line::Owner(None))));
+        assert_eq!(parse(b"ff 12.34 5 6"), Some((255, (12, 34), Line::Owner(Some((5, 6))))));
+        assert_eq!(parse(b"ff 12.34 - -"), Some((255, (12, 34), Line::Owner(None))));
+        assert_eq!(parse(b"ff 12.34 x x"), Some((255, (12, 34), Line::Gone)));
         let origin = Origin::parse(b"no=2000000000000005").expect("an origin");
-        assert_eq!(parse("ff 12.34 = no=2000000000000005"), Some(((255, 12, 34), Line::Number(origin))));
+        assert_eq!(parse(b"ff 12.34 = no=2000000000000005"), Some((255, (12, 34), Line::Number(origin))));
         for line in ["", "ff", "ff 12", "ff 12.3 5", "xyz 1.2 3 4", "ff 1.2 -1 4", "ff 1.2 = 4"] {
-            assert_eq!(parse(line), None, "{line}");
+            assert_eq!(parse(line.as_bytes()), None, "{line}");
         }
+    }
+
+    #[test]
+    fn any_bytes_leave_the_lines_between_them_readable() {
+        let work = Work::new("bytes");
+        let mut text = b"1 1.7 10 20\n\xff\xfe\0 3 4\n".to_vec();
+        text.extend_from_slice(&[b'a'; 200_000]);
+        text.extend_from_slice(b"\n2 1.7 11 21\n3 1.7 12 22 \xc3\n");
+        text.extend_from_slice(&[0; 70_000]);
+        text.extend_from_slice(b"\n4 1.7 13 23\n5 1.7 1");
+        std::fs::write(work.file(), text).expect("written");
+        let sidecar = work.open().expect("opened");
+        let owner = |ino| sidecar.owner(&link(ino, 1));
+        assert_eq!(owner(1), Ok(Some((10, 20))));
+        assert_eq!(owner(2), Ok(Some((11, 21))));
+        assert_eq!(owner(4), Ok(Some((13, 23))));
+        assert_eq!(owner(5), Ok(None));
+        // The last line was torn: what comes next is not glued to it.
+        assert_eq!(sidecar.set_owner(&link(6, 1), Some((14, 24))), Ok(()));
+        let again = work.open().expect("opened");
+        assert_eq!(again.owner(&link(6, 1)), Ok(Some((14, 24))));
+    }
+
+    #[test]
+    fn a_file_beyond_all_limits_is_refused() {
+        let work = Work::new("large");
+        let file = std::fs::File::create(work.file()).expect("made");
+        file.set_len(MAX_SIZE + 1).expect("a sparse file");
+        assert_eq!(work.open().map(drop), Err(Errno::FBIG));
+        std::fs::remove_file(work.file()).expect("removed");
+        rustix::fs::mkdirat(rustix::fs::CWD, work.file(), Mode::RWXU).expect("made");
+        assert_eq!(work.open().map(drop), Err(Errno::INVAL));
+        std::fs::remove_dir(work.file()).expect("removed");
+        assert!(work.open().is_ok());
+    }
+
+    #[test]
+    fn the_size_is_that_of_the_links_there_are() {
+        let work = Work::new("size");
+        let sidecar = work.open().expect("opened");
+        let limit = Arc::new(Limit { used: Mutex::default(), most: 1 << 20 });
+        let _ = sidecar.quota.set(limit.clone());
+        for living in 1..=100 {
+            assert_eq!(sidecar.set_owner(&link(living, 1), Some((5, 6))), Ok(()));
+            assert_eq!(sidecar.set_number(&link(living, 1), "no=2000000000000005"), Ok(()));
+            assert_eq!(sidecar.set_links(&link(living, 1), 3), Ok(()));
+        }
+        let most = SLACK + 300 * 2 * LONGEST as u64 + 4096;
+        for i in 0..20_000_u32 {
+            // One changes, and others come and go, with numbers that are new and such as were used before.
+            assert_eq!(sidecar.set_owner(&link(1, 1), Some((i, i))), Ok(()));
+            let passing = link(1000 + u64::from(i), 1);
+            assert_eq!(sidecar.set_owner(&passing, Some((1, 1))), Ok(()));
+            sidecar.forget(&passing);
+            assert_eq!(sidecar.owner(&passing), Ok(None));
+            assert_eq!(sidecar.set_owner(&link(500, i.into()), Some((2, 2))), Ok(()));
+            assert!(work.length() < most, "{} bytes", work.length());
+        }
+        let known = sidecar.with(|index| Ok((index.said.len(), index.said.capacity(), index.lines)));
+        assert!(
+            known.is_ok_and(|(links, room, lines)| links == 101 && room < 2048 && lines == 301),
+            "{known:?}"
+        );
+        assert_eq!(*limit.used.lock(), signed(blocks_to(work.length())));
+        let again = work.open().expect("opened");
+        for sidecar in [sidecar, again] {
+            assert_eq!(sidecar.owner(&link(1, 1)), Ok(Some((19_999, 19_999))));
+            assert_eq!(sidecar.owner(&link(100, 1)), Ok(Some((5, 6))));
+            assert_eq!(sidecar.number(&link(100, 1)), Ok(Origin::parse(b"no=2000000000000005")));
+            assert_eq!(sidecar.links(&link(100, 1)), Ok(Some(3)));
+            assert_eq!(sidecar.owner(&link(500, 5)), Ok(None));
+        }
+    }
+
+    #[test]
+    fn a_quota_that_is_full_refuses_records_and_no_removal() {
+        let work = Work::new("full");
+        let sidecar = work.open().expect("opened");
+        let _ = sidecar.quota.set(Arc::new(Limit { used: Mutex::default(), most: 4096 }));
+        let mut made = 0;
+        let refused = loop {
+            match sidecar.set_owner(&link(made, 1), Some((5, 6))) {
+                Ok(()) => made += 1,
+                Err(err) => break err,
+            }
+        };
+        assert_eq!((refused, work.length() <= 4096), (Errno::DQUOT, true));
+        assert_eq!(sidecar.owner(&link(made, 1)), Ok(None));
+        for ino in 0..made {
+            sidecar.forget(&link(ino, 1));
+            assert_eq!(work.open().and_then(|read| read.owner(&link(ino, 1))), Ok(None));
+        }
+    }
+
+    #[test]
+    fn what_is_removed_is_forgotten() {
+        let mut scratch = Scratch::new("forgotten-links");
+        std::os::unix::fs::symlink("x", scratch.dir.join("lower/below")).expect("linked");
+        let limit = Arc::new(Limit { used: Mutex::default(), most: 1 << 30 });
+        scratch.engine.set_hooks(Hooks { quota: Some(limit.clone()), ..Hooks::default() });
+        let engine = &scratch.engine;
+        let root = engine.root();
+        let known = || {
+            let upper = engine.upper().expect("an upper");
+            upper.sidecar.with(|index| Ok(index.said.len())).expect("read")
+        };
+        let owner = SetAttr { uid: Some(7), gid: Some(8), ..SetAttr::default() };
+        for name in [&b"made"[..], b"other", b"linked"] {
+            let made = scratch.make(name, Kind::Symlink);
+            engine.set_attr(&made, owner).expect("changed");
+        }
+        let below = engine.lookup(root, b"below").expect("found");
+        engine.set_attr(&below, owner).expect("changed");
+        assert_eq!((known(), *limit.used.lock()), (4, 4096));
+        // One name of two, and a file that is replaced.
+        let linked = engine.lookup(root, b"linked").expect("found");
+        assert_eq!(engine.link(&linked, root, b"second"), Ok(()));
+        assert_eq!((engine.unlink(root, b"linked"), known()), (Ok(()), 4));
+        assert_eq!(engine.rename(root, b"second", root, b"other", crate::rename::How::Replace), Ok(()));
+        assert_eq!(known(), 3);
+        for name in [&b"made"[..], b"below", b"other"] {
+            assert_eq!(engine.unlink(root, name), Ok(()));
+        }
+        assert_eq!(known(), 0);
     }
 }

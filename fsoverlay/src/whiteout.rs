@@ -15,6 +15,7 @@ use crate::attr::Kind;
 use crate::engine::{Engine, Upper};
 use crate::errno::{Errno, Res};
 use crate::layer::{RealDir, open_for_reading, stat_at, stat_fd};
+use crate::sidecar::is_needed;
 use crate::sys::{self, At};
 use crate::xattr::{OPAQUE, WHITEOUT, WHITEOUTS};
 
@@ -45,8 +46,11 @@ impl Upper {
 
     /// Removes a file of the work directory; a failure leaves garbage only.
     pub(crate) fn remove_temp(&self, name: &[u8]) {
-        if let Err(err) = rustix::fs::unlinkat(&self.work, name, AtFlags::empty()) {
-            tracing::debug!(?err, "cannot remove a temporary file of the work directory");
+        // Something may have been said of a link on its way.
+        let link = stat_at(self.work.as_fd(), name).ok().filter(|stat| is_needed(stat) && stat.nlink <= 1);
+        match rustix::fs::unlinkat(&self.work, name, AtFlags::empty()) {
+            Ok(()) => link.into_iter().for_each(|link| self.sidecar.forget(&link)),
+            Err(err) => tracing::debug!(?err, "cannot remove a temporary file of the work directory"),
         }
     }
 

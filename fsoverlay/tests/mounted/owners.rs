@@ -1,11 +1,12 @@
 //! Ownership that is recorded: owners, modes, devices, attributes, ACLs.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use fsoverlay::{CHOWN_XATTR, MKNOD_XATTR};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, XattrFlags, mknodat};
@@ -20,6 +21,7 @@ pub(crate) const CASES: &[Case] = &[
     Case { name: "attributes_round_trip_and_marks_are_private", outside: attributes, inside: xattrs },
     Case { name: "acls_are_kept_enforced_and_inherited", outside: acl_range, inside: acls },
     Case { name: "records_in_layers_are_read", outside: recorded_layer, inside: read_records },
+    Case { name: "owners_of_links_survive_a_kill", outside: killed, inside: change_owners },
 ];
 
 fn disk_xattr(path: &Path, name: &str) -> Result<String, Failure> {
@@ -53,6 +55,71 @@ fn single(world: &mut World) -> Check {
     }
     world.mount().arg("again").run()?;
     crate::semantics::no_leftovers(world)
+}
+
+/// How many links have an owner of their own; that of the first one changes.
+const LINKS: usize = 40;
+
+/// The server is killed while it writes the owners anew, at each of its steps.
+fn killed(world: &mut World) -> Check {
+    if Command::new("strace").arg("-V").stdout(Stdio::null()).status().is_err() {
+        return Err(Failure::Skip("there is no strace".to_owned()));
+    }
+    let notes = world.path("other/notes");
+    // Before and after each of these: what was there is removed, the new file is made, synced and put in place.
+    for call in ["unlinkat", "openat", "pwrite64", "fsync", "renameat"] {
+        world.empty_upper()?;
+        fs::write(&notes, "")?;
+        let path = world.path("work/#0").display().to_string();
+        let inject = format!("inject={call}:signal=KILL:when=1+");
+        // By the name in the work directory, or the descriptor.
+        let only = ["-P", "#0", "-P", &path];
+        let mut strace = vec!["strace", "-f", "-b", "execve", "-qq", "-o", "/dev/null", "-e", &inject];
+        strace.extend(only);
+        let mount = world.mount().arg(notes.display().to_string());
+        let mut server = mount.command_under(&strace)?.stderr(Stdio::null()).spawn()?;
+        holds!(!server.wait()?.success(), "{call} killed nobody");
+        let done = fs::read_to_string(&notes)?.lines().count();
+        world.mount().arg("after").run()?;
+        crate::semantics::no_leftovers(world)?;
+        // With a single id all are shown as that one. Of the lines about a link the last one counts.
+        let text = fs::read_to_string(world.path("work/owners"))?;
+        let mut owners = BTreeMap::new();
+        for line in text.lines() {
+            let (link, owner) = line
+                .rsplit_once(' ')
+                .and_then(|(rest, gid)| {
+                    let (link, uid) = rest.rsplit_once(' ')?;
+                    Some((link, (uid.parse::<usize>().ok()?, gid.parse::<usize>().ok()?)))
+                })
+                .ok_or_else(|| format!("{call}: {line}"))?;
+            owners.insert(link, owner);
+        }
+        let mut owners: Vec<_> = owners.into_values().map(|(uid, gid)| (gid, uid)).collect();
+        owners.sort_unstable();
+        // The change under way is done or not. The one after the kill is.
+        let (first, others) = owners.split_first().ok_or("no owners")?;
+        holds!(done > LINKS && (first.1 == done || first.1 == done + 1), "{call}: {first:?} after {done}");
+        same!(others, (1..LINKS).map(|i| (1000 + i, usize::from(i == 1))).collect::<Vec<_>>(), "{call}");
+    }
+    Ok(())
+}
+
+fn change_owners(args: &[String]) -> Check {
+    let notes = args.first().ok_or("no notes")?;
+    if notes == "after" {
+        return Ok(set("1", CHOWN_XATTR, "1:-1")?);
+    }
+    let mut notes = OpenOptions::new().append(true).open(notes)?;
+    for i in 0..LINKS {
+        symlink("x", i.to_string())?;
+        set(&i.to_string(), CHOWN_XATTR, &format!("0:{}", 1000 + i))?;
+    }
+    for i in 1..100_000 {
+        set("0", CHOWN_XATTR, &format!("{i}:0"))?;
+        notes.write_all(b"done\n")?;
+    }
+    Err("nobody was killed".into())
 }
 
 fn set(path: &str, name: &str, value: &str) -> rustix::io::Result<()> {
