@@ -89,9 +89,7 @@ impl Engine {
             other => other?,
         };
         let named = self.has_named_whiteouts(dir);
-        let is_gone = |name: &[u8]| -> Res<bool> {
-            Ok(named && self.gone_names(dir)?.is_some_and(|gone| gone.contains(name)))
-        };
+        let is_gone = |name: &[u8]| -> Res<bool> { Ok(named && self.is_gone(dir, name)?) };
         if named
             && match said(name, None) {
                 Said::Nothing => false,

@@ -48,8 +48,44 @@ pub(crate) fn said(name: &[u8], kind: Option<Kind>) -> Said<'_> {
     }
 }
 
-/// The names that one directory says are gone.
-pub(crate) type Gone = HashSet<Box<[u8]>>;
+/// What one directory says is gone.
+#[derive(Debug)]
+pub(crate) enum Gone {
+    Names(HashSet<Box<[u8]>>),
+    /// Too much to keep, or to read for the sake of one name: whoever wants to know looks for the whiteout.
+    Many,
+}
+
+/// How many bytes of names are kept of one directory, and how many entries are read for them. A layer
+/// is somebody else's, and what may have millions of entries must cost each of its names a system call at most.
+const MAX_KEPT: usize = 32 << 10;
+const MAX_READ: usize = 1 << 16;
+/// What a kept name takes beside its bytes.
+const OVERHEAD: usize = 32;
+
+impl Gone {
+    /// Whether `name`, of this directory, is gone below.
+    fn has(&self, dir: BorrowedFd<'_>, name: &[u8]) -> Res<bool> {
+        match self {
+            Self::Names(names) => Ok(names.contains(name)),
+            Self::Many => is_gone_by_name(dir, name),
+        }
+    }
+}
+
+/// Whether a directory has the whiteout of a name.
+fn is_gone_by_name(dir: BorrowedFd<'_>, name: &[u8]) -> Res<bool> {
+    let mark = [PREFIX, name].concat();
+    if said(&mark, None) != Said::Gone(name) {
+        return Ok(false);
+    }
+    match stat_at(dir, &mark) {
+        Ok(stat) => Ok(stat.kind() != Some(Kind::Dir)),
+        // Longer than a name can be.
+        Err(Errno::NOENT | Errno::NAMETOOLONG | Errno::ACCESS | Errno::PERM) => Ok(false),
+        Err(err) => Err(err),
+    }
+}
 
 fn read_gone(dir: BorrowedFd<'_>) -> Res<Option<Arc<Gone>>> {
     let fd = match open_for_reading(dir) {
@@ -58,14 +94,20 @@ fn read_gone(dir: BorrowedFd<'_>) -> Res<Option<Arc<Gone>>> {
         Err(err) if gone_below(err) => return Ok(None),
         Err(err) => return Err(err),
     };
-    let mut gone = Gone::new();
+    let mut gone = HashSet::<Box<[u8]>>::new();
+    let (mut kept, mut read) = (0, 0);
     for_each_entry(&fd, |name, kind, _| {
+        read += 1;
         if let Said::Gone(name) = said(name, kind) {
+            kept += name.len() + OVERHEAD;
             gone.insert(name.into());
         }
-        true
+        kept <= MAX_KEPT && read < MAX_READ
     })?;
-    Ok((!gone.is_empty()).then(|| Arc::new(gone)))
+    if kept > MAX_KEPT || read >= MAX_READ {
+        return Ok(Some(Arc::new(Gone::Many)));
+    }
+    Ok((!gone.is_empty()).then(|| Arc::new(Gone::Names(gone))))
 }
 
 impl Engine {
@@ -74,11 +116,20 @@ impl Engine {
         dir.layer != UPPER && self.layers.get(dir.layer as usize).is_some_and(|layer| layer.oci_whiteouts)
     }
 
-    /// What a directory with named whiteouts says is gone; read once, if layers do not change.
-    pub(crate) fn gone_names(&self, dir: &Arc<RealDir>) -> Res<Option<Arc<Gone>>> {
+    /// Whether a directory with named whiteouts says that a name is gone below.
+    pub(crate) fn is_gone(&self, dir: &Arc<RealDir>, name: &[u8]) -> Res<bool> {
         if self.live.is_some() {
-            return read_gone(self.fd(dir)?.as_fd());
+            // Nothing is kept: one name is asked for rather than all.
+            return is_gone_by_name(self.fd(dir)?.as_fd(), name);
         }
+        match self.gone_names(dir)? {
+            Some(gone) => gone.has(self.fd(dir)?.as_fd(), name),
+            None => Ok(false),
+        }
+    }
+
+    /// What it says is gone, read once.
+    fn gone_names(&self, dir: &Arc<RealDir>) -> Res<Option<Arc<Gone>>> {
         if let Some(known) = dir.gone.get() {
             return Ok(known.clone());
         }
@@ -169,6 +220,48 @@ fn convert_dir(dir: &std::os::fd::OwnedFd) -> Res<Vec<Box<[u8]>>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::LayerSpec;
+    use crate::engine::tests::Scratch;
+
+    #[test]
+    fn many_whiteouts_cost_no_memory_and_say_the_same() {
+        let scratch = Scratch::new("many-gone");
+        let lower = scratch.dir.join("lower");
+        let high = scratch.dir.join("high");
+        for dir in ["few", "many", "full"] {
+            std::fs::create_dir_all(lower.join(dir)).expect("made");
+            std::fs::create_dir_all(high.join(dir).join(".wh.dir")).expect("made");
+            for name in ["gone", "there", "dir", ".wh.x"] {
+                std::fs::write(lower.join(dir).join(name), "").expect("written");
+            }
+            for name in [".wh.gone", ".wh..wh.x"] {
+                std::fs::write(high.join(dir).join(name), "").expect("written");
+            }
+        }
+        for i in 0..2000 {
+            std::fs::write(high.join(format!("many/.wh.{i:040}")), "").expect("written");
+        }
+        for i in 0..MAX_READ {
+            std::fs::hard_link(high.join("full/.wh.gone"), high.join(format!("full/{i}")))
+                .or_else(|_| {
+                    // Only so many names of one file.
+                    std::fs::write(high.join(format!("full/{i}")), "")
+                })
+                .expect("linked");
+        }
+        let mut spec = scratch.spec();
+        spec.layers.push(LayerSpec { dir: high.clone(), oci_whiteouts: true, ..LayerSpec::default() });
+        let engine = Engine::open(&spec).expect("an overlay");
+        for dir in ["few", "many", "full"] {
+            let node = engine.lookup(engine.root(), dir.as_bytes()).expect("found");
+            let found = |name: &str| engine.lookup(&node, name.as_bytes()).is_ok();
+            assert_eq!(["gone", "there", "dir"].map(found), [false, true, true], "{dir}");
+            assert!(!found(".wh.gone") && !found(&"x".repeat(255)), "{dir}");
+            let real = node.dir().expect("a directory").state.read().lowers[0].clone();
+            let known = real.gone.get().and_then(|gone| gone.clone()).expect("some are gone");
+            assert_eq!(matches!(&*known, Gone::Many), dir != "few", "{dir}");
+        }
+    }
 
     #[test]
     fn names_say_what_is_gone() {

@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
-use rustix::fs::RawDir;
+use rustix::fs::{IFlags, RawDir};
 
 use crate::attr::{Key, Kind};
 use crate::engine::{Engine, gone_below};
@@ -78,8 +78,9 @@ pub(crate) fn for_each_entry(dir: &OwnedFd, mut f: impl FnMut(&[u8], Option<Kind
     Ok(())
 }
 
-/// Whether all names of a file system are in its listings: of others (NFS and ZFS have snapshots, autofs
-/// has mounts to come, procfs has threads) a name that is not listed may still be found.
+/// Whether all names of a directory are in its listing: in others (NFS and ZFS have snapshots, autofs
+/// has mounts to come, procfs has threads) a name that is not listed may still be found. So it may, in another
+/// case, where names are looked for without regard to it; some file systems have that for single directories.
 fn lists_all(dir: &OwnedFd) -> bool {
     const EXT: i64 = 0xef53;
     const XFS: i64 = 0x5846_5342;
@@ -89,8 +90,23 @@ fn lists_all(dir: &OwnedFd) -> bool {
     const OVERLAYFS: i64 = 0x794c_7630;
     const SQUASHFS: i64 = 0x7371_7368;
     const EROFS: i64 = 0xe0f5_e1e2;
-    let known = [EXT, XFS, BTRFS, F2FS, TMPFS, OVERLAYFS, SQUASHFS, EROFS];
-    rustix::fs::fstatfs(dir).is_ok_and(|st| known.contains(&st.f_type))
+    match rustix::fs::fstatfs(dir).map(|stat| stat.f_type) {
+        Ok(XFS | BTRFS | SQUASHFS | EROFS) => true,
+        Ok(EXT | F2FS | TMPFS | OVERLAYFS) => !folds_case(rustix::fs::ioctl_getflags(dir)),
+        _ => false,
+    }
+}
+
+/// Whether the flags of a directory say, or do not rule out, that names are the same in another case.
+fn folds_case(flags: Res<IFlags>) -> bool {
+    /// `FS_CASEFOLD_FL`.
+    const CASEFOLD: IFlags = IFlags::from_bits_retain(0x4000_0000);
+    match flags {
+        Ok(flags) => flags.intersects(CASEFOLD),
+        // A file system without flags.
+        Err(Errno::NOTTY | Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => false,
+        Err(_) => true,
+    }
 }
 
 impl Engine {
@@ -280,5 +296,42 @@ impl Engine {
             true
         });
         Ok(names)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::tests::Scratch;
+
+    #[test]
+    fn only_a_directory_that_may_fold_case_is_told_by_its_flags() {
+        assert!(folds_case(Ok(IFlags::from_bits_retain(0x4000_0000 | 0x0008_0000))));
+        assert!(!folds_case(Ok(IFlags::from_bits_retain(0x0008_0000))));
+        assert!(!folds_case(Err(Errno::NOTTY)));
+        assert!(folds_case(Err(Errno::IO)));
+    }
+
+    #[test]
+    fn a_listing_answers_unless_case_is_folded() {
+        let scratch = Scratch::new("case");
+        let (engine, lower) = (&scratch.engine, scratch.dir.join("lower/dir"));
+        std::fs::create_dir(&lower).expect("made");
+        let plain = std::fs::File::open(&lower).expect("opened");
+        // Where flags can be read, this one has none that matters; few file systems let it have that one.
+        let flags = rustix::fs::ioctl_getflags(&plain);
+        assert!(!folds_case(flags));
+        let folded = IFlags::from_bits_retain(0x4000_0000);
+        let folds = flags.and_then(|old| rustix::fs::ioctl_setflags(&plain, old | folded)).is_ok();
+        std::fs::write(lower.join("Name"), "").expect("written");
+        assert_eq!(folds, lower.join("name").exists());
+        let dir = engine.lookup(engine.root(), b"dir").expect("found");
+        engine.read_dir(&dir, 0, 9).expect("listed");
+        let partial = dir.dir().expect("a directory").state.read().listing.as_ref().map(|list| list.partial);
+        // On file systems that are not known nothing is answered anyway.
+        let known = lists_all(&plain.into());
+        assert_eq!(partial, Some(!known));
+        assert!(!(folds && known));
+        assert_eq!(engine.lookup(&dir, b"name").is_ok(), lower.join("name").exists());
     }
 }

@@ -18,7 +18,8 @@
 //!
 //! A redirect is data of somebody else's as soon as an upper is handed on: each component must be a name
 //! ([`check_name`]) and is opened as one, so none leaves its layer. One that is malformed, or longer than
-//! [`MAX_LENGTH`], means "nothing below", as does one that names something missing.
+//! [`MAX_LENGTH`], means "nothing below", as does one that names something missing. A lookup that would take more
+//! than [`MAX_PROBES`] names ends with `ELOOP`: what is below would be there, and must not seem to be missing.
 
 use std::borrow::Cow;
 use std::os::fd::AsFd;
@@ -39,6 +40,10 @@ use crate::xattr::REDIRECT;
 
 /// The longest path that is written, and the longest that one becomes on its way down: PATH_MAX.
 const MAX_LENGTH: usize = 4096;
+
+/// How many names are looked for along the paths of one lookup. Each layer has a path of its own, of up to half as many
+/// names as [`MAX_LENGTH`]: a path that is as long as real ones are takes a few thousand in a hundred layers.
+const MAX_PROBES: usize = 1 << 14;
 
 /// The components of an absolute redirect.
 type Path = Vec<Box<[u8]>>;
@@ -78,6 +83,8 @@ pub(crate) struct Descent<'a> {
     name: Cow<'a, [u8]>,
     /// After an absolute redirect: the path, and how many layers are still below.
     path: Option<(Path, usize)>,
+    /// What is left of [`MAX_PROBES`].
+    probes: usize,
     ended: bool,
 }
 
@@ -92,7 +99,7 @@ pub(crate) enum Step {
 
 impl<'a> Descent<'a> {
     pub(crate) fn new(beside: &'a [Arc<RealDir>], name: &'a [u8]) -> Self {
-        Self { beside, next: 0, name: Cow::Borrowed(name), path: None, ended: false }
+        Self { beside, next: 0, name: Cow::Borrowed(name), path: None, probes: MAX_PROBES, ended: false }
     }
 
     /// The name to look for in the directory of this step.
@@ -157,7 +164,7 @@ impl<'a> Descent<'a> {
             };
             *left -= 1;
             let Some(layer) = engine.layers.get(*left) else { continue };
-            let (found, last) = engine.walk(&layer.root, path)?;
+            let (found, last) = engine.walk(&layer.root, path, &mut self.probes)?;
             self.ended = last;
             if let Some(dir) = found {
                 return Ok(Some(Step::Along(dir)));
@@ -170,7 +177,12 @@ impl<'a> Descent<'a> {
 impl Engine {
     /// Goes along all but the last component of a path in one layer: the directory there, if there is
     /// one, and whether the layers below do not count. Redirects on the way change the path for them.
-    fn walk(&self, root: &Arc<RealDir>, path: &mut Path) -> Res<(Option<Arc<RealDir>>, bool)> {
+    fn walk(
+        &self,
+        root: &Arc<RealDir>,
+        path: &mut Path,
+        probes: &mut usize,
+    ) -> Res<(Option<Arc<RealDir>>, bool)> {
         let (mut dir, mut last) = (root.clone(), false);
         // Counted from the end: what comes before may change its length.
         for left in (1..path.len()).rev() {
@@ -179,6 +191,7 @@ impl Engine {
             if dir.hides(name) {
                 return Ok((None, last));
             }
+            *probes = probes.checked_sub(1).ok_or(Errno::LOOP)?;
             let seen = match self.probe(&dir, name, true)? {
                 Probe::Missing => return Ok((None, last)),
                 Probe::Found(seen) if seen.stat.kind() == Some(Kind::Dir) => seen,
@@ -306,6 +319,30 @@ fn name_below(dir: &Node) -> Res<(Box<[u8]>, Arc<Node>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::tests::Scratch;
+
+    #[test]
+    fn a_lookup_takes_so_many_names_and_no_more() {
+        let scratch = Scratch::new("long-ways");
+        let deep = "d/".repeat(500);
+        std::fs::create_dir_all(scratch.dir.join("lower").join(&deep).join("end/file")).expect("made");
+        let (dir, target) = (scratch.dir.join("upper/dir"), format!("/{deep}end"));
+        std::fs::create_dir(&dir).expect("made");
+        let fd = crate::layer::open_root(&dir).expect("opened");
+        let at = At::Name(fd.as_fd(), b".");
+        sys::set_xattr(at, REDIRECT, target.as_bytes(), XattrFlags::empty()).expect("set");
+        let mut spec = scratch.spec();
+        let layer = spec.layers[0].clone();
+        for (layers, found) in [(MAX_PROBES / 500, true), (MAX_PROBES / 500 + 1, false)] {
+            spec.layers = vec![layer.clone(); layers];
+            let engine = Engine::open(&spec).expect("an overlay");
+            let looked = engine.lookup(engine.root(), b"dir");
+            assert_eq!(looked.as_ref().map(drop).err().copied(), (!found).then_some(Errno::LOOP), "{layers}");
+            if let Ok(dir) = looked {
+                assert!(engine.lookup(&dir, b"file").is_ok());
+            }
+        }
+    }
 
     #[test]
     fn only_names_and_paths_of_names_are_redirects() {
