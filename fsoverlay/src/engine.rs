@@ -15,7 +15,7 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use crate::attr::{Attr, Kind, Meta, Stat, Time};
 use crate::config::{Branch, OverlaySpec, Owners, Records};
 use crate::errno::{Errno, Res, missing_ok};
-use crate::far::{Far, MountTable, mounts_below, repeated_below};
+use crate::far::{Far, MountTable, mounts_below};
 use crate::generated::{GENERATED_ROOT, GenTree};
 use crate::handle::{Fd, FdRing, Holder, Pins};
 use crate::hooks::{AccessKind, Counts, Hooks};
@@ -120,18 +120,24 @@ impl Engine {
             });
             let (fd, stat) = opened.map_err(|err| open_error(&layer.dir, err))?;
             let index = LayerIdx::try_from(position).map_err(|_| open_error(&layer.dir, Errno::TOOBIG))?;
-            let within = roots.iter().filter_map(|other| other.strip_prefix(&roots[position]).ok());
-            let within = within.filter(|path| !path.as_os_str().is_empty()).map(std::path::Path::to_owned);
+            let own = roots[position].as_os_str().as_encoded_bytes();
+            // Most are told by their bytes: there may be hundreds.
+            let within = roots
+                .iter()
+                .filter(|other| other.as_os_str().as_encoded_bytes().starts_with(own))
+                .filter_map(|other| Some(other.strip_prefix(&roots[position]).ok()?.to_owned()))
+                .filter(|path| !path.as_os_str().is_empty());
             // What was asked for comes last, and so counts.
             let mounts = mounts_below(&fd, mounted);
             let hidden = Hidden::new(
                 mounts
+                    .special
                     .iter()
                     .map(|(path, far)| (&**path, far.clone()))
                     .chain(layer.hidden.iter().map(|path| (&**path, None))),
-                repeated_below(&fd, mounted).into_iter().chain(within),
+                mounts.repeated.into_iter().chain(within),
             );
-            far.extend(mounts.iter().filter_map(|(_, far)| far.clone()));
+            far.extend(mounts.special.iter().filter_map(|(_, far)| far.clone()));
             let marks = match (layer.records, layer.oci_whiteouts) {
                 (Records::Everywhere, false) => Marks::default(),
                 _ => Marks::read_of_layer(sys::At::Name(fd.as_fd(), b"."), index)

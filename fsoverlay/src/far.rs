@@ -157,12 +157,23 @@ impl MountTable {
     }
 }
 
-/// The mounts below a directory that are not simply shown, by path relative to it.
-pub(crate) fn mounts_below(root: &Fd, table: &MountTable) -> Vec<(PathBuf, Option<Arc<Far>>)> {
+/// The mounts below a directory of which there is something to say, by path relative to it.
+#[derive(Debug, Default)]
+pub(crate) struct Below {
+    /// Those that are not simply shown: hidden, or far.
+    pub(crate) special: Vec<(PathBuf, Option<Arc<Far>>)>,
+    /// Those that show what is seen elsewhere below the directory, too.
+    pub(crate) repeated: Vec<PathBuf>,
+}
+
+/// Goes by the table; each mount below the directory has a rule.
+pub(crate) fn mounts_below(root: &Fd, table: &MountTable) -> Below {
     let Ok(path) = std::fs::read_link(format!("/proc/self/fd/{}", root.as_raw_fd())) else {
-        return Vec::new();
+        return Below::default();
     };
-    select(&path, table)
+    let mounts = select(&path, table);
+    let repeated = repeated(&path, table, &mounts);
+    let special = mounts
         .into_iter()
         .filter_map(|(path, mount)| match mount.rule {
             Rule::Shown => None,
@@ -173,28 +184,25 @@ pub(crate) fn mounts_below(root: &Fd, table: &MountTable) -> Vec<(PathBuf, Optio
                 Some((path, Some(far)))
             }
         })
-        .collect()
-}
-
-/// The mounts below a directory, by path relative to it, that show what is seen elsewhere below it, too.
-pub(crate) fn repeated_below(root: &Fd, table: &MountTable) -> Vec<PathBuf> {
-    let path = std::fs::read_link(format!("/proc/self/fd/{}", root.as_raw_fd()));
-    path.map(|path| repeated(&path, table)).unwrap_or_default()
+        .collect();
+    Below { special, repeated }
 }
 
 /// All mounts of a file system below a directory but one: the first by path, of those that show all of it if there is
 /// one. (So that the answer is the same on another day.)
-fn repeated(root: &Path, table: &MountTable) -> Vec<PathBuf> {
-    let own = table.mounts.iter().rev().filter(|mount| root.starts_with(&mount.at));
+fn repeated(root: &Path, table: &MountTable, below: &BTreeMap<PathBuf, &Mount>) -> Vec<PathBuf> {
+    let mut shown: Vec<_> = below.iter().filter(|(_, mount)| mount.rule == Rule::Shown).collect();
+    if shown.is_empty() {
+        return Vec::new();
+    }
+    let own = table.mounts.iter().filter(|mount| root.starts_with(&mount.at));
     let mut seen: Vec<u64> =
         own.max_by_key(|mount| mount.at.as_os_str().len()).map(|mount| mount.dev).into_iter().collect();
-    let mut again = Vec::new();
-    let mut shown: Vec<_> =
-        select(root, table).into_iter().filter(|(_, mount)| mount.rule == Rule::Shown).collect();
     shown.sort_by_key(|(_, mount)| !mount.whole);
+    let mut again = Vec::new();
     for (path, mount) in shown {
         if seen.contains(&mount.dev) {
-            again.push(path);
+            again.push(path.clone());
         } else {
             seen.push(mount.dev);
         }
@@ -451,7 +459,10 @@ mod tests {
 27 22 0:21 / /proc rw - proc proc rw
 28 22 0:21 / /mnt/proc rw - proc proc rw
 ";
-        let below = |root: &str| repeated(Path::new(root), &MountTable::parse(table));
+        let below = |root: &str| {
+            let (root, table) = (Path::new(root), MountTable::parse(table));
+            repeated(root, &table, &select(root, &table))
+        };
         assert_eq!(below("/"), [Path::new("export"), Path::new("mnt/srv")]);
         assert_eq!(below("/home"), [] as [PathBuf; 0]);
         assert_eq!(below("/mnt"), [Path::new("srv")]);

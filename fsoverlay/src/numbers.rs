@@ -19,7 +19,7 @@
 //! A directory of a layer may stand at several places, by a bind mount, or because one layer is within
 //! another. Each is an object of its own, and so is each of the files in it that have a single name. One place,
 //! known from the start, has the numbers of the disk; at the others a number depends on the path as well
-//! ([`InodeNumbers::of_place`], [`crate::far::repeated_below`]), downwards from the directory where the
+//! ([`InodeNumbers::of_place`], [`crate::far::Below`]), downwards from the directory where the
 //! repetition begins. Where that cannot be known from the start, the place that is met second gets such a number.
 //!
 //! Uniqueness does not rest on this alone: the inode table compares what a number stands for and takes
