@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use smoltcp::time::Duration;
 
+use crate::flowlog::FlowLog;
 use crate::policy::PolicySpec;
 
 /// Everything the stack needs to know.
@@ -21,6 +22,8 @@ pub struct StackSpec {
     pub dns: DnsSpec,
     /// What the guest may reach.
     pub policy: PolicySpec,
+    /// Is told of every flow; `None` costs nothing.
+    pub flow_log: Option<FlowLog>,
     /// Addresses of the host that the sockets of flows use.
     pub outbound: Outbound,
 }
@@ -230,6 +233,10 @@ pub(crate) const MAX_UDP_SOCKETS: usize = 4_096;
 pub(crate) const MAX_UDP_PEERS: usize = 64;
 /// How long what the policy said about a destination of a UDP flow holds.
 pub(crate) const VERDICT_AGE: Duration = Duration::from_secs(2);
+/// Refused flows that are told at once to whoever listens.
+pub(crate) const REFUSALS_TOLD: u64 = 1_000;
+/// Refused flows that are told each second after that.
+pub(crate) const REFUSALS_TOLD_PER_SECOND: u64 = 100;
 /// Flows of published UDP ports at once.
 pub(crate) const MAX_UDP_INBOUND: usize = 4_096;
 /// Idle time of a UDP flow that got an answer (RFC 4787 REQ-5 asks for two minutes at least).
@@ -310,6 +317,7 @@ pub(crate) mod tests {
             ipv6: true,
             dns: DnsSpec::default(),
             policy: PolicySpec::default(),
+            flow_log: None,
             outbound: Outbound::default(),
         }
     }

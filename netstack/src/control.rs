@@ -22,6 +22,7 @@ use smoltcp::time::Instant;
 use crate::config::{Error, Publish};
 use crate::engine::{Engine, Turn};
 use crate::forward::{self, PortId, PublishedPort};
+use crate::policy::PolicySpec;
 use crate::stats::{Counters, Stats};
 
 type Command = Box<dyn FnOnce(&mut Engine, Instant) -> Turn + Send>;
@@ -101,6 +102,25 @@ impl Control {
     /// [`Error::Stopped`].
     pub fn published(&self) -> Result<Vec<PublishedPort>, Error> {
         self.ask(|engine, _| engine.published())
+    }
+
+    /// What the guest may reach.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Stopped`].
+    pub fn policy(&self) -> Result<PolicySpec, Error> {
+        self.ask(|engine, _| engine.policy())
+    }
+
+    /// Replaces what the guest may reach, all of it at once. Flows of the guest's that are not allowed any more end: TCP
+    /// connections with a reset on both sides. Those of published ports stay.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Stopped`].
+    pub fn set_policy(&self, policy: PolicySpec) -> Result<(), Error> {
+        self.ask(move |engine, _| engine.set_policy(policy))
     }
 
     /// Has the engine run `command`, and waits for what it gives.

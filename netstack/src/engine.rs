@@ -32,6 +32,7 @@ use crate::dns::pins::Pins;
 use crate::dns::{Dns, Origin};
 use crate::emit;
 use crate::flow::{Endpoint, FlowId, FlowKey, TimerKey, Timers};
+use crate::flowlog::{FlowEvent, FlowEventKind, Refusals};
 use crate::forward::{self, BoundPort, Forward, PortId, Published, PublishedPort};
 use crate::fragment::Reassembly;
 use crate::host::Budget;
@@ -39,7 +40,7 @@ use crate::icmp::Icmp;
 use crate::ingress::{self, Drop as Dropped, ICMP, ICMPV6, Inbound, Packet, TCP, UDP};
 use crate::ndp;
 use crate::netlink::Routes;
-use crate::policy::{self, DNS_PORT, Reason, RouteKind, Rules, Transport, Verdict};
+use crate::policy::{self, DNS_PORT, PolicySpec, Reason, RouteKind, Rules, Transport, Verdict};
 use crate::stats::{Counters, Stats};
 use crate::sys;
 use crate::tcp::Tcp;
@@ -156,6 +157,9 @@ pub(crate) struct Shared {
     unread: Unread,
     /// A descriptor was closed, so listeners that were starved of them may go on.
     pub(crate) descriptor_freed: bool,
+    /// When this turn began to do things.
+    pub(crate) now: Instant,
+    refusals: Refusals,
 }
 
 impl Shared {
@@ -198,7 +202,21 @@ impl Shared {
         } else {
             self.stats.refused_by_policy.one();
         }
+        if self.spec.flow_log.is_some()
+            && let Some(untold) = self.refusals.take(self.now)
+        {
+            let rule = self.rules.rule_of(reason);
+            self.tell(transport, false, key, FlowEventKind::Refused { reason: reason.name(), rule, untold });
+        }
         !reason.is_silent()
+    }
+
+    /// Tells whoever listens what happened to a flow.
+    pub(crate) fn tell(&self, transport: Transport, inbound: bool, key: FlowKey, kind: FlowEventKind<'_>) {
+        let Some(log) = &self.spec.flow_log else { return };
+        let name = self.pins.names(self.now, key.remote.ip).next();
+        let (guest, remote) = (key.guest.into(), key.remote.into());
+        log.tell(&FlowEvent { transport, inbound, guest, remote, name, kind });
     }
 
     /// Whether `ip` is an address that the guest may send from.
@@ -262,6 +280,8 @@ impl Engine {
             datagram: device::frame_buffer(),
             unread: Unread::default(),
             descriptor_freed: false,
+            now,
+            refusals: Refusals::new(now),
         };
         sh.watch(sh.tap.as_fd(), Token::Tap, EpollFlags::EPOLLIN)?;
         sh.watch(commands.as_fd(), Token::Command, EpollFlags::EPOLLIN)?;
@@ -291,6 +311,29 @@ impl Engine {
             }
         }
         Turn::Goes
+    }
+
+    /// See [`Control::set_policy`].
+    pub(crate) fn set_policy(&mut self, policy: PolicySpec) {
+        self.sh.spec.policy = policy;
+        self.sh.rules = Rules::new(&self.sh.spec);
+        self.tcp.review(&mut self.sh);
+        self.udp.review(&mut self.sh);
+        self.icmp.review(&mut self.sh);
+    }
+
+    /// See [`Control::policy`].
+    pub(crate) fn policy(&self) -> PolicySpec {
+        self.sh.spec.policy.clone()
+    }
+
+    /// Tells of the end of every flow that is still there.
+    fn tell_the_rest(&self) {
+        if self.sh.spec.flow_log.is_some() {
+            self.tcp.tell_the_rest(&self.sh);
+            self.udp.tell_the_rest(&self.sh);
+            self.icmp.tell_the_rest(&self.sh);
+        }
     }
 
     /// See [`Control::publish`].
@@ -341,6 +384,7 @@ impl Engine {
             }
         };
         let now = clock();
+        self.sh.now = now;
         let mut frames = self.more_frames;
         let mut obeyed = Turn::Goes;
         // As many as wait now: who is not done comes again the next turn.
@@ -717,7 +761,10 @@ impl Stack {
             let _alive = alive;
             // Signals are the business of the process's main thread.
             let _ = nix::sys::signal::SigSet::all().thread_block();
-            contain(|| while engine.turn(&mut clock, None) == Turn::Goes {});
+            contain(|| {
+                while engine.turn(&mut clock, None) == Turn::Goes {}
+                engine.tell_the_rest();
+            });
         };
         let thread = std::thread::Builder::new()
             .name("netstack".into())

@@ -271,7 +271,7 @@ impl Forward {
         let port = self.ports.remove(&id)?;
         for place in &port.places {
             if let Place::Udp(id) = place {
-                udp.forget_port(*id);
+                udp.forget_port(sh, *id);
             }
         }
         self.close(&port.places);

@@ -21,6 +21,7 @@ use crate::config::{MAX_PINGS, PING_IDLE};
 use crate::emit::{self, Unreachable};
 use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
+use crate::flowlog::{Account, FlowEventKind};
 use crate::host::{self, HostFd};
 use crate::ingress::{ICMP, ICMPV6, Packet};
 use crate::policy::{Transport, Verdict};
@@ -38,8 +39,25 @@ struct Ping {
     /// The guest's address, and its identifier as the port.
     guest: Endpoint,
     fd: HostFd,
-    destinations: Vec<IpAddr>,
+    destinations: Vec<Destination>,
     used: Instant,
+}
+
+#[derive(Debug)]
+struct Destination {
+    ip: IpAddr,
+    account: Account,
+}
+
+impl Ping {
+    fn key(&self, to: IpAddr) -> FlowKey {
+        FlowKey { guest: self.guest, remote: Endpoint::new(to, 0) }
+    }
+
+    fn tell_closed(&self, sh: &Shared, destination: &Destination, reason: &'static str) {
+        let kind = destination.account.closed(sh.now, reason);
+        sh.tell(Transport::Ping, false, self.key(destination.ip), kind);
+    }
 }
 
 /// All ping sockets.
@@ -113,11 +131,20 @@ impl Icmp {
         };
         let Some(ping) = self.pings.get_mut(id) else { return };
         ping.used = now;
-        if !ping.destinations.contains(&to.ip()) {
-            if ping.destinations.len() >= MAX_DESTINATIONS {
-                ping.destinations.remove(0);
+        let at = match ping.destinations.iter().position(|destination| destination.ip == to.ip()) {
+            Some(at) => at,
+            None => {
+                if ping.destinations.len() >= MAX_DESTINATIONS {
+                    let oldest = ping.destinations.remove(0);
+                    ping.tell_closed(sh, &oldest, "evicted");
+                }
+                sh.tell(Transport::Ping, false, ping.key(to.ip()), FlowEventKind::Opened);
+                ping.destinations.push(Destination { ip: to.ip(), account: Account::new(now) });
+                ping.destinations.len() - 1
             }
-            ping.destinations.push(to.ip());
+        };
+        if let Some(destination) = ping.destinations.get_mut(at) {
+            destination.account.sent.add(packet.payload().len());
         }
         let hops = match packet.hop_limit {
             0 | 1 => {
@@ -148,7 +175,7 @@ impl Icmp {
             && let Some((oldest, _)) = self.pings.iter().min_by_key(|(_, ping)| ping.used)
         {
             sh.stats.evicted.one();
-            self.remove(sh, oldest);
+            self.remove(sh, oldest, "evicted");
         }
         let protocol = if guest.ip.is_ipv6() { SockProtocol::IcmpV6 } else { SockProtocol::Icmp };
         let fd = host::datagram_socket(&sh.budget, guest.ip, Some(protocol))?;
@@ -157,17 +184,39 @@ impl Icmp {
         sh.stats.ping_flows.set(self.pings.len());
         if let Some(ping) = self.pings.get(id) {
             let watched = sh.watch(ping.fd.as_fd(), Token::Ping(id), udp::READABLE);
-            watched.inspect_err(|_| self.remove(sh, id))?;
+            watched.inspect_err(|_| self.remove(sh, id, "failed"))?;
         }
         sh.timers.set(now + PING_IDLE, TimerKey::Ping);
         Ok(id)
     }
 
-    fn remove(&mut self, sh: &mut Shared, id: FlowId) {
+    fn remove(&mut self, sh: &mut Shared, id: FlowId, reason: &'static str) {
         if let Some(ping) = self.pings.remove(id) {
+            ping.destinations.iter().for_each(|destination| ping.tell_closed(sh, destination, reason));
             self.by_guest.remove(&ping.guest);
             sh.stats.ping_flows.set(self.pings.len());
             sh.descriptor_freed = true;
+        }
+    }
+
+    /// Forgets the destinations that are not allowed any more.
+    pub(crate) fn review(&mut self, sh: &mut Shared) {
+        let ids: Vec<FlowId> = self.pings.iter().map(|(id, _)| id).collect();
+        for id in ids {
+            let Some(ping) = self.pings.get_mut(id) else { continue };
+            for destination in std::mem::take(&mut ping.destinations) {
+                match sh.decide(Transport::Ping, Endpoint::new(destination.ip, 0)) {
+                    Verdict::Allow(_) => ping.destinations.push(destination),
+                    _ => ping.tell_closed(sh, &destination, "policy"),
+                }
+            }
+        }
+    }
+
+    /// Tells of the end of everything that is still there.
+    pub(crate) fn tell_the_rest(&self, sh: &Shared) {
+        for (_, ping) in self.pings.iter() {
+            ping.destinations.iter().for_each(|destination| ping.tell_closed(sh, destination, "stopped"));
         }
     }
 
@@ -176,7 +225,7 @@ impl Icmp {
         let expired: Vec<FlowId> =
             self.pings.iter().filter(|(_, ping)| ping.used + PING_IDLE <= now).map(|(id, _)| id).collect();
         for id in expired {
-            self.remove(sh, id);
+            self.remove(sh, id, "idle");
         }
         let next = self.pings.iter().map(|(_, ping)| ping.used + PING_IDLE).min();
         if let Some(at) = next {
@@ -193,12 +242,13 @@ impl Icmp {
         }
         let Some(Ping { guest, fd, destinations, used }) = self.pings.get_mut(id) else { return };
         udp::read_all(sh, Token::Ping(id), fd, |sh, message, from, _| {
-            if message.len() < 8
-                || message[0] != echo_types(guest.ip.is_ipv6()).1
-                || !destinations.contains(&from.ip())
-            {
+            let known = destinations.iter_mut().find(|destination| destination.ip == from.ip());
+            let Some(destination) =
+                known.filter(|_| message.len() >= 8 && message[0] == echo_types(guest.ip.is_ipv6()).1)
+            else {
                 return sh.stats.dropped_datagrams.one();
-            }
+            };
+            destination.account.received.add(message.len());
             *used = now;
             message[4..6].copy_from_slice(&guest.port.to_be_bytes());
             emit::icmp(&mut sh.tap, from.ip(), guest.ip, message);
@@ -211,7 +261,11 @@ impl Icmp {
         while let Ok(error) = udp::receive_error(&ping.fd) {
             let Some(error) = error else { continue };
             let destination = error.destination.ip();
-            let (Some(icmp), true) = (error.icmp, ping.destinations.contains(&destination)) else { continue };
+            let (Some(icmp), true) =
+                (error.icmp, ping.destinations.iter().any(|known| known.ip == destination))
+            else {
+                continue;
+            };
             // The queue holds our request, with the host's identifier.
             let mut request = error.payload;
             if request.len() < 8 {

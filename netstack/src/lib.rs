@@ -43,6 +43,7 @@
 //!     ipv6: true,
 //!     dns: DnsSpec::default(),
 //!     policy: PolicySpec::default(),
+//!     flow_log: None,
 //!     outbound: Outbound::default(),
 //! };
 //! // In the host's.
@@ -64,6 +65,7 @@ mod dns;
 mod emit;
 mod engine;
 mod flow;
+mod flowlog;
 mod forward;
 mod fragment;
 mod host;
@@ -82,6 +84,7 @@ mod udp;
 pub use config::{DnsAt, DnsSpec, Error, Link, Outbound, Protocol, Publish, StackSpec};
 pub use control::Control;
 pub use engine::Stack;
+pub use flowlog::{FlowEvent, FlowEventKind, FlowLog, Traffic};
 pub use forward::{PortId, Published, PublishedPort};
 pub use ndp::slaac_address;
 pub use policy::{HostLoopback, PolicySpec, Rule, RuleError, Transport};

@@ -43,6 +43,7 @@ use crate::device::FlowDevice;
 use crate::emit::{self, IcmpError, Unreachable};
 use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
+use crate::flowlog::{Account, FlowEventKind};
 use crate::host::{self, HostFd};
 use crate::ingress::{self, Packet};
 use crate::policy::{Transport, Verdict};
@@ -143,6 +144,13 @@ struct Flow {
     inbound_until: Option<Instant>,
     /// Where else the server inside may listen.
     other_way: Option<FlowKey>,
+    /// It came from outside.
+    inbound: bool,
+    account: Account,
+    /// Its beginning was told, so its end will be.
+    told: bool,
+    /// Why it ends, where that is known better than by how it ends.
+    why: Option<&'static str>,
     /// When the guest was last heard of, or it began to owe us an acknowledgement, whichever was later.
     heard: Instant,
     /// Segments sent since then.
@@ -292,10 +300,12 @@ impl Tcp {
         let Some(flow) = self.flows.get_mut(id) else { return };
         flow.heard = now;
         flow.unheard = 0;
+        flow.account.sent.packets += 1;
         match &mut flow.phase {
             Phase::Connecting { .. } => {
                 // A repeated SYN changes nothing; a RST means that the guest has given up.
                 if TcpPacket::new_unchecked(packet.payload()).rst() {
+                    flow.why = Some("given-up");
                     self.remove(sh, id, true);
                 }
             }
@@ -385,6 +395,7 @@ impl Tcp {
             return self.fail_syn(sh, now, packet, errno);
         }
         sh.stats.tcp_out.one();
+        self.begun(sh, id);
         if connected {
             return self.establish(sh, now, id);
         }
@@ -401,6 +412,7 @@ impl Tcp {
         while let Some(id) = self.connecting.pop_front() {
             if is_connecting(&self.flows, id) {
                 sh.stats.evicted.one();
+                self.give_reason(id, "evicted");
                 return self.remove(sh, id, true);
             }
         }
@@ -436,13 +448,62 @@ impl Tcp {
         let id = self.insert(sh, now, key, Phase::Open(Box::new(socket)), Far::Host(far));
         sh.stats.tcp_in.one();
         let Some(flow) = self.flows.get_mut(id) else { return };
+        flow.inbound = true;
         flow.inbound_until = Some(now + INBOUND_CONNECT);
         flow.other_way = (other != way).then_some(other);
         let Far::Host(host) = &flow.far else { return };
         if sh.watch(host.fd.as_fd(), Token::Tcp(id), WATCHED).is_err() {
             return self.remove(sh, id, true);
         }
+        self.begun(sh, id);
         self.mark(id);
+    }
+
+    /// A flow is in the table, and its sockets are watched.
+    fn begun(&mut self, sh: &Shared, id: FlowId) {
+        if let Some(flow) = self.flows.get_mut(id) {
+            flow.told = true;
+            sh.tell(Transport::Tcp, flow.inbound, flow.key, FlowEventKind::Opened);
+        }
+    }
+
+    fn give_reason(&mut self, id: FlowId, why: &'static str) {
+        if let Some(flow) = self.flows.get_mut(id) {
+            flow.why = Some(why);
+        }
+    }
+
+    /// Ends the guest's flows that are not allowed any more, with a reset on both sides.
+    pub(crate) fn review(&mut self, sh: &mut Shared) {
+        let outbound = |flow: &Flow| !flow.inbound && matches!(flow.far, Far::Host(_));
+        let ids: Vec<FlowId> =
+            self.flows.iter().filter(|(_, flow)| outbound(flow)).map(|(id, _)| id).collect();
+        for id in ids {
+            let Some(flow) = self.flows.get_mut(id) else { continue };
+            let Verdict::Refuse(reason) = sh.decide(Transport::Tcp, flow.key.remote) else { continue };
+            flow.why = Some("policy");
+            let tell = sh.refused(Transport::Tcp, flow.key, reason);
+            match &mut flow.phase {
+                Phase::Connecting { syn } => {
+                    if tell && let Ok(packet) = ingress::parse_ip(syn, true) {
+                        udp::unreachable(sh, &packet, Unreachable::Prohibited);
+                    }
+                }
+                Phase::Open(socket) => {
+                    let mut device = FlowDevice { tap: &mut sh.tap, rx: None, mss: flow.mss };
+                    socket.abort();
+                    send_segments(socket, &mut self.iface, sh.now, &mut device);
+                }
+            }
+            self.remove(sh, id, true);
+        }
+    }
+
+    /// Tells of the end of everything that is still there.
+    pub(crate) fn tell_the_rest(&self, sh: &Shared) {
+        for (_, flow) in self.flows.iter().filter(|(_, flow)| flow.told) {
+            sh.tell(Transport::Tcp, flow.inbound, flow.key, flow.account.closed(sh.now, "stopped"));
+        }
     }
 
     /// A socket that connects to a server inside. The peer's port is its own where that is free, else any.
@@ -498,6 +559,10 @@ impl Tcp {
             finished: false,
             inbound_until: None,
             other_way: None,
+            inbound: false,
+            account: Account::new(now),
+            told: false,
+            why: None,
             heard: now,
             unheard: 0,
             owes: false,
@@ -598,6 +663,7 @@ impl Tcp {
                 None => self.establish(sh, now, id),
                 Some(errno) => {
                     let syn = syn.clone();
+                    self.give_reason(id, failure_word(errno));
                     self.remove(sh, id, true);
                     if let Ok(packet) = ingress::parse_ip(&syn, true) {
                         self.fail_syn(sh, now, &packet, errno);
@@ -668,7 +734,7 @@ impl Tcp {
         let before = flow.moved;
         let mut fate = match &mut flow.far {
             Far::Host(host) => {
-                let fate = move_host(socket, host, &mut flow.moved, flow.closed);
+                let fate = move_host(socket, host, &mut flow.moved, &mut flow.account, flow.closed);
                 // An end of the host's stream is passed on at once: the flow's last word often comes with it.
                 if host.eof && !flow.closed {
                     flow.closed = true;
@@ -699,6 +765,11 @@ impl Tcp {
             || (flow.owes && now >= flow.heard + GUEST_SILENCE)
             || flow.unheard >= MAX_UNHEARD
         {
+            flow.why.get_or_insert(match fate {
+                Fate::Broken => "reset-by-peer",
+                Fate::Goes if flow.inbound_until.is_some() => "not-answered",
+                Fate::Goes => "silent",
+            });
             fate = Fate::Broken;
             // What the peer said before it went away goes first, as far as the guest has room for it.
             let mut device = FlowDevice { tap: &mut sh.tap, rx: None, mss: flow.mss };
@@ -711,6 +782,7 @@ impl Tcp {
             let mut device = FlowDevice { tap: &mut sh.tap, rx: None, mss: flow.mss };
             sent = send_segments(socket, &mut self.iface, now, &mut device);
             flow.unheard += sent;
+            flow.account.received.packets += u64::try_from(sent).unwrap_or(0);
             flow.finished = socket.state() == State::TimeWait && !sh.tap.is_blocked();
         }
         if sh.tap.is_blocked() {
@@ -720,8 +792,15 @@ impl Tcp {
         match socket.state() {
             _ if fate == Fate::Broken => return self.remove(sh, id, true),
             // A SYN that was answered by a RST puts a listening socket back.
-            State::Listen => return self.remove(sh, id, true),
-            State::Closed if !(flow.guest_fin.is_some() && flow.closed) => return self.remove(sh, id, true),
+            State::Listen => {
+                flow.why = Some("given-up");
+                return self.remove(sh, id, true);
+            }
+            State::Closed if !(flow.guest_fin.is_some() && flow.closed) => {
+                flow.why =
+                    Some(if flow.inbound_until.is_some() { "refused-inside" } else { "reset-by-guest" });
+                return self.remove(sh, id, true);
+            }
             State::Closed | State::TimeWait => {
                 // Both sides have said their last word; what they said may still be on its way to the host.
                 let delivered = match &flow.far {
@@ -779,6 +858,10 @@ impl Tcp {
             sh.timers.cancel(at, TimerKey::Tcp(id));
         }
         sh.stats.tcp_flows.set(self.flows.len());
+        if flow.told {
+            let why = flow.why.unwrap_or(if reset { "failed" } else { "finished" });
+            sh.tell(Transport::Tcp, flow.inbound, flow.key, flow.account.closed(sh.now, why));
+        }
         match flow.phase {
             Phase::Connecting { .. } => self.half_open -= 1,
             Phase::Open(socket) => {
@@ -791,6 +874,17 @@ impl Tcp {
             Far::Dns(_) => self.dns_flows -= 1,
         }
         sh.descriptor_freed = true;
+    }
+}
+
+/// Why a connection to the host's world did not come about, in a word.
+fn failure_word(errno: Errno) -> &'static str {
+    match errno {
+        Errno::ECONNREFUSED => "refused-by-peer",
+        Errno::ECONNRESET => "reset-by-peer",
+        Errno::ETIMEDOUT => "timed-out",
+        Errno::EHOSTUNREACH | Errno::ENETUNREACH => "unreachable",
+        _ => "failed",
     }
 }
 
@@ -836,7 +930,13 @@ enum Fate {
 }
 
 /// Moves data between the rings and a host socket, as much as both sides take.
-fn move_host(socket: &mut RingSocket, host: &mut HostSide, moved: &mut usize, closed: bool) -> Fate {
+fn move_host(
+    socket: &mut RingSocket,
+    host: &mut HostSide,
+    moved: &mut usize,
+    account: &mut Account,
+    closed: bool,
+) -> Fate {
     let raw = host.fd.as_raw_fd();
     while host.writable && socket.can_recv() {
         let sent = socket.recv(|data| {
@@ -846,6 +946,7 @@ fn move_host(socket: &mut RingSocket, host: &mut HostSide, moved: &mut usize, cl
         match sent {
             Ok((Ok(n), len)) => {
                 *moved += n;
+                account.sent.add_bytes(n);
                 host.writable = n == len;
             }
             Ok((Err(Errno::EAGAIN), _)) => host.writable = false,
@@ -868,6 +969,7 @@ fn move_host(socket: &mut RingSocket, host: &mut HostSide, moved: &mut usize, cl
             Ok((Ok(0), _)) => host.eof = true,
             Ok((Ok(n), room)) => {
                 *moved += n;
+                account.received.add_bytes(n);
                 host.readable = n == room || host.more_behind;
             }
             Ok((Err(Errno::EAGAIN), _)) => host.readable = false,

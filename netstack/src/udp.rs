@@ -36,6 +36,7 @@ use crate::config::{
 use crate::emit::{self, IcmpError, Unreachable};
 use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
+use crate::flowlog::{Account, FlowEventKind};
 use crate::forward::Forward;
 use crate::host::{self, HostFd};
 use crate::ingress::Packet;
@@ -60,6 +61,7 @@ struct Peer {
     used: Instant,
     /// When the policy was asked last.
     asked: Instant,
+    account: Account,
 }
 
 #[derive(Debug)]
@@ -72,6 +74,11 @@ struct Flow {
 }
 
 impl Flow {
+    fn tell_closed(&self, sh: &Shared, peer: &Peer, reason: &'static str) {
+        let key = FlowKey { guest: self.guest, remote: peer.seen };
+        sh.tell(Transport::Udp, false, key, peer.account.closed(sh.now, reason));
+    }
+
     /// When it has been idle for too long.
     fn until(&self) -> Instant {
         let lifetime = if self.peers.iter().all(|peer| peer.seen.port == DNS_PORT) {
@@ -90,6 +97,7 @@ impl Flow {
 struct Inbound {
     arrival: Arrival,
     used: Instant,
+    account: Account,
 }
 
 /// How a datagram came to a published socket.
@@ -158,6 +166,7 @@ impl Udp {
         let payload = datagram.payload();
         if let Some(inbound) = self.inbound.get_mut(&key) {
             inbound.used = now;
+            inbound.account.sent.add(payload.len());
             let Arrival { port, real, local, ways } = inbound.arrival;
             let server = self.servers.entry(inbound.arrival.lane()).or_default();
             *server = Server { other: key.guest == ways[1].guest, answered: true, last: None };
@@ -168,6 +177,9 @@ impl Udp {
             return;
         }
         let Some((id, real)) = self.route(sh, now, packet, key) else { return };
+        if let Some(peer) = self.flows.get_mut(id).and_then(|flow| flow.peers.first_mut()) {
+            peer.account.sent.add(payload.len());
+        }
         let Some(flow) = self.flows.get(id) else { return };
         let hops = (packet.hop_limit < TRACEROUTE_HOPS).then_some(packet.hop_limit.saturating_sub(1));
         let mut sent = send_to(&flow.fd, payload, real, hops);
@@ -202,13 +214,24 @@ impl Udp {
             // The next one is probably for the same.
             flow.peers.swap(0, at);
             let peer = flow.peers.first_mut()?;
-            if now < peer.asked + VERDICT_AGE {
-                flow.used = now;
-                peer.used = now;
-                return Some((id, peer.real));
+            if now >= peer.asked + VERDICT_AGE {
+                // The host may have got this address since.
+                match sh.decide(Transport::Udp, key.remote) {
+                    Verdict::Allow(real) => (peer.real, peer.asked) = (real, now),
+                    Verdict::Gateway => return None,
+                    Verdict::Refuse(reason) => {
+                        let peer = flow.peers.swap_remove(0);
+                        flow.tell_closed(sh, &peer, "policy");
+                        if sh.refused(Transport::Udp, key, reason) {
+                            unreachable(sh, packet, Unreachable::Prohibited);
+                        }
+                        return None;
+                    }
+                }
             }
-            // The host may have got this address since.
-            flow.peers.swap_remove(0);
+            flow.used = now;
+            peer.used = now;
+            return Some((id, peer.real));
         }
         // Refused destinations do not deserve a socket.
         let real = match sh.decide(Transport::Udp, key.remote) {
@@ -230,9 +253,12 @@ impl Udp {
         if flow.peers.len() >= MAX_UDP_PEERS
             && let Some(oldest) = (0..flow.peers.len()).min_by_key(|&i| flow.peers[i].used)
         {
-            flow.peers.swap_remove(oldest);
+            let oldest = flow.peers.swap_remove(oldest);
+            flow.tell_closed(sh, &oldest, "evicted");
         }
-        flow.peers.insert(0, Peer { seen: key.remote, real, used: now, asked: now });
+        let account = Account::new(now);
+        flow.peers.insert(0, Peer { seen: key.remote, real, used: now, asked: now, account });
+        sh.tell(Transport::Udp, false, key, FlowEventKind::Opened);
         Some((id, real))
     }
 
@@ -268,7 +294,7 @@ impl Udp {
         let flow = self.flows.get(id)?;
         if let Err(errno) = sh.watch(flow.fd.as_fd(), Token::Udp(id), READABLE) {
             tracing::debug!(%errno, "no socket for a UDP flow");
-            self.remove(sh, id);
+            self.remove(sh, id, "failed");
             return None;
         }
         sh.timers.set(now + UDP_DNS_IDLE, TimerKey::Udp);
@@ -280,17 +306,56 @@ impl Udp {
         let oldest = self.flows.first_by(|flow| flow.used);
         sh.stats.evicted.add(oldest.len());
         for &id in &oldest {
-            self.remove(sh, id);
+            self.remove(sh, id, "evicted");
         }
         !oldest.is_empty()
     }
 
-    fn remove(&mut self, sh: &mut Shared, id: FlowId) {
+    fn remove(&mut self, sh: &mut Shared, id: FlowId, reason: &'static str) {
         if let Some(flow) = self.flows.remove(id) {
+            flow.peers.iter().for_each(|peer| flow.tell_closed(sh, peer, reason));
             self.by_guest.remove(&flow.guest);
             sh.stats.udp_flows.set(self.flows.len());
             sh.descriptor_freed = true;
         }
+    }
+
+    /// Forgets the destinations that are not allowed any more.
+    pub(crate) fn review(&mut self, sh: &mut Shared) {
+        let ids: Vec<FlowId> = self.flows.iter().map(|(id, _)| id).collect();
+        for id in ids {
+            let Some(flow) = self.flows.get_mut(id) else { continue };
+            for mut peer in std::mem::take(&mut flow.peers) {
+                match sh.decide(Transport::Udp, peer.seen) {
+                    Verdict::Allow(real) => {
+                        (peer.real, peer.asked) = (real, sh.now);
+                        flow.peers.push(peer);
+                    }
+                    _ => flow.tell_closed(sh, &peer, "policy"),
+                }
+            }
+        }
+    }
+
+    /// Tells of the end of everything that is still there.
+    pub(crate) fn tell_the_rest(&self, sh: &Shared) {
+        for (_, flow) in self.flows.iter() {
+            flow.peers.iter().for_each(|peer| flow.tell_closed(sh, peer, "stopped"));
+        }
+        for (key, flow) in &self.inbound {
+            sh.tell(Transport::Udp, true, *key, flow.account.closed(sh.now, "stopped"));
+        }
+    }
+
+    /// Ends flows of published ports but for some.
+    fn keep_inbound(&mut self, sh: &Shared, reason: &'static str, keep: impl Fn(&Inbound) -> bool) {
+        self.inbound.retain(|key, flow| {
+            let kept = keep(flow);
+            if !kept {
+                sh.tell(Transport::Udp, true, *key, flow.account.closed(sh.now, reason));
+            }
+            kept
+        });
     }
 
     /// Closes what has been idle for too long.
@@ -298,9 +363,9 @@ impl Udp {
         let expired: Vec<FlowId> =
             self.flows.iter().filter(|(_, flow)| flow.until() <= now).map(|(id, _)| id).collect();
         for id in expired {
-            self.remove(sh, id);
+            self.remove(sh, id, "idle");
         }
-        self.inbound.retain(|_, flow| flow.used + UDP_IDLE > now);
+        self.keep_inbound(sh, "idle", |flow| flow.used + UDP_IDLE > now);
         let next = self.flows.iter().map(|(_, flow)| flow.until());
         if let Some(at) = next.chain(self.inbound.values().map(|flow| flow.used + UDP_IDLE)).min() {
             // Once a second is enough, however many flows there are.
@@ -322,6 +387,7 @@ impl Udp {
                 return sh.stats.dropped_datagrams.one();
             };
             peer.used = now;
+            peer.account.received.add(datagram.len());
             *used = now;
             *answered = true;
             emit::udp(&mut sh.tap, Endpoint::new(peer.seen.ip, from.port()), *guest, datagram);
@@ -364,10 +430,15 @@ impl Udp {
         if !self.inbound.contains_key(&key) && self.inbound.len() >= MAX_UDP_INBOUND {
             let mut ages: Vec<Instant> = self.inbound.values().map(|flow| flow.used).collect();
             let (_, &mut limit, _) = ages.select_nth_unstable(MAX_UDP_INBOUND / 16);
-            self.inbound.retain(|_, flow| flow.used > limit);
+            self.keep_inbound(sh, "evicted", |flow| flow.used > limit);
             sh.stats.evicted.add(MAX_UDP_INBOUND.saturating_sub(self.inbound.len()));
         }
-        self.inbound.insert(key, Inbound { arrival, used: now });
+        let flow = self.inbound.entry(key).or_insert_with(|| {
+            sh.tell(Transport::Udp, true, key, FlowEventKind::Opened);
+            Inbound { arrival, used: now, account: Account::new(now) }
+        });
+        (flow.arrival, flow.used) = (arrival, now);
+        flow.account.received.add(payload.len());
         sh.timers.set(now + UDP_IDLE, TimerKey::Udp);
         let server = self.servers.entry(arrival.lane()).or_default();
         // Long ones are not worth the memory: thousands of ports may be published.
@@ -376,14 +447,15 @@ impl Udp {
     }
 
     /// A published socket is closed.
-    pub(crate) fn forget_port(&mut self, port: FlowId) {
-        self.inbound.retain(|_, flow| flow.arrival.port != port);
+    pub(crate) fn forget_port(&mut self, sh: &Shared, port: FlowId) {
+        self.keep_inbound(sh, "unpublished", |flow| flow.arrival.port != port);
         self.servers.retain(|&(of, _), _| of != port);
     }
 
     /// The guest's kernel says that nobody wanted a datagram.
     pub(crate) fn refused(&mut self, sh: &mut Shared, now: Instant, key: FlowKey) {
-        let Some(Inbound { arrival, .. }) = self.inbound.remove(&key) else { return };
+        let Some(Inbound { arrival, account, .. }) = self.inbound.remove(&key) else { return };
+        sh.tell(Transport::Udp, true, key, account.closed(now, "refused-inside"));
         let server = self.servers.entry(arrival.lane()).or_default();
         let tried = key.guest == arrival.ways[1].guest;
         // A flow of the way that is not taken any more says nothing about the other.

@@ -13,7 +13,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::*;
-use netstack::{DnsSpec, HostLoopback, PolicySpec, Protocol, Publish, StackSpec};
+use netstack::{
+    DnsSpec, FlowEventKind, FlowLog, HostLoopback, PolicySpec, Protocol, Publish, StackSpec, Traffic,
+};
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -80,6 +82,8 @@ tests! {
     host_loopback_can_be_allowed,
     host_loopback_can_be_allowed_by_port,
     rules_hold_and_say_so,
+    rules_are_replaced_under_flows_that_exist,
+    every_flow_is_told,
     routes_and_addresses_of_the_host_are_followed,
     dns_by_dnsmasq_over_udp_and_tcp,
     dns_answers_are_kept_while_the_resolver_is_gone,
@@ -850,6 +854,149 @@ fn rules_hold_and_say_so(world: &World) {
     let guest = Guest::with(&policy(&[], &["[2001:db8:1::/48]".to_owned()]), &[]);
     assert_eq!(hello(&guest, v4).unwrap(), "hello");
     assert_eq!(hello(&guest, v6).unwrap_err().kind(), ErrorKind::PermissionDenied);
+}
+
+fn rules_are_replaced_under_flows_that_exist(world: &World) {
+    let guest = Guest::new();
+    let (addr, accepted) = accept_one(&world.internet, INTERNET_V4);
+    let mut client = guest.net.run(move || connect(addr).unwrap());
+    let mut server = accepted.join().unwrap();
+    let echo = world.internet.run(|| UdpSocket::bind((INTERNET_V4, 0)).unwrap());
+    echo.set_read_timeout(Some(PATIENCE)).unwrap();
+    let to = echo.local_addr().unwrap();
+    let datagrams = guest.net.run(move || {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.connect(to).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket
+    });
+    datagrams.send(b"x").unwrap();
+    let (_, from) = echo.recv_from(&mut [0; 4]).unwrap();
+
+    // What is still allowed does not notice.
+    let control = guest.stack.control().clone();
+    let open = PolicySpec { deny: vec!["192.0.2.0/24".parse().unwrap()], ..PolicySpec::default() };
+    control.set_policy(open.clone()).unwrap();
+    assert_eq!(control.policy().unwrap(), open);
+    client.write_all(b"hello").unwrap();
+    server.read_exact(&mut [0; 5]).unwrap();
+    datagrams.send(b"y").unwrap();
+    echo.recv_from(&mut [0; 4]).unwrap();
+
+    control
+        .set_policy(PolicySpec { deny: vec!["198.51.100.0/24".parse().unwrap()], ..PolicySpec::default() })
+        .unwrap();
+    assert_eq!(client.read(&mut [0; 5]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert_eq!(server.read(&mut [0; 5]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    // Neither way: what the peer sends, before the guest sends again, does not come.
+    let before = guest.stack.stats();
+    echo.send_to(b"z", from).unwrap();
+    wait_until("the datagram is dropped", || {
+        guest.stack.stats().dropped_datagrams > before.dropped_datagrams
+    });
+    datagrams.send(b"z").unwrap();
+    assert_eq!(datagrams.recv(&mut [0; 4]).unwrap_err().raw_os_error(), Some(Errno::EHOSTUNREACH as i32));
+    let again = guest.net.run(move || connect(addr).unwrap_err().kind());
+    assert_eq!(again, ErrorKind::HostUnreachable);
+    assert_eq!(guest.stack.stats().tcp_flows, 0);
+}
+
+/// A line for each event: protocol, direction, remote, what, and how much both ways.
+fn flow_lines() -> (FlowLog, std::sync::mpsc::Receiver<String>) {
+    let (sender, lines) = std::sync::mpsc::channel();
+    let sender = std::sync::Mutex::new(sender);
+    let log = FlowLog::new(move |event| {
+        let what = match event.kind {
+            FlowEventKind::Opened => "opened".to_owned(),
+            FlowEventKind::Refused { reason, rule, .. } => {
+                format!("refused {reason} {}", rule.map(ToString::to_string).unwrap_or_default())
+            }
+            FlowEventKind::Closed { reason, sent, received, .. } => {
+                let some = |traffic: Traffic| {
+                    if traffic.packets > 0 { traffic.bytes.to_string() } else { "none".into() }
+                };
+                format!("closed {reason} {} {}", some(sent), some(received))
+            }
+            _ => "unknown".to_owned(),
+        };
+        let direction = if event.inbound { "in" } else { "out" };
+        let line =
+            format!("{} {direction} {} {}", event.transport.name(), event.remote.ip(), what.trim_end());
+        sender.lock().unwrap().send(line).unwrap();
+    });
+    (log, lines)
+}
+
+fn every_flow_is_told(world: &World) {
+    let (log, lines) = flow_lines();
+    let next = || lines.recv_timeout(PATIENCE).unwrap();
+    let policy = PolicySpec { deny: vec!["tcp:any:25".parse().unwrap()], ..PolicySpec::default() };
+    let guest = Guest::with(
+        &StackSpec { flow_log: Some(log), policy, ..spec() },
+        &[Publish {
+            host_ip: Some(HOST_V4.parse().unwrap()),
+            host_port: 0,
+            inside_ip: None,
+            inside_port: 8080,
+            protocol: Protocol::Tcp,
+        }],
+    );
+    let port = serve(&world.internet, INTERNET_V4, |mut stream| {
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).unwrap();
+        stream.write_all(b"answer").unwrap();
+    });
+    guest.net.run(move || {
+        let mut stream = connect(at(INTERNET_V4, port)).unwrap();
+        stream.write_all(b"question").unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        stream.read_to_end(&mut Vec::new()).unwrap();
+    });
+    assert_eq!(next(), format!("tcp out {INTERNET_V4} opened"));
+    assert_eq!(next(), format!("tcp out {INTERNET_V4} closed finished 8 6"));
+    guest.net.run(|| assert!(connect(at(INTERNET_V4, 1)).is_err()));
+    assert_eq!(next(), format!("tcp out {INTERNET_V4} opened"));
+    assert_eq!(next(), format!("tcp out {INTERNET_V4} closed refused-by-peer none none"));
+    guest.net.run(|| {
+        assert!(connect(at(INTERNET_V4, 25)).is_err());
+        assert!(connect(at(INTERNET_V6, 25)).is_err());
+        assert!(connect(at("169.254.169.254", 80)).is_err());
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.set_broadcast(true).unwrap();
+        socket.send_to(b"x", "239.255.255.250:1900").unwrap();
+        socket.send_to(b"x", "10.0.2.255:137").unwrap();
+        socket.send_to(b"x", "255.255.255.255:67").unwrap();
+        socket.send_to(b"xyz", (INTERNET_V4, 9)).unwrap();
+    });
+    assert_eq!(next(), format!("tcp out {INTERNET_V4} refused deny tcp:any:25"));
+    assert_eq!(next(), format!("tcp out {INTERNET_V6} refused deny tcp:any:25"));
+    assert_eq!(next(), "tcp out 169.254.169.254 refused link-local");
+    assert_eq!(next(), "udp out 239.255.255.250 refused multicast");
+    assert_eq!(next(), "udp out 10.0.2.255 refused broadcast");
+    assert_eq!(next(), "udp out 255.255.255.255 refused broadcast");
+    assert_eq!(next(), format!("udp out {INTERNET_V4} opened"));
+    guest.net.run(|| sh(&format!("ping -c 1 -W 10 -s 100 {INTERNET_V4}")));
+    assert_eq!(next(), format!("icmp out {INTERNET_V4} opened"));
+    // A connection to a published port.
+    let server = guest.net.run(|| TcpListener::bind("0.0.0.0:8080").unwrap());
+    let published = guest.published[0];
+    let mut client = world.internet.run(move || connect(published).unwrap());
+    let mut accepted = patient(server.accept().unwrap().0);
+    assert_eq!(next(), format!("tcp in {INTERNET_V4} opened"));
+    client.write_all(b"hello").unwrap();
+    accepted.read_exact(&mut [0; 5]).unwrap();
+    // What is still there when the stack ends is told then.
+    guest.stack.stop();
+    let mut rest: Vec<String> = lines.iter().collect();
+    rest.sort();
+    assert_eq!(
+        rest,
+        [
+            format!("icmp out {INTERNET_V4} closed stopped 108 108"),
+            format!("tcp in {INTERNET_V4} closed stopped 0 5"),
+            format!("udp out {INTERNET_V4} closed stopped 3 none"),
+        ]
+    );
 }
 
 fn routes_and_addresses_of_the_host_are_followed(world: &World) {

@@ -188,6 +188,10 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "dry_run", help_heading = "Report")]
     pub(super) report: Option<PathBuf>,
 
+    /// Append a line of JSON to this file for each flow that begins, is refused, or ends
+    #[arg(long, value_name = "FILE", conflicts_with = "dry_run", help_heading = "Report")]
+    pub(super) network_log: Option<PathBuf>,
+
     /// What stands before `--`: an image
     #[arg(hide = true, value_name = "IMAGE")]
     pub(super) before: Vec<OsString>,

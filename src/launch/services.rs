@@ -9,7 +9,7 @@ use netstack::{
 
 use super::LaunchError;
 use crate::plan::{NetPlan, Plan, StackPlan};
-use crate::report::PublishedPort;
+use crate::report::{NetworkLog, PublishedPort};
 use crate::spec::LoopbackSpec;
 
 /// Threads that serve the overlay. At least two, because a request that waits for the disk must not
@@ -29,7 +29,7 @@ pub(crate) struct Services {
 
 impl Services {
     /// Opens the layers and binds the ports; starts nothing.
-    pub(super) fn prepare(plan: &Plan) -> Result<Self, LaunchError> {
+    pub(super) fn prepare(plan: &Plan, network_log: Option<NetworkLog>) -> Result<Self, LaunchError> {
         for layer in &plan.root.layers {
             tracing::debug!(layer = %layer.host_path.display(), "opening");
         }
@@ -50,7 +50,8 @@ impl Services {
             for port in &published {
                 tracing::debug!(host = %port.host, inside = port.inside_port, udp = port.udp, "published");
             }
-            network = Some((stack_spec(stack), ports));
+            let flow_log = network_log.map(NetworkLog::flow_log);
+            network = Some((StackSpec { flow_log, ..stack_spec(stack) }, ports));
         }
         Ok(Self { overlay: Some(overlay), server: None, network, stack: None, published })
     }
@@ -118,6 +119,7 @@ fn stack_spec(plan: &StackPlan) -> StackSpec {
                 LoopbackSpec::All => HostLoopback::All,
             },
         },
+        flow_log: None,
         outbound: Outbound::default(),
     }
 }

@@ -1,5 +1,9 @@
 //! What happened.
 
+mod network;
+
+pub use network::NetworkLog;
+
 use std::net::SocketAddr;
 use std::time::Duration;
 

@@ -519,6 +519,58 @@ fn rules_hold_for_real_programs() {
 }
 
 #[test]
+fn the_network_log_has_a_line_for_each_flow() {
+    let lab = lab!();
+    need!("curl");
+    let home = Home::new();
+    let file = home.path("network.log");
+    std::fs::write(&file, "{}\n").unwrap();
+    let option = format!("--network-log={}", file.display());
+    let script = "curl -sS -m 20 -4 -o /dev/null http://world.test/; curl -s -m 20 -o /dev/null http://169.254.169.254/; \
+                  curl -s -m 20 -o /dev/null http://10.77.0.2:25/; true";
+    home.sh([&option, "--deny=tcp:any:25"], script).run().ok();
+    let text = std::fs::read_to_string(&file).unwrap();
+    let lines: Vec<serde_json::Value> =
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let events: Vec<String> = lines[1..]
+        .iter()
+        .map(|line| {
+            let word = |field: &str| line[field].as_str().unwrap_or("-").to_owned();
+            ["event", "protocol", "direction", "outside", "name", "reason", "rule"].map(word).join(" ")
+        })
+        .collect();
+    let world = lab.world;
+    assert_eq!(
+        events,
+        [
+            format!("opened tcp out {world}:80 world.test - -"),
+            format!("closed tcp out {world}:80 world.test finished -"),
+            "refused tcp out 169.254.169.254:80 - link-local -".to_owned(),
+            format!("refused tcp out {world}:25 world.test deny tcp:any:25"),
+        ],
+        "{text}"
+    );
+    assert_eq!(lines[0], serde_json::json!({}), "what was there stays");
+    let closed = &lines[2];
+    for field in ["time", "seconds", "sent_bytes", "sent_packets", "received_bytes", "received_packets"] {
+        assert!(closed[field].as_f64().unwrap() > 0.0, "{field}: {text}");
+    }
+    assert!(closed["inside"].as_str().unwrap().starts_with("10."), "{text}");
+}
+
+#[test]
+fn a_network_log_that_cannot_be_is_refused_before_anything_happens() {
+    let home = Home::new();
+    for (options, part) in [
+        (&["--network-log=/no/such/dir/log"][..], "ENOENT"),
+        (&["--network-log=/dev/null", "--network=none"], "network-log and network none"),
+        (&["--network-log=/dev/null", "--network=host"], "network-log and network host"),
+    ] {
+        home.run(options, ["true"]).run().exits(125).says(part);
+    }
+}
+
+#[test]
 fn rules_that_make_no_sense_are_refused_before_anything_happens() {
     let home = Home::new();
     for (option, part) in [

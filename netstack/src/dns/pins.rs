@@ -42,7 +42,6 @@ pub(crate) struct Pins {
 
 impl Pins {
     /// The names that lead to `ip`: what the guest may have meant by it.
-    #[cfg_attr(not(test), expect(dead_code, reason = "asked by rules by name"))]
     pub(crate) fn names(&self, now: Instant, ip: IpAddr) -> impl Iterator<Item = &str> {
         let pins = self.by_ip.get(&ip).map(Vec::as_slice).unwrap_or_default();
         pins.iter().filter(move |pin| pin.holds(now)).map(|pin| &*pin.name)

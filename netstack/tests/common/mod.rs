@@ -152,6 +152,7 @@ pub(crate) fn spec() -> StackSpec {
         ipv6: true,
         dns: DnsSpec::default(),
         policy: PolicySpec::default(),
+        flow_log: None,
         outbound: Outbound::default(),
     }
 }
