@@ -22,7 +22,7 @@ use super::Transport;
 
 /// A rule of `--allow` or `--deny`; `FromStr` and `Display` have the text form.
 ///
-/// ```
+/// ```no_run
 /// use netstack::Rule;
 /// let rule: Rule = "tcp:192.0.2.0/24:80,8000-8999".parse()?;
 /// assert_eq!(rule.to_string(), "tcp:192.0.2.0/24:80,8000-8999");
