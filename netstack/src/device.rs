@@ -9,6 +9,10 @@
 //! Checksums. The kernel is asked to finish TCP's and UDP's (NEEDS_CSUM; the field holds the pseudo-header's sum), so
 //! nobody ever computes them. ICMP's and fragments' are complete.
 //!
+//! Datagrams that follow each other from one endpoint to another, and are of one size but for the last, are given to the
+//! kernel as one such super-segment, too, where it takes them (Linux 6.2): they wait in `run` for the end of the engine's
+//! turn at most. The receiver's kernel takes it apart in front of the socket.
+//!
 //! A frame is never dropped here while the TAP cannot take it: a lost segment would cost smoltcp's minimum
 //! retransmission time, one second. It waits in `pending`; while something does, smoltcp finds the device exhausted,
 //! and the engine reads no more from the guest.
@@ -23,6 +27,8 @@ use smoltcp::time::Instant;
 use smoltcp::wire::{IpAddress, IpProtocol, checksum};
 
 use crate::config::{MAX_PENDING_FRAMES, StackSpec};
+use crate::emit::{self, ip_header_len};
+use crate::flow::Endpoint;
 use crate::stats::Counters;
 use crate::sys::VNET_HEADER_LEN;
 
@@ -36,10 +42,24 @@ const FRAME_BUFFER: usize = HEAD + 8 + 40 + 65_535 + 64;
 const NEEDS_CSUM: u8 = 1;
 const GSO_TCPV4: u8 = 1;
 const GSO_TCPV6: u8 = 4;
+const GSO_UDP_L4: u8 = 5;
+
+/// Datagrams of a run: what older kernels take at once (UDP_MAX_SEGMENTS).
+pub(crate) const MAX_RUN: usize = 64;
+/// Bytes of a run that fit into an IP packet, whatever its version.
+pub(crate) const MAX_RUN_BYTES: usize = 65_535 - 40 - 8;
 
 pub(crate) const ETHERTYPE_IPV4: u16 = 0x0800;
 pub(crate) const ETHERTYPE_ARP: u16 = 0x0806;
 pub(crate) const ETHERTYPE_IPV6: u16 = 0x86dd;
+
+/// Which super-segments the kernel takes and gives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Segmentation {
+    None,
+    Tcp,
+    TcpAndUdp,
+}
 
 /// What the kernel is asked to do to a packet. Offsets count from the IP header.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -53,11 +73,6 @@ pub(crate) struct Offload {
 impl Offload {
     /// The packet is complete.
     pub(crate) const NONE: Self = Self { checksum: None, segments: None };
-
-    /// The kernel finishes the checksum.
-    pub(crate) fn checksum(start: u16, field: u16) -> Self {
-        Self { checksum: Some((start, field)), segments: None }
-    }
 }
 
 /// One frame from the guest.
@@ -66,6 +81,9 @@ pub(crate) struct Frame<'a> {
     pub(crate) bytes: &'a [u8],
     /// The frame never was on a wire: its checksum is unfinished, and nothing can have damaged it.
     pub(crate) checksum_pending: bool,
+    /// These are as many datagrams of so many bytes as there are, the last one as long as is left. The guest may say what
+    /// it likes here.
+    pub(crate) datagram_size: Option<usize>,
 }
 
 /// Result of reading the TAP.
@@ -86,12 +104,38 @@ pub(crate) struct Tap {
     guest_mac: [u8; 6],
     gateway_mac: [u8; 6],
     pub(crate) mtu: usize,
-    /// Whether super-segments may be sent.
-    segmentation: bool,
+    segmentation: Segmentation,
     scratch: Box<[u8]>,
+    run: Option<Run>,
+    /// Where the packet of `run` is built.
+    run_packet: Box<[u8]>,
     pending: VecDeque<Box<[u8]>>,
     ipv4_ident: u16,
     stats: Arc<Counters>,
+}
+
+/// Datagrams on their way to the guest that go together.
+#[derive(Debug)]
+struct Run {
+    from: Endpoint,
+    to: Endpoint,
+    /// Payload of each but the last.
+    size: usize,
+    count: usize,
+    /// Payload of all.
+    len: usize,
+}
+
+impl Run {
+    /// Whether another datagram of `len` bytes may follow.
+    fn takes(&self, from: Endpoint, to: Endpoint, len: usize) -> bool {
+        (self.from, self.to) == (from, to)
+            && (1..=self.size).contains(&len)
+            // A shorter one is the last.
+            && self.len == self.count * self.size
+            && self.count < MAX_RUN
+            && self.len + len <= MAX_RUN_BYTES
+    }
 }
 
 /// Makes the buffer that [`Tap::read`] wants.
@@ -100,7 +144,12 @@ pub(crate) fn frame_buffer() -> Box<[u8]> {
 }
 
 impl Tap {
-    pub(crate) fn new(fd: OwnedFd, spec: &StackSpec, segmentation: bool, stats: Arc<Counters>) -> Self {
+    pub(crate) fn new(
+        fd: OwnedFd,
+        spec: &StackSpec,
+        segmentation: Segmentation,
+        stats: Arc<Counters>,
+    ) -> Self {
         Self {
             fd,
             guest_mac: spec.guest.mac,
@@ -109,6 +158,8 @@ impl Tap {
             mtu: usize::from(spec.mtu).clamp(1280, BIG_MTU),
             segmentation,
             scratch: frame_buffer(),
+            run: None,
+            run_packet: frame_buffer(),
             pending: VecDeque::new(),
             ipv4_ident: 1,
             stats,
@@ -154,7 +205,12 @@ impl Tap {
     /// Takes the virtio header off what [`Tap::read`] read.
     pub(crate) fn frame(buffer: &[u8]) -> Option<Frame<'_>> {
         let (header, bytes) = buffer.split_at_checked(VNET_HEADER_LEN)?;
-        Some(Frame { bytes, checksum_pending: header[0] & NEEDS_CSUM != 0 })
+        let size = usize::from(u16::from_ne_bytes([header[4], header[5]]));
+        Some(Frame {
+            bytes,
+            checksum_pending: header[0] & NEEDS_CSUM != 0,
+            datagram_size: (header[1] == GSO_UDP_L4 && size > 0).then_some(size),
+        })
     }
 
     /// Whether frames wait for the TAP to take them.
@@ -190,9 +246,54 @@ impl Tap {
         packet
     }
 
+    /// Sends a datagram that fits into the MTU, together with others if more follow before [`Tap::end_run`].
+    pub(crate) fn send_datagram(&mut self, from: Endpoint, to: Endpoint, payload: &[u8]) {
+        let at = HEAD + ip_header_len(to.ip) + 8;
+        if let Some(run) = &mut self.run {
+            if run.takes(from, to, payload.len()) {
+                self.run_packet[at + run.len..][..payload.len()].copy_from_slice(payload);
+                run.count += 1;
+                run.len += payload.len();
+                return;
+            }
+            self.end_run();
+        }
+        self.run_packet[at..][..payload.len()].copy_from_slice(payload);
+        self.run = Some(Run { from, to, size: payload.len(), count: 1, len: payload.len() });
+        if self.segmentation != Segmentation::TcpAndUdp {
+            self.end_run();
+        }
+    }
+
+    /// Sends the datagrams that wait for others.
+    pub(crate) fn end_run(&mut self) {
+        let Some(Run { from, to, size, count, len }) = self.run.take() else { return };
+        let mut buffer = std::mem::take(&mut self.run_packet);
+        let header_len = ip_header_len(to.ip);
+        let packet = &mut buffer[HEAD..HEAD + header_len + 8 + len];
+        emit::udp_headers(packet, from, to);
+        let small = |n: usize| u16::try_from(n).unwrap_or_default();
+        // The kernel finishes the sums.
+        let offload = Offload {
+            checksum: Some((small(header_len), 6)),
+            segments: (count > 1).then_some((GSO_UDP_L4, small(header_len + 8), small(size))),
+        };
+        self.send_in(&mut buffer, header_len + 8 + len, offload);
+        self.run_packet = buffer;
+    }
+
     /// Sends the IP packet of `len` bytes that was built in [`Tap::packet_mut`].
     pub(crate) fn send_ip(&mut self, len: usize, offload: Offload) {
-        let ethertype = if self.scratch[HEAD] >> 4 == 6 { ETHERTYPE_IPV6 } else { ETHERTYPE_IPV4 };
+        // What was said first comes first.
+        self.end_run();
+        let mut buffer = std::mem::take(&mut self.scratch);
+        self.send_in(&mut buffer, len, offload);
+        self.scratch = buffer;
+    }
+
+    /// Sends the IP packet of `len` bytes behind the place for the headers in `buffer`.
+    fn send_in(&mut self, buffer: &mut [u8], len: usize, offload: Offload) {
+        let ethertype = if buffer[HEAD] >> 4 == 6 { ETHERTYPE_IPV6 } else { ETHERTYPE_IPV4 };
         let link = u16::try_from(ETHERNET_HEADER_LEN).unwrap_or_default();
         let mut header = [0; VNET_HEADER_LEN];
         if let Some((start, field)) = offload.checksum {
@@ -205,23 +306,25 @@ impl Tap {
             header[2..4].copy_from_slice(&(headers + link).to_ne_bytes());
             header[4..6].copy_from_slice(&size.to_ne_bytes());
         }
-        self.send(ethertype, header, len);
+        self.send(buffer, ethertype, header, len);
     }
 
     /// Sends a frame with another payload than IP.
     pub(crate) fn send_arp(&mut self, payload: &[u8]) {
         self.packet_mut(payload.len()).copy_from_slice(payload);
-        self.send(ETHERTYPE_ARP, [0; VNET_HEADER_LEN], payload.len());
+        let mut buffer = std::mem::take(&mut self.scratch);
+        self.send(&mut buffer, ETHERTYPE_ARP, [0; VNET_HEADER_LEN], payload.len());
+        self.scratch = buffer;
     }
 
-    fn send(&mut self, ethertype: u16, header: [u8; VNET_HEADER_LEN], len: usize) {
-        let (head, _) = self.scratch.split_at_mut(HEAD);
+    fn send(&mut self, buffer: &mut [u8], ethertype: u16, header: [u8; VNET_HEADER_LEN], len: usize) {
+        let (head, _) = buffer.split_at_mut(HEAD);
         let (vnet, ethernet) = head.split_at_mut(VNET_HEADER_LEN);
         vnet.copy_from_slice(&header);
         ethernet[..6].copy_from_slice(&self.guest_mac);
         ethernet[6..12].copy_from_slice(&self.gateway_mac);
         ethernet[12..].copy_from_slice(&ethertype.to_be_bytes());
-        let frame = &self.scratch[..HEAD + len];
+        let frame = &buffer[..HEAD + len];
         // What waits goes first: order matters to TCP.
         if self.is_blocked() || self.write(frame) == Err(Errno::EAGAIN) {
             self.pending.push_back(frame.into());
@@ -268,7 +371,7 @@ impl Tap {
             return 536;
         };
         let announced = u16::from_be_bytes(*option);
-        if self.segmentation {
+        if self.segmentation != Segmentation::None {
             *option = u16::MAX.to_be_bytes();
         }
         // 48 is the least that smoltcp believes, too.
@@ -278,7 +381,7 @@ impl Tap {
     /// Finishes a TCP packet of smoltcp's.
     fn offload_tcp(&mut self, len: usize, mss: u16) -> Offload {
         let link = [self.link_mss(false), self.link_mss(true)];
-        let segmentation = self.segmentation;
+        let segmentation = self.segmentation != Segmentation::None;
         let packet = &mut self.scratch[HEAD..HEAD + len];
         let (ip_len, src, dst): (usize, IpAddress, IpAddress) = if packet[0] >> 4 == 6 {
             let ip = smoltcp::wire::Ipv6Packet::new_unchecked(&*packet);
@@ -361,7 +464,8 @@ impl Device for FlowDevice<'_> {
         checksum.ipv4 = Checksum::Tx;
         let mut caps = DeviceCapabilities::default();
         caps.medium = Medium::Ip;
-        caps.max_transmission_unit = if self.tap.segmentation { BIG_MTU } else { self.tap.mtu };
+        caps.max_transmission_unit =
+            if self.tap.segmentation != Segmentation::None { BIG_MTU } else { self.tap.mtu };
         caps.checksum = checksum;
         caps
     }

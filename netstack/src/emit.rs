@@ -16,7 +16,7 @@ use crate::ingress::{self, ICMP, ICMPV6, Packet, UDP};
 /// Hop limit of what we send.
 const HOPS: u8 = 64;
 
-fn ip_header_len(ip: IpAddr) -> usize {
+pub(crate) fn ip_header_len(ip: IpAddr) -> usize {
     if ip.is_ipv6() { 40 } else { 20 }
 }
 
@@ -26,40 +26,41 @@ fn small(n: usize) -> u16 {
 
 /// Sends a UDP datagram to the guest, in fragments if the link demands it.
 pub(crate) fn udp(tap: &mut Tap, from: Endpoint, to: Endpoint, payload: &[u8]) {
-    let header_len = ip_header_len(to.ip);
     let udp_len = 8 + payload.len();
     if udp_len > 65_535 - 20 {
         return;
     }
-    let pseudo = {
-        let len = u32::try_from(udp_len).unwrap_or_default();
-        checksum::pseudo_header(&from.ip.into(), &to.ip.into(), IpProtocol::Udp, len)
-    };
-    let write = |segment: &mut [u8], sum: u16| {
-        segment[..2].copy_from_slice(&from.port.to_be_bytes());
-        segment[2..4].copy_from_slice(&to.port.to_be_bytes());
-        segment[4..6].copy_from_slice(&small(udp_len).to_be_bytes());
-        segment[6..8].copy_from_slice(&sum.to_be_bytes());
-        segment[8..].copy_from_slice(payload);
-    };
-    let len = header_len + udp_len;
-    if len <= tap.mtu {
-        let packet = tap.packet_mut(len);
-        ingress::write_ip_header(packet, from.ip, to.ip, UDP, HOPS);
-        // The kernel finishes the sum.
-        write(&mut packet[header_len..], pseudo);
-        tap.send_ip(len, Offload::checksum(small(header_len), 6));
+    if ip_header_len(to.ip) + udp_len <= tap.mtu {
+        tap.send_datagram(from, to, payload);
     } else {
         let mut segment = vec![0; udp_len];
-        write(&mut segment, 0);
-        // RFC 768: zero means none, so a sum of zero is sent as all ones.
-        let sum = match !checksum::combine(&[pseudo, checksum::data(&segment)]) {
+        segment[8..].copy_from_slice(payload);
+        udp_header(&mut segment, from, to);
+        // It begins with the pseudo-header's. RFC 768: zero means none, so a sum of zero is sent as all ones.
+        let sum = match !checksum::data(&segment) {
             0 => u16::MAX,
             sum => sum,
         };
         segment[6..8].copy_from_slice(&sum.to_be_bytes());
         send_fragmented(tap, from.ip, to.ip, UDP, &segment);
     }
+}
+
+/// Writes the header of a datagram; its sum is that of the pseudo-header, to be finished.
+fn udp_header(segment: &mut [u8], from: Endpoint, to: Endpoint) {
+    let len = segment.len();
+    let wide = u32::try_from(len).unwrap_or_default();
+    let sum = checksum::pseudo_header(&from.ip.into(), &to.ip.into(), IpProtocol::Udp, wide);
+    segment[..2].copy_from_slice(&from.port.to_be_bytes());
+    segment[2..4].copy_from_slice(&to.port.to_be_bytes());
+    segment[4..6].copy_from_slice(&small(len).to_be_bytes());
+    segment[6..8].copy_from_slice(&sum.to_be_bytes());
+}
+
+/// Writes both headers of a packet that holds a datagram's payload already.
+pub(crate) fn udp_headers(packet: &mut [u8], from: Endpoint, to: Endpoint) {
+    let header_len = ingress::write_ip_header(packet, from.ip, to.ip, UDP, HOPS);
+    udp_header(&mut packet[header_len..], from, to);
 }
 
 /// What an ICMP error says: type, code, and the word behind the checksum.

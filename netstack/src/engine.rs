@@ -26,7 +26,7 @@ use smoltcp::wire::UdpPacket;
 
 use crate::config::{Error, REASSEMBLY, StackSpec};
 use crate::control::{self, Commands, Control};
-use crate::device::{self, ReadResult, Tap};
+use crate::device::{self, ReadResult, Segmentation, Tap};
 use crate::dhcp;
 use crate::dns::pins::Pins;
 use crate::dns::{Dns, Origin};
@@ -260,7 +260,7 @@ impl Engine {
         tap: OwnedFd,
         spec: &StackSpec,
         published: Published,
-        segmentation: bool,
+        segmentation: Segmentation,
         now: Instant,
     ) -> nix::Result<(Self, Control)> {
         let stats = Arc::<Counters>::default();
@@ -446,6 +446,7 @@ impl Engine {
                 self.forward.accept(&mut self.sh, now, index, &mut self.tcp);
             }
         }
+        self.sh.tap.end_run();
         self.watch_room();
         Turn::Goes
     }
@@ -503,6 +504,7 @@ impl Engine {
             }
         }
         self.buffer = buffer;
+        self.udp.flush(&mut self.sh);
         Turn::Goes
     }
 
@@ -516,7 +518,10 @@ impl Engine {
             Ok(Inbound::Arp { source_mac, source, target }) => {
                 ndp::arp(&mut self.sh, source_mac, source, target);
             }
-            Ok(Inbound::Ip(packet)) => self.packet(now, &packet, ingress::source_mac(frame.bytes)),
+            Ok(Inbound::Ip(mut packet)) => {
+                packet.datagram_size = frame.datagram_size;
+                self.packet(now, &packet, ingress::source_mac(frame.bytes));
+            }
             Err(Dropped::Malformed) => self.sh.stats.dropped_malformed.one(),
             Err(Dropped::NotForUs) => {}
         }
@@ -616,7 +621,10 @@ impl Engine {
             let guest = Endpoint::new(packet.src, datagram.src_port());
             let gateway = Endpoint::new(packet.dst, DNS_PORT);
             let origin = Origin::Udp { guest, gateway };
-            return self.dns.query(&mut self.sh, now, origin, datagram.payload());
+            for query in datagram.payload().chunks(packet.datagram_size.unwrap_or(usize::MAX)) {
+                self.dns.query(&mut self.sh, now, origin, query);
+            }
+            return;
         }
         if packet.hop_limit <= 1 && emit::deserves_icmp_error(packet) && !self.sh.tap.is_congested() {
             let from = self.sh.spec.gateway.ip_like(packet.dst);
@@ -750,7 +758,7 @@ impl Stack {
             .inspect_err(
                 |errno| tracing::warn!(%errno, "the TAP takes no super-segments: the network will be slower"),
             )
-            .is_ok();
+            .unwrap_or(Segmentation::None);
         nonblocking(tap.as_fd()).map_err(failed("non-blocking TAP"))?;
         let mut clock = clock();
         let (mut engine, control) =

@@ -139,6 +139,7 @@ fn bind_one(addr: SocketAddr, port: &Publish) -> Result<Bound, Error> {
             setsockopt(&fd, sockopt::ReuseAddr, &true)?;
         } else {
             udp::want_local_address(&fd, addr.is_ipv6())?;
+            udp::want_runs(&fd);
         }
         bind(fd.as_raw_fd(), &SockaddrStorage::from(addr))?;
         if port.protocol == Protocol::Tcp {

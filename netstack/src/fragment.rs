@@ -197,6 +197,7 @@ mod tests {
             payload_at: 0,
             fragment: None,
             checksum_pending: false,
+            datagram_size: None,
         }
     }
 

@@ -155,11 +155,11 @@ impl Icmp {
             hops => (hops < 64).then_some(hops - 1),
         };
         let to = SocketAddr::new(to.ip(), 0);
-        let mut sent = udp::send_to(&ping.fd, packet.payload(), to, hops);
+        let mut sent = udp::send_to(&ping.fd, packet.payload(), packet.payload().len(), to, hops);
         if sent.is_err_and(|errno| errno != Errno::EAGAIN) {
             self.errors(sh, id);
             if let Some(ping) = self.pings.get(id) {
-                sent = udp::send_to(&ping.fd, packet.payload(), to, hops);
+                sent = udp::send_to(&ping.fd, packet.payload(), packet.payload().len(), to, hops);
             }
         }
         if let Err(errno) = sent {

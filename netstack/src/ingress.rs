@@ -68,6 +68,8 @@ pub(crate) struct Packet<'a> {
     pub(crate) fragment: Option<Fragment>,
     /// The transport's checksum was left to us, so there is nothing to verify.
     pub(crate) checksum_pending: bool,
+    /// Set if the payload of this datagram is that of several, each of so many bytes.
+    pub(crate) datagram_size: Option<usize>,
 }
 
 impl<'a> Packet<'a> {
@@ -219,6 +221,7 @@ fn parse_v4(bytes: &[u8], checksum_pending: bool) -> Result<Packet<'_>, Drop> {
         payload_at: header_len,
         fragment: (more || offset != 0).then_some(Fragment { id: ip.ident().into(), offset, more }),
         checksum_pending,
+        datagram_size: None,
     })
 }
 
@@ -252,6 +255,7 @@ fn parse_v6(bytes: &[u8], checksum_pending: bool) -> Result<Packet<'_>, Drop> {
         payload_at: 40,
         fragment: None,
         checksum_pending,
+        datagram_size: None,
     };
     for _ in 0..MAX_EXTENSIONS {
         let rest = &bytes[packet.payload_at..];

@@ -17,7 +17,7 @@ use smoltcp::wire::{
 
 use crate::config::{Publish, StackSpec};
 use crate::control::Control;
-use crate::device::ETHERNET_HEADER_LEN;
+use crate::device::{ETHERNET_HEADER_LEN, Segmentation};
 use crate::engine::{Engine, Turn};
 use crate::forward::Published;
 use crate::ingress::tests::Seeded;
@@ -27,6 +27,7 @@ use crate::sys::VNET_HEADER_LEN;
 
 mod dns;
 mod hostile;
+mod runs;
 mod tcp;
 
 const HEAD: usize = VNET_HEADER_LEN + ETHERNET_HEADER_LEN;
@@ -94,6 +95,7 @@ impl Script {
         let now = Instant::from_secs(1_000);
         let published = Published::bind(ports).expect("ports");
         let addresses = published.addresses().map(|(addr, ..)| addr).collect();
+        let segmentation = if segmentation { Segmentation::TcpAndUdp } else { Segmentation::None };
         let (engine, control) = Engine::new(tap, spec, published, segmentation, now).expect("engine");
         Self { engine, control, wire, now, published: addresses }
     }
@@ -736,7 +738,7 @@ fn a_tap_without_room_lets_everybody_rest_and_nothing_is_lost() {
     let server = UdpSocket::bind("127.0.0.1:0").expect("socket");
     let port = server.local_addr().expect("address").port();
     for inbound in [false, true] {
-        let mut script = Script::with(&spec(), true, std::slice::from_ref(&publish));
+        let mut script = Script::with(&spec(), false, std::slice::from_ref(&publish));
         script.send_ip(&udp((GUEST_V4, 5_000), (GATEWAY_V4, port), b"ask"));
         script.settle();
         let flow = server.recv_from(&mut [0; 10]).expect("datagram").1;

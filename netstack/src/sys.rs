@@ -17,6 +17,8 @@ use smoltcp::socket::tcp;
 use smoltcp::time::Instant;
 use smoltcp::wire::{IpEndpoint, TcpTimestampGenerator};
 
+use crate::device::Segmentation;
+
 /// Length of the virtio header in front of every frame; set explicitly, though it is the kernel's default.
 pub(crate) const VNET_HEADER_LEN: usize = 10;
 
@@ -71,12 +73,21 @@ pub(crate) fn set_vnet_header_len(fd: BorrowedFd<'_>) -> nix::Result<()> {
     Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const len) }).map(drop)
 }
 
-/// Offers to take frames with unfinished checksums and whole TCP super-segments from the guest's kernel.
-pub(crate) fn set_offload(fd: BorrowedFd<'_>) -> nix::Result<()> {
-    let offload = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
-    // SAFETY: TUNSETOFFLOAD takes its argument by value.
-    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(offload)) })
-        .map(drop)
+/// Offers to take frames with unfinished checksums and whole TCP super-segments from the guest's kernel, and those of UDP
+/// if the kernel has them (Linux 6.2); what it agreed to.
+pub(crate) fn set_offload(fd: BorrowedFd<'_>) -> nix::Result<Segmentation> {
+    let tcp = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
+    let set = |offload| {
+        // SAFETY: TUNSETOFFLOAD takes its argument by value.
+        Errno::result(unsafe {
+            libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(offload))
+        })
+    };
+    // A kernel refuses what it does not know, and then changes nothing.
+    if set(tcp | libc::TUN_F_USO4 | libc::TUN_F_USO6).is_ok() {
+        return Ok(Segmentation::TcpAndUdp);
+    }
+    set(tcp).map(|_| Segmentation::Tcp)
 }
 
 /// Accepts one connection, non-blocking and close-on-exec from birth.

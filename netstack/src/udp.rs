@@ -13,6 +13,10 @@
 //! ICMP errors come out of the host socket's error queue (ip(7), IP_RECVERR) and are sent on with the guest's own
 //! datagram as the cause. Datagrams from the guest have been put together from their fragments before they come here.
 //!
+//! Datagrams that follow each other to the same destination, of one size but for the last, go to the kernel by one call
+//! (udp(7), UDP_SEGMENT): they wait in `Outgoing` while there are frames to be read. What the kernel has put together
+//! (UDP_GRO) is taken apart here, and put together again for the guest by [`Tap`](crate::device::Tap).
+//!
 //! Published ports have flows of their own (`Inbound`), since their answers must leave from the published socket. The
 //! server inside may listen on one family only. Where it answers is remembered for each socket; until it has answered, the
 //! last datagram is kept, and if the guest's kernel says that nobody wants it, it goes the other way.
@@ -33,13 +37,14 @@ use smoltcp::wire::UdpPacket;
 use crate::config::{
     MAX_UDP_INBOUND, MAX_UDP_PEERS, MAX_UDP_SOCKETS, UDP_DNS_IDLE, UDP_IDLE, UDP_UNANSWERED, VERDICT_AGE,
 };
+use crate::device::{MAX_RUN, MAX_RUN_BYTES};
 use crate::emit::{self, IcmpError, Unreachable};
 use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
 use crate::flowlog::{Account, FlowEventKind};
 use crate::forward::Forward;
 use crate::host::{self, HostFd};
-use crate::ingress::Packet;
+use crate::ingress::{self, Packet};
 use crate::policy::{DNS_PORT, Transport, Verdict};
 
 /// What epoll tells of a datagram socket, each time it becomes so. (Errors it tells always.)
@@ -71,6 +76,8 @@ struct Flow {
     peers: Vec<Peer>,
     used: Instant,
     answered: bool,
+    /// The way to some destination takes no super-segments.
+    single: bool,
 }
 
 impl Flow {
@@ -131,6 +138,30 @@ struct Server {
     last: Option<(FlowKey, Vec<u8>)>,
 }
 
+/// Datagrams of the guest's that go to the host's kernel together.
+#[derive(Debug, Default)]
+struct Outgoing {
+    /// The flow, and the destination as the guest and as the host sees it; `None` if there are none.
+    to: Option<(FlowId, Endpoint, SocketAddr)>,
+    /// Payload of each but the last.
+    size: usize,
+    count: usize,
+    /// Payload of all: [`MAX_RUN_BYTES`] at most.
+    payload: Vec<u8>,
+}
+
+impl Outgoing {
+    /// Whether another datagram of `len` bytes may follow.
+    fn takes(&self, to: (FlowId, Endpoint, SocketAddr), len: usize) -> bool {
+        self.to == Some(to)
+            && (1..=self.size).contains(&len)
+            // A shorter one is the last.
+            && self.payload.len() == self.count * self.size
+            && self.count < MAX_RUN
+            && self.payload.len() + len <= MAX_RUN_BYTES
+    }
+}
+
 /// All UDP flows.
 #[derive(Debug, Default)]
 pub(crate) struct Udp {
@@ -139,6 +170,7 @@ pub(crate) struct Udp {
     inbound: HashMap<FlowKey, Inbound>,
     /// By [`Arrival::lane`]: two for each published socket at most.
     servers: HashMap<(FlowId, bool), Server>,
+    outgoing: Outgoing,
 }
 
 impl Udp {
@@ -146,6 +178,7 @@ impl Udp {
     pub(crate) fn check_bounds(&self) {
         assert!(self.flows.len() <= MAX_UDP_SOCKETS && self.by_guest.len() == self.flows.len());
         assert!(self.flows.iter().all(|(_, flow)| flow.peers.len() <= MAX_UDP_PEERS));
+        assert!(self.outgoing.to.is_none() && self.outgoing.payload.capacity() <= 2 * MAX_RUN_BYTES);
         assert!(self.inbound.len() <= MAX_UDP_INBOUND && self.servers.len() <= 4);
     }
 
@@ -164,6 +197,7 @@ impl Udp {
             return;
         }
         let payload = datagram.payload();
+        let size = packet.datagram_size.unwrap_or(usize::MAX);
         if let Some(inbound) = self.inbound.get_mut(&key) {
             inbound.used = now;
             inbound.account.sent.add(payload.len());
@@ -171,8 +205,10 @@ impl Udp {
             let server = self.servers.entry(inbound.arrival.lane()).or_default();
             *server = Server { other: key.guest == ways[1].guest, answered: true, last: None };
             if let Some(fd) = ports.udp_socket(port) {
-                let sent = send_from(fd, payload, real, local);
-                count_send(sh, sent);
+                for part in parts(payload, size) {
+                    let sent = send_from(fd, part, real, local);
+                    count_send(sh, sent);
+                }
             }
             return;
         }
@@ -180,22 +216,79 @@ impl Udp {
         if let Some(peer) = self.flows.get_mut(id).and_then(|flow| flow.peers.first_mut()) {
             peer.account.sent.add(payload.len());
         }
-        let Some(flow) = self.flows.get(id) else { return };
+        let to = (id, key.remote, real);
         let hops = (packet.hop_limit < TRACEROUTE_HOPS).then_some(packet.hop_limit.saturating_sub(1));
-        let mut sent = send_to(&flow.fd, payload, real, hops);
-        if sent.is_err_and(|errno| errno != Errno::EAGAIN) {
-            // A pending error of an earlier datagram is reported once, by whatever call comes next.
-            self.errors(sh, id);
-            if let Some(flow) = self.flows.get(id) {
-                sent = send_to(&flow.fd, payload, real, hops);
+        for part in parts(payload, size) {
+            if hops.is_some() {
+                self.flush(sh);
+                self.send(sh, to, part, part.len(), hops);
+                continue;
+            }
+            if !self.outgoing.takes(to, part.len()) {
+                self.flush(sh);
+                self.outgoing.to = Some(to);
+                self.outgoing.size = part.len();
+            }
+            self.outgoing.count += 1;
+            self.outgoing.payload.extend_from_slice(part);
+        }
+    }
+
+    /// Sends the datagrams that wait for others.
+    pub(crate) fn flush(&mut self, sh: &mut Shared) {
+        let Some(to) = self.outgoing.to.take() else { return };
+        let mut payload = std::mem::take(&mut self.outgoing.payload);
+        self.outgoing.count = 0;
+        let single = self.flows.get(to.0).is_some_and(|flow| flow.single);
+        if single || !self.send(sh, to, &payload, self.outgoing.size, None) {
+            for part in parts(&payload, self.outgoing.size) {
+                self.send(sh, to, part, part.len(), None);
             }
         }
-        if let Err(errno) = sent {
-            match Unreachable::from_errno(errno) {
-                Some(what) => unreachable(sh, packet, what),
-                None => count_send(sh, Err(errno)),
+        payload.clear();
+        self.outgoing.payload = payload;
+    }
+
+    /// Sends datagrams of `size` bytes each; false if they have to be sent one by one.
+    fn send(
+        &mut self,
+        sh: &mut Shared,
+        to: (FlowId, Endpoint, SocketAddr),
+        payload: &[u8],
+        size: usize,
+        hops: Option<u8>,
+    ) -> bool {
+        let (id, seen, real) = to;
+        let mut tries = 0;
+        let errno = loop {
+            let Some(flow) = self.flows.get_mut(id) else { break Errno::EBADF };
+            match send_to(&flow.fd, payload, size, real, hops) {
+                Ok(()) => return true,
+                // The least size that some hop's link has is less than theirs, or the device finishes no checksums.
+                Err(Errno::EINVAL | Errno::EIO | Errno::EMSGSIZE | Errno::EOPNOTSUPP)
+                    if payload.len() > size =>
+                {
+                    flow.single = true;
+                    return false;
+                }
+                // A pending error of an earlier datagram is reported once, by whatever call comes next.
+                Err(errno) if errno != Errno::EAGAIN && tries == 0 => self.errors(sh, id),
+                Err(errno) => break errno,
             }
+            tries += 1;
+        };
+        match (Unreachable::from_errno(errno), self.flows.get(id)) {
+            (Some(what), Some(flow)) => {
+                let guest = flow.guest;
+                let first = payload.get(..size).unwrap_or(payload);
+                let original = emit::original_udp(guest, seen, first);
+                if let Ok(packet) = ingress::parse_ip(&original, true) {
+                    unreachable(sh, &packet, what);
+                }
+            }
+            _ => sh.stats.dropped_datagrams.add(parts(payload, size).count()),
         }
+        true
     }
 
     /// The guest's flow, and where in the host's world a datagram of it goes. Both are made if need be.
@@ -279,7 +372,10 @@ impl Udp {
             opened = host::datagram_socket(&sh.budget, guest.ip, None);
         }
         let fd = match opened {
-            Ok(fd) => fd,
+            Ok(fd) => {
+                want_runs(&fd);
+                fd
+            }
             Err(errno) => {
                 tracing::debug!(%errno, "no socket for a UDP flow");
                 sh.stats.refused_by_limit.one();
@@ -287,8 +383,14 @@ impl Udp {
                 return None;
             }
         };
-        let id =
-            self.flows.insert_with(|_| Flow { guest, fd, peers: Vec::new(), used: now, answered: false });
+        let id = self.flows.insert_with(|_| Flow {
+            guest,
+            fd,
+            peers: Vec::new(),
+            used: now,
+            answered: false,
+            single: false,
+        });
         self.by_guest.insert(guest, id);
         sh.stats.udp_flows.set(self.flows.len());
         let flow = self.flows.get(id)?;
@@ -381,7 +483,7 @@ impl Udp {
         if events.intersects(EpollFlags::EPOLLERR) {
             self.errors(sh, id);
         }
-        let Some(Flow { guest, fd, peers, used, answered }) = self.flows.get_mut(id) else { return };
+        let Some(Flow { guest, fd, peers, used, answered, .. }) = self.flows.get_mut(id) else { return };
         read_all(sh, Token::Udp(id), fd, |sh, datagram, from, _| {
             let Some(peer) = peers.iter_mut().find(|peer| peer.real.ip() == from.ip()) else {
                 return sh.stats.dropped_datagrams.one();
@@ -474,6 +576,12 @@ impl Udp {
     }
 }
 
+/// The payloads of datagrams of `size` bytes each. One may be empty.
+fn parts(payload: &[u8], size: usize) -> impl Iterator<Item = &[u8]> {
+    let empty = payload.is_empty().then_some(payload);
+    payload.chunks(size.max(1)).chain(empty)
+}
+
 /// Sends an ICMP error about the guest's packet.
 pub(crate) fn unreachable(sh: &mut Shared, packet: &Packet<'_>, what: Unreachable) {
     if emit::deserves_icmp_error(packet) && !sh.tap.is_congested() {
@@ -489,16 +597,25 @@ fn count_send(sh: &mut Shared, sent: nix::Result<()>) {
     }
 }
 
-/// Sends a datagram, with a hop limit of its own if given.
-pub(crate) fn send_to(fd: &HostFd, payload: &[u8], to: SocketAddr, hops: Option<u8>) -> nix::Result<()> {
+/// Sends datagrams of `size` bytes each, with a hop limit of their own if given.
+pub(crate) fn send_to(
+    fd: &HostFd,
+    payload: &[u8],
+    size: usize,
+    to: SocketAddr,
+    hops: Option<u8>,
+) -> nix::Result<()> {
     let raw = fd.as_raw_fd();
     let to_raw = SockaddrStorage::from(to);
-    let Some(hops) = hops.map(libc::c_int::from) else {
-        return nix::sys::socket::sendto(raw, payload, &to_raw, MsgFlags::MSG_NOSIGNAL).map(drop);
-    };
-    let control = match to {
-        SocketAddr::V4(_) => ControlMessage::Ipv4Ttl(&hops),
-        SocketAddr::V6(_) => ControlMessage::Ipv6HopLimit(&hops),
+    let hops = hops.map(libc::c_int::from);
+    let segment = u16::try_from(size).unwrap_or(u16::MAX);
+    let control = match (&hops, to) {
+        (Some(hops), SocketAddr::V4(_)) => ControlMessage::Ipv4Ttl(hops),
+        (Some(hops), SocketAddr::V6(_)) => ControlMessage::Ipv6HopLimit(hops),
+        (None, _) if payload.len() > size => ControlMessage::UdpGsoSegments(&segment),
+        (None, _) => {
+            return nix::sys::socket::sendto(raw, payload, &to_raw, MsgFlags::MSG_NOSIGNAL).map(drop);
+        }
     };
     sendmsg(raw, &[IoSlice::new(payload)], &[control], MsgFlags::MSG_NOSIGNAL, Some(&to_raw)).map(drop)
 }
@@ -536,21 +653,42 @@ pub(crate) fn want_local_address(fd: &impl AsFd, is_v6: bool) -> nix::Result<()>
     }
 }
 
-/// Receives a datagram: its length, its sender if that is an IP address, and the host's address it was sent to if that
-/// was asked for.
-fn receive(fd: &HostFd, buffer: &mut [u8]) -> nix::Result<(usize, Option<SocketAddr>, Option<IpAddr>)> {
-    let mut control = nix::cmsg_space!(libc::in6_pktinfo);
+/// Asks for datagrams that came together to be given together. Kernels before 5.0 do not.
+pub(crate) fn want_runs(fd: &impl AsFd) {
+    let _ = nix::sys::socket::setsockopt(fd, sockopt::UdpGroSegment, &true);
+}
+
+/// What was received.
+struct Received {
+    len: usize,
+    /// Length of each datagram but the last, if there are several.
+    size: Option<usize>,
+    /// The sender, if that is an IP address.
+    from: Option<SocketAddr>,
+    /// The host's address it was sent to, if that was asked for.
+    local: Option<IpAddr>,
+}
+
+/// Receives a datagram, or some that came together.
+fn receive(fd: &HostFd, buffer: &mut [u8]) -> nix::Result<Received> {
+    let mut control = nix::cmsg_space!(libc::in6_pktinfo, libc::c_int);
     let mut parts = [IoSliceMut::new(buffer)];
     let message =
         recvmsg::<SockaddrStorage>(fd.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_DONTWAIT)?;
-    let local = message.cmsgs().ok().into_iter().flatten().find_map(|control| match control {
-        ControlMessageOwned::Ipv4PacketInfo(info) => {
-            Some(IpAddr::from(info.ipi_spec_dst.s_addr.to_ne_bytes()))
+    let (mut local, mut size) = (None, None);
+    for control in message.cmsgs().ok().into_iter().flatten() {
+        match control {
+            ControlMessageOwned::Ipv4PacketInfo(info) => {
+                local = Some(IpAddr::from(info.ipi_spec_dst.s_addr.to_ne_bytes()));
+            }
+            ControlMessageOwned::Ipv6PacketInfo(info) => {
+                local = Some(IpAddr::from(info.ipi6_addr.s6_addr));
+            }
+            ControlMessageOwned::UdpGroSegments(len) => size = usize::try_from(len).ok(),
+            _ => {}
         }
-        ControlMessageOwned::Ipv6PacketInfo(info) => Some(IpAddr::from(info.ipi6_addr.s6_addr)),
-        _ => None,
-    });
-    Ok((message.bytes, message.address.as_ref().and_then(socket_addr), local))
+    }
+    Ok(Received { len: message.bytes, size, from: message.address.as_ref().and_then(socket_addr), local })
 }
 
 /// Reads a datagram socket to its end, or as far as the TAP has room and others need not wait too long: then we come back.
@@ -568,9 +706,18 @@ pub(crate) fn read_all(
             break;
         }
         match receive(fd, &mut buffer) {
-            Ok((len, Some(from), local)) => each(sh, buffer.get_mut(..len).unwrap_or_default(), from, local),
+            Ok(Received { len, size, from: Some(from), local }) => {
+                let all = buffer.get_mut(..len).unwrap_or_default();
+                let size = size.unwrap_or(len).max(1);
+                if all.is_empty() {
+                    each(sh, all, from, local);
+                }
+                for datagram in all.chunks_mut(size) {
+                    each(sh, datagram, from, local);
+                }
+            }
             // From nobody who could be answered.
-            Ok((_, None, _)) => sh.stats.dropped_datagrams.one(),
+            Ok(Received { from: None, .. }) => sh.stats.dropped_datagrams.one(),
             Err(Errno::EAGAIN) => break,
             Err(Errno::EINTR) => {}
             // Not the datagrams' fault, and no better at once: the next one wakes us.

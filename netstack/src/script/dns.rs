@@ -27,7 +27,8 @@ impl Dns {
         let mut spec = spec();
         spec.dns.upstreams = vec![server.local_addr().expect("address")];
         change(&mut spec);
-        Self { script: Script::new(&spec, true), server }
+        // Answers one by one.
+        Self { script: Script::new(&spec, false), server }
     }
 
     /// The guest asks from `port`.

@@ -1,0 +1,201 @@
+//! Datagrams that go together, both ways.
+
+use nix::sys::socket::sockopt::UdpGsoSegment;
+
+use super::*;
+
+const GSO_UDP_L4: u8 = 5;
+
+struct Ends {
+    script: Script,
+    server: UdpSocket,
+    /// The server's port, and where it sees the guest.
+    port: u16,
+    guest: SocketAddr,
+}
+
+impl Ends {
+    fn new(v6: bool, segmentation: bool) -> Self {
+        let server = UdpSocket::bind(if v6 { "[::1]:0" } else { "127.0.0.1:0" }).expect("socket");
+        let port = server.local_addr().expect("address").port();
+        let mut script = Script::new(&spec(), segmentation);
+        let (from, to) = if v6 { (GUEST_V6, GATEWAY_V6) } else { (GUEST_V4, GATEWAY_V4) };
+        script.send_ip(&udp((from, 5_000), (to, port), b"hello"));
+        script.settle();
+        let guest = server.recv_from(&mut [0; 10]).expect("hello").1;
+        server.set_nonblocking(true).expect("non-blocking");
+        Self { script, server, port, guest }
+    }
+
+    fn send(&self, payload: &[u8]) {
+        self.server.send_to(payload, self.guest).expect("send");
+    }
+
+    /// What the server has received.
+    fn received(&mut self) -> Vec<Vec<u8>> {
+        self.script.settle();
+        let mut buffer = [0; 2_000];
+        let mut all = Vec::new();
+        while let Ok(len) = self.server.recv(&mut buffer) {
+            all.push(buffer[..len].to_vec());
+        }
+        all
+    }
+
+    /// The frames that the guest has got: kind of super-segment, its size, payload.
+    fn frames(&mut self) -> Vec<(u8, u16, Vec<u8>)> {
+        self.script.settle();
+        let mut all = Vec::new();
+        while let Some(frame) = self.script.try_recv() {
+            let packet = frame.packet();
+            assert_eq!(packet.protocol, ingress::UDP);
+            let datagram = UdpPacket::new_checked(packet.payload()).expect("datagram");
+            assert_eq!(usize::from(datagram.len()), packet.payload().len());
+            assert_eq!(datagram.dst_port(), 5_000);
+            // The kernel finishes the sum, which begins with the pseudo-header's.
+            let pseudo = checksum::pseudo_header(
+                &packet.src.into(),
+                &packet.dst.into(),
+                IpProtocol::Udp,
+                u32::from(datagram.len()),
+            );
+            assert_eq!(datagram.checksum(), pseudo);
+            let (kind, size) = frame.offload();
+            all.push((kind, size, datagram.payload().to_vec()));
+        }
+        all
+    }
+}
+
+fn text(parts: &[&str]) -> Vec<Vec<u8>> {
+    parts.iter().map(|part| part.as_bytes().to_vec()).collect()
+}
+
+#[test]
+fn datagrams_of_one_size_from_the_host_go_to_the_guest_together() {
+    for v6 in [false, true] {
+        let mut ends = Ends::new(v6, true);
+        for part in ["aaa", "bbb", "c", "ddd", "", "eeee", "fffff", "gggg"] {
+            ends.send(part.as_bytes());
+        }
+        let expected = [
+            (GSO_UDP_L4, 3, "aaabbbc"),
+            (0, 0, "ddd"),
+            (0, 0, ""),
+            (0, 0, "eeee"),
+            (GSO_UDP_L4, 5, "fffffgggg"),
+        ];
+        assert_eq!(ends.frames(), expected.map(|(kind, size, all)| (kind, size, all.as_bytes().to_vec())));
+    }
+}
+
+#[test]
+fn a_kernel_without_super_segments_of_udp_gets_single_datagrams() {
+    let mut ends = Ends::new(false, false);
+    for part in ["aaa", "bbb", "c"] {
+        ends.send(part.as_bytes());
+    }
+    let expected = text(&["aaa", "bbb", "c"]).into_iter().map(|part| (0, 0, part));
+    assert_eq!(ends.frames(), expected.collect::<Vec<_>>());
+}
+
+#[test]
+fn what_the_host_received_together_stays_apart_for_the_guest() {
+    let mut ends = Ends::new(false, true);
+    nix::sys::socket::setsockopt(&ends.server, UdpGsoSegment, &4).expect("UDP_SEGMENT");
+    ends.send(b"aaaabbbbcc");
+    assert_eq!(ends.frames(), [(GSO_UDP_L4, 4, b"aaaabbbbcc".to_vec())]);
+    let mut ends = Ends::new(false, false);
+    nix::sys::socket::setsockopt(&ends.server, UdpGsoSegment, &4).expect("UDP_SEGMENT");
+    ends.send(b"aaaabbbbcc");
+    let expected = text(&["aaaa", "bbbb", "cc"]).into_iter().map(|part| (0, 0, part));
+    assert_eq!(ends.frames(), expected.collect::<Vec<_>>());
+}
+
+#[test]
+fn a_run_for_the_guest_is_bounded_in_number_and_bytes() {
+    let mut ends = Ends::new(false, true);
+    for _ in 0..70 {
+        ends.send(b"x");
+    }
+    let mut lengths = Vec::new();
+    while lengths.iter().sum::<usize>() < 70 {
+        lengths.extend(ends.frames().into_iter().map(|(.., all)| all.len()));
+    }
+    assert_eq!(lengths, [64, 6]);
+    for _ in 0..60 {
+        ends.send(&[7; 1_472]);
+    }
+    let mut lengths = Vec::new();
+    while lengths.iter().sum::<usize>() < 60 * 1_472 {
+        lengths.extend(ends.frames().into_iter().map(|(.., all)| all.len()));
+    }
+    assert_eq!(lengths, [44 * 1_472, 16 * 1_472]);
+}
+
+#[test]
+fn datagrams_of_the_guest_arrive_one_by_one_and_in_order() {
+    for v6 in [false, true] {
+        let mut ends = Ends::new(v6, true);
+        let (from, to) = if v6 { (GUEST_V6, GATEWAY_V6) } else { (GUEST_V4, GATEWAY_V4) };
+        let parts = ["aaa", "bbb", "c", "ddd", "", "eeee", "fffff", "gggg", "hhhh"];
+        for part in parts {
+            ends.script.send_ip(&udp((from, 5_000), (to, ends.port), part.as_bytes()));
+        }
+        assert_eq!(ends.received(), text(&parts));
+    }
+}
+
+#[test]
+fn the_guest_s_runs_to_two_servers_do_not_mix() {
+    let mut ends = Ends::new(false, true);
+    let other = UdpSocket::bind("127.0.0.1:0").expect("socket");
+    let port = other.local_addr().expect("address").port();
+    for (i, to) in [ends.port, ends.port, port, ends.port, port, port].into_iter().enumerate() {
+        ends.script.send_ip(&udp((GUEST_V4, 5_000), (GATEWAY_V4, to), format!("{i}").as_bytes()));
+    }
+    assert_eq!(ends.received(), text(&["0", "1", "3"]));
+    let mut buffer = [0; 10];
+    for expected in ["2", "4", "5"] {
+        let len = other.recv(&mut buffer).expect("datagram");
+        assert_eq!(&buffer[..len], expected.as_bytes());
+    }
+}
+
+/// A super-segment of the guest's, of which each datagram has `size` bytes.
+fn send_run(script: &Script, size: u16, packet: &[u8]) {
+    let mut frame = vec![0; VNET_HEADER_LEN];
+    frame[0] = 1;
+    frame[1] = GSO_UDP_L4;
+    frame[4..6].copy_from_slice(&size.to_ne_bytes());
+    frame.extend([0x52, 0x54, 0, 0, 0, 1, 0x52, 0x54, 0, 0, 0, 2, 8, 0]);
+    frame.extend(packet);
+    nix::unistd::write(&script.wire, &frame).expect("room on the wire");
+}
+
+#[test]
+fn what_the_guest_sent_together_arrives_apart() {
+    let mut ends = Ends::new(false, true);
+    let to = (GATEWAY_V4, ends.port);
+    send_run(&ends.script, 4, &udp((GUEST_V4, 5_000), to, b"aaaabbbbcc"));
+    send_run(&ends.script, 4, &udp((GUEST_V4, 5_000), to, b"dddd"));
+    assert_eq!(ends.received(), text(&["aaaa", "bbbb", "cc", "dddd"]));
+}
+
+#[test]
+fn sizes_of_runs_that_make_no_sense_harm_nobody() {
+    let mut ends = Ends::new(false, true);
+    let to = (GATEWAY_V4, ends.port);
+    send_run(&ends.script, 0, &udp((GUEST_V4, 5_000), to, b"none"));
+    send_run(&ends.script, 9, &udp((GUEST_V4, 5_000), to, b"more"));
+    send_run(&ends.script, 9, &udp((GUEST_V4, 5_000), to, b""));
+    assert_eq!(ends.received(), text(&["none", "more", ""]));
+    // More datagrams than the kernel takes at once.
+    send_run(&ends.script, 1, &udp((GUEST_V4, 5_000), to, &[b'x'; 200]));
+    assert_eq!(ends.received().len(), 200);
+    // A fragment is never a run.
+    let whole = udp((GUEST_V4, 5_000), to, &[7; 64]);
+    send_run(&ends.script, 8, &v4_fragment(&whole, 9, 0, 40));
+    send_run(&ends.script, 8, &v4_fragment(&whole, 9, 40, 72));
+    assert_eq!(ends.received(), [vec![7; 64]]);
+}
