@@ -200,7 +200,7 @@ impl Udp {
         let size = packet.datagram_size.unwrap_or(usize::MAX);
         if let Some(inbound) = self.inbound.get_mut(&key) {
             inbound.used = now;
-            inbound.account.sent.add(payload.len());
+            parts(payload, size).for_each(|part| inbound.account.sent.add(part.len()));
             let Arrival { port, real, local, ways } = inbound.arrival;
             let server = self.servers.entry(inbound.arrival.lane()).or_default();
             *server = Server { other: key.guest == ways[1].guest, answered: true, last: None };
@@ -214,7 +214,7 @@ impl Udp {
         }
         let Some((id, real)) = self.route(sh, now, packet, key) else { return };
         if let Some(peer) = self.flows.get_mut(id).and_then(|flow| flow.peers.first_mut()) {
-            peer.account.sent.add(payload.len());
+            parts(payload, size).for_each(|part| peer.account.sent.add(part.len()));
         }
         let to = (id, key.remote, real);
         let hops = (packet.hop_limit < TRACEROUTE_HOPS).then_some(packet.hop_limit.saturating_sub(1));
