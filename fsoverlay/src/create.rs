@@ -185,7 +185,7 @@ impl Engine {
         let number = self.numbers.number(stat.key);
         let node = self.table.intern(
             number,
-            1,
+            || 1,
             |_| false,
             || NewNode {
                 kind: meta.kind,

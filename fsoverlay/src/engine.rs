@@ -741,7 +741,7 @@ fn make_root(
         upper: upper.map(|u| u.root.clone()),
         state,
     };
-    Ok(table.intern(ROOT, 1, |_| true, || new))
+    Ok(table.intern(ROOT, || 1, |_| true, || new))
 }
 
 #[cfg(test)]

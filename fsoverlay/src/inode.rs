@@ -442,7 +442,7 @@ impl Table {
     pub(crate) fn intern(
         self: &Arc<Self>,
         ino: u64,
-        seed: u64,
+        seed: impl Fn() -> u64,
         same: impl Fn(&Node) -> bool,
         make: impl FnOnce() -> NewNode,
     ) -> Arc<Node> {
@@ -455,7 +455,7 @@ impl Table {
                 if same(&node) {
                     return node;
                 }
-                number = InodeNumbers::clashed(ino, seed.wrapping_add(attempt));
+                number = InodeNumbers::clashed(ino, seed().wrapping_add(attempt));
                 attempt += 1;
                 continue;
             }
@@ -567,7 +567,7 @@ mod tests {
         let table = Table::new(10);
         let key = |ino| Key { dev: 1, ino };
         let make = |ino| {
-            let node = table.intern(1000 + ino, 1, |_| false, || object(key(ino)));
+            let node = table.intern(1000 + ino, || 1, |_| false, || object(key(ino)));
             table.aliases.insert(key(ino), node.ino);
             node
         };

@@ -462,7 +462,7 @@ impl Engine {
         let in_upper = matches!(found.place, Place::Upper);
         // Of what has one name in a layer the key does not tell at which of several places it is.
         let at_place = if kind == Kind::Dir { found.upper.is_none() } else { single };
-        let seed = if at_place { crate::numbers::hash(parent.ino, name) } else { 1 };
+        let seed = || if at_place { crate::numbers::hash(parent.ino, name) } else { 1 };
         let node = self.table.intern(found.ino, seed, same, || NewNode {
             kind,
             inner: Inner {

@@ -53,8 +53,8 @@ const MANY: u64 = MAX_LINKS as u64 * SHORTEST;
 const SHORTEST: u64 = 10;
 /// Longer than any line of ours.
 const LONGEST: usize = 128;
-/// What a file may have too much before it is written anew.
-const SLACK: u64 = 64 << 10;
+/// How many lines that say nothing a file may have in any case.
+const SLACK: u64 = 1024;
 /// What files grow by.
 const BLOCK: u64 = 4096;
 
@@ -122,8 +122,6 @@ struct File {
     length: u64,
     /// The last line is not a whole one.
     torn: bool,
-    /// It could not be written anew at this length.
-    stuck_at: u64,
 }
 
 /// All that the file says, and the file, once there is one.
@@ -132,6 +130,10 @@ struct Index {
     said: HashMap<u64, Said>,
     /// How many lines are needed to say it.
     lines: u64,
+    /// How many the file has; what is not lines counts as some.
+    written: u64,
+    /// It could not be written anew when so many of them said nothing.
+    stuck_at: u64,
     file: Option<File>,
 }
 
@@ -159,14 +161,9 @@ impl Index {
         }
     }
 
-    /// The most that the file may take.
-    fn allowance(&self) -> u64 {
-        SLACK + self.lines * 2 * LONGEST as u64
-    }
-
-    /// The most that it takes when it was just written anew.
-    fn least(&self) -> u64 {
-        self.lines * LONGEST as u64
+    /// How many lines of the file say nothing.
+    fn waste(&self) -> u64 {
+        self.written.saturating_sub(self.lines)
     }
 }
 
@@ -180,6 +177,8 @@ pub(crate) struct Sidecar {
     /// There is something to forget.
     any: AtomicBool,
     volatile: bool,
+    /// [`MAX_SIZE`].
+    most: u64,
     /// Is told how much the file takes.
     pub(crate) quota: OnceLock<Arc<dyn Quota>>,
 }
@@ -195,6 +194,7 @@ impl Sidecar {
             unsynced: AtomicBool::new(false),
             any: AtomicBool::new(found.is_some()),
             volatile,
+            most: MAX_SIZE,
             quota: OnceLock::new(),
         };
         match found {
@@ -213,7 +213,7 @@ impl Sidecar {
         let Some(fd) = missing_ok(rustix::fs::openat(&self.work, NAME, flags, Mode::empty()))? else {
             return Ok(index);
         };
-        read_lines(fd.as_fd(), |ino, birth, line| {
+        index.written = read_lines(fd.as_fd(), |ino, birth, line| {
             index.learn(ino, birth, line);
             if index.said.len() > MAX_LINKS { Err(Errno::FBIG) } else { Ok(()) }
         })?;
@@ -288,13 +288,24 @@ impl Sidecar {
         if !is_needed(link) || !self.any.load(Ordering::Acquire) {
             return;
         }
-        let forgotten = self.with(|index| match index.get(link).lines() {
-            0 => Ok(()),
-            _ => self.append(index, link, "x x"),
+        let forgotten = self.with(|index| {
+            if index.get(link).lines() == 0 {
+                return Ok(());
+            }
+            let done = self.append(index, link, "x x");
+            // It is not written anew at least.
+            index.learn(link.key.ino, (link.btime.sec, link.btime.nsec), Line::Gone);
+            self.tidy(index);
+            done
         });
         if let Err(err) = forgotten {
             tracing::debug!(?err, "a line about a link that is gone stays");
         }
+    }
+
+    /// Whether nothing was ever said of a link.
+    pub(crate) fn is_empty(&self) -> bool {
+        !self.any.load(Ordering::Acquire)
     }
 
     /// Appends a line about a link.
@@ -319,7 +330,7 @@ impl Sidecar {
             line.insert(0, '\n');
         }
         let length = file.length + line.len() as u64;
-        if length > MAX_SIZE {
+        if length > self.most {
             return Err(Errno::NOSPC);
         }
         let frees = text == "x x";
@@ -332,6 +343,7 @@ impl Sidecar {
             return Err(err);
         }
         (file.length, file.torn) = (length, false);
+        index.written += 1;
         room.used();
         if let Some((ino, birth, line)) = parse(line.trim().as_bytes()) {
             index.learn(ino, birth, line);
@@ -348,31 +360,30 @@ impl Sidecar {
         if let Some(at) = length.checked_sub(1) {
             rustix::io::pread(&fd, &mut last, at)?;
         }
-        Ok(File { fd: Arc::new(fd), length, torn: last != [b'\n'], stuck_at: 0 })
+        Ok(File { fd: Arc::new(fd), length, torn: last != [b'\n'] })
     }
 
     /// Writes the file anew if most of it says nothing any more.
     fn tidy(&self, index: &mut Index) {
         let Some(file) = &index.file else { return };
-        let size_matters = file.length > MAX_SIZE - SLACK && index.least() < MAX_SIZE / 2;
-        if !(file.length > index.allowance() || size_matters) || file.length < file.stuck_at {
+        let (waste, before) = (index.waste(), file.length);
+        // Where there is hardly room for more, less of it is worth the while.
+        let allowed = if before > self.most / 8 * 7 { index.lines / 8 } else { index.lines };
+        if waste <= SLACK + allowed || waste <= index.stuck_at {
             return;
         }
-        let before = file.length;
         match self.write_anew(&index.said) {
             Ok(new) => {
                 if let Some(quota) = self.quota.get() {
                     let bytes = signed(blocks_to(new.length)) - signed(blocks_to(before));
                     quota.settle(Usage::default(), Growth { bytes, objects: 0 });
                 }
-                index.file = Some(new);
+                (index.file, index.written, index.stuck_at) = (Some(new), index.lines, 0);
             }
             Err(err) => {
                 tracing::debug!(?err, "the owners of links cannot be written anew");
                 let _ = rustix::fs::unlinkat(&self.work, NEW_NAME, AtFlags::empty());
-                if let Some(file) = &mut index.file {
-                    file.stuck_at = before + SLACK;
-                }
+                index.stuck_at = waste + SLACK;
             }
         }
     }
@@ -397,7 +408,7 @@ impl Sidecar {
             rustix::fs::fsync(&fd)?;
         }
         rustix::fs::renameat(&self.work, NEW_NAME, &self.work, NAME)?;
-        Ok(File { fd: Arc::new(fd), length, torn: false, stuck_at: 0 })
+        Ok(File { fd: Arc::new(fd), length, torn: false })
     }
 
     fn reserve(&self, file: &File, length: u64, frees: bool) -> Res<Room<'_>> {
@@ -444,15 +455,17 @@ fn blocks_to(length: u64) -> u64 {
     length.next_multiple_of(BLOCK)
 }
 
-/// Calls `f` for each line, whatever else is in the file; it takes memory for one.
-fn read_lines(fd: BorrowedFd<'_>, mut f: impl FnMut(u64, Birth, Line) -> Res<()>) -> Res<()> {
+/// Calls `f` for each line, whatever else is in the file, and gives how many there are; it takes memory for one.
+/// What is too long for a line counts as several.
+fn read_lines(fd: BorrowedFd<'_>, mut f: impl FnMut(u64, Birth, Line) -> Res<()>) -> Res<u64> {
+    let mut count = 0;
     let mut buf = vec![0; 64 << 10];
     let (mut kept, mut at) = (0, 0);
     // The rest of a line that is longer than any of ours.
     let mut skipping = false;
     loop {
         let read = match rustix::io::pread(fd, &mut buf[kept..], at) {
-            Ok(0) => return Ok(()),
+            Ok(0) => return Ok(count + at / LONGEST as u64),
             Ok(read) => read,
             Err(Errno::INTR) => continue,
             Err(err) => return Err(err),
@@ -468,6 +481,7 @@ fn read_lines(fd: BorrowedFd<'_>, mut f: impl FnMut(u64, Birth, Line) -> Res<()>
                 f(ino, birth, line)?;
             }
             skipping = false;
+            count += 1;
             start += length + 1;
         }
         if end - start > LONGEST {
@@ -618,7 +632,7 @@ mod tests {
             assert_eq!(sidecar.set_number(&link(living, 1), "no=2000000000000005"), Ok(()));
             assert_eq!(sidecar.set_links(&link(living, 1), 3), Ok(()));
         }
-        let most = SLACK + 300 * 2 * LONGEST as u64 + 4096;
+        let most = (SLACK + 301 * 2 + 1) * 64;
         for i in 0..20_000_u32 {
             // One changes, and others come and go, with numbers that are new and such as were used before.
             assert_eq!(sidecar.set_owner(&link(1, 1), Some((i, i))), Ok(()));
@@ -663,6 +677,37 @@ mod tests {
             sidecar.forget(&link(ino, 1));
             assert_eq!(work.open().and_then(|read| read.owner(&link(ino, 1))), Ok(None));
         }
+    }
+
+    #[test]
+    fn what_goes_makes_room_where_there_is_hardly_any() {
+        let work = Work::new("room");
+        let mut sidecar = work.open().expect("opened");
+        sidecar.most = 200_000;
+        let made = |sidecar: &Sidecar, from| {
+            (from..).take_while(|&ino| sidecar.set_owner(&link(ino, 1), Some((5, 6))).is_ok()).count() as u64
+        };
+        let first = made(&sidecar, 0);
+        assert!(first > 10_000 && work.length() <= 200_000);
+        // There is no room for what says so, either; some thousand give their room back nevertheless.
+        (0..first / 2).for_each(|ino| sidecar.forget(&link(ino, 1)));
+        let second = made(&sidecar, first);
+        assert!(second > first / 3, "{first}, then {second}");
+        let again = work.open().expect("opened");
+        assert_eq!(again.owner(&link(first / 2, 1)), Ok(Some((5, 6))));
+        assert_eq!(again.owner(&link(first + second - 1, 1)), Ok(Some((5, 6))));
+        assert_eq!(again.owner(&link(0, 1)), Ok(None));
+    }
+
+    #[test]
+    fn junk_goes_when_something_is_written() {
+        let work = Work::new("junk");
+        std::fs::write(work.file(), [b"1 1.7 10 20\n".to_vec(), vec![b'x'; 1 << 20]].concat())
+            .expect("written");
+        let sidecar = work.open().expect("opened");
+        assert_eq!(sidecar.set_owner(&link(2, 1), Some((5, 6))), Ok(()));
+        assert!(work.length() < 100);
+        assert_eq!(work.open().and_then(|again| again.owner(&link(1, 1))), Ok(Some((10, 20))));
     }
 
     #[test]

@@ -47,7 +47,8 @@ impl Upper {
     /// Removes a file of the work directory; a failure leaves garbage only.
     pub(crate) fn remove_temp(&self, name: &[u8]) {
         // Something may have been said of a link on its way.
-        let link = stat_at(self.work.as_fd(), name).ok().filter(|stat| is_needed(stat) && stat.nlink <= 1);
+        let stat = if self.sidecar.is_empty() { None } else { stat_at(self.work.as_fd(), name).ok() };
+        let link = stat.filter(|stat| is_needed(stat) && stat.nlink <= 1);
         match rustix::fs::unlinkat(&self.work, name, AtFlags::empty()) {
             Ok(()) => link.into_iter().for_each(|link| self.sidecar.forget(&link)),
             Err(err) => tracing::debug!(?err, "cannot remove a temporary file of the work directory"),
