@@ -18,7 +18,7 @@
 
 use std::collections::{HashMap, HashSet, hash_map};
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
 use rustix::fs::AtFlags;
@@ -368,10 +368,15 @@ impl Aliases {
 
 const SHARDS: usize = 64;
 
+/// A shard that had room for fewer is left as it is.
+const SMALL: usize = 64;
+
 /// All nodes, by number.
 #[derive(Debug)]
 pub(crate) struct Table {
     shards: Vec<Mutex<HashMap<u64, Entry>>>,
+    /// How many shards became much smaller since memory was given back.
+    shrunk: AtomicUsize,
     pub(crate) aliases: Aliases,
 }
 
@@ -381,6 +386,7 @@ impl Table {
         let shards = (0..SHARDS).map(|_| Mutex::default()).collect();
         Arc::new(Self {
             shards,
+            shrunk: AtomicUsize::new(0),
             aliases: Aliases {
                 by_key: Mutex::default(),
                 none: true.into(),
@@ -518,12 +524,31 @@ impl Table {
                 Known::Node { kernel, .. } => kernel.take().map(Gone::Node),
                 Known::Name(_) => {
                     self.aliases.release_place(ino);
-                    shard.remove(&ino).map(Gone::Name)
+                    let entry = shard.remove(&ino);
+                    self.shrink(&mut shard);
+                    entry.map(Gone::Name)
                 }
             }
         };
         // Dropped without the shard's lock: the node's Drop takes it.
         drop(gone);
+        self.give_back();
+    }
+
+    /// After something was removed from a shard: what many objects took is not kept for few.
+    fn shrink(&self, shard: &mut HashMap<u64, Entry>) {
+        if shard.capacity() > SMALL && shard.len() < shard.capacity() / 8 {
+            shard.shrink_to(shard.len() * 2);
+            self.shrunk.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Gives memory back when most of all that was known is gone; with no lock held, since it takes some
+    /// milliseconds. The allocator would keep what is free between the few objects that are left.
+    fn give_back(&self) {
+        if self.shrunk.load(Ordering::Relaxed) >= SHARDS / 2 && self.shrunk.swap(0, Ordering::Relaxed) > 0 {
+            crate::sys::give_memory_back();
+        }
     }
 
     fn remove_dead(&self, ino: u64, key: Key) {
@@ -532,6 +557,7 @@ impl Table {
         let dead = |what: &Known| matches!(what, Known::Node { node, .. } if node.strong_count() == 0);
         if shard.get(&ino).is_some_and(|entry| dead(&entry.what)) {
             shard.remove(&ino);
+            self.shrink(&mut shard);
             self.aliases.release(key, ino);
         }
     }
@@ -560,6 +586,21 @@ mod tests {
             upper: None,
             state: DirState::default(),
         }
+    }
+
+    #[test]
+    fn what_is_forgotten_leaves_no_room_behind() {
+        let table = Table::new(10);
+        let room = || table.shards.iter().map(|shard| shard.lock().capacity()).sum::<usize>();
+        for ino in 2..200_000 {
+            let node = table.intern(ino, || 1, |_| false, || object(Key { dev: 1, ino }));
+            table.remember(&node);
+        }
+        assert!(room() >= 200_000 - 2);
+        for ino in 2..199_000 {
+            table.forget(ino, 1);
+        }
+        assert!(room() <= SHARDS * 2 * SMALL && table.get(199_999).is_some(), "{}", room());
     }
 
     #[test]

@@ -224,3 +224,12 @@ pub(crate) fn list_xattr_vec(at: At<'_>) -> Res<Vec<u8>> {
         }
     }
 }
+
+/// Gives pages of the heap that are free to the kernel, wherever they are. It takes milliseconds.
+pub(crate) fn give_memory_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: malloc_trim(3) may be called at any time by any thread; it touches free memory only.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}

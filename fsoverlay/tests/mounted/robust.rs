@@ -4,7 +4,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -217,6 +217,23 @@ fn come_and_go(args: &[String]) -> Check {
     let [rounds, files] = args else { return Err("two arguments are wanted".into()) };
     let (rounds, files): (usize, usize) = (rounds.parse()?, files.parse()?);
     let mut settled = 0;
+    // Many at once: what they took goes back to the machine.
+    let before = memory(nix::unistd::getppid())?;
+    let many = size(80_000, 500_000);
+    fs::create_dir("many")?;
+    for i in 0..many {
+        symlink("x", format!("many/{i}"))?;
+    }
+    let most = memory(nix::unistd::getppid())? - before;
+    holds!(most > many * 200 / 1024, "{most} KiB for {many}");
+    fs::remove_dir_all("many")?;
+    // The kernel forgets them when it comes to it.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while memory(nix::unistd::getppid())? - before > most * 2 / 3 && std::time::Instant::now() < deadline {
+        std::thread::yield_now();
+    }
+    let left = memory(nix::unistd::getppid())? - before;
+    holds!(left <= most * 2 / 3, "{left} KiB of {most} KiB are left");
     for round in 0..rounds {
         fs::create_dir("made")?;
         for i in 0..files {
