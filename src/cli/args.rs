@@ -167,6 +167,15 @@ pub(super) struct RunArgs {
     /// Do not reach this, whatever is allowed (repeatable)
     #[arg(long, value_name = "[tcp:|udp:|icmp:]ADDR[/N][:PORTS]", help_heading = "Network")]
     pub(super) deny: Vec<String>,
+    /// Ask this resolver instead of the host's (repeatable): IP[:PORT]
+    #[arg(long, value_name = "IP", help_heading = "Network")]
+    pub(super) dns: Vec<String>,
+    /// Look for short names in this domain, not in those of the host (repeatable); . for none
+    #[arg(long, value_name = "DOMAIN", help_heading = "Network")]
+    pub(super) dns_search: Vec<String>,
+    /// Give an address a name inside (repeatable); host-gateway is what stands for the host's loopback
+    #[arg(long, value_name = "NAME:IP", help_heading = "Network")]
+    pub(super) add_host: Vec<String>,
 
     /// Allow another sandbox inside this one
     #[arg(long, help_heading = "Sandbox")]

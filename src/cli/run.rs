@@ -439,6 +439,16 @@ fn spec_of(args: &RunArgs) -> Result<SandboxSpec, Failure> {
     for text in &args.deny {
         spec.net.deny.push(spec::parse::deny(text).map_err(|error| usage(&error))?);
     }
+    for text in &args.dns {
+        spec.net.dns.push(spec::parse::dns(text).map_err(|error| usage(&error))?);
+    }
+    for text in &args.dns_search {
+        let domain = spec::parse::dns_search(text).map_err(|error| usage(&error))?;
+        spec.net.dns_search.get_or_insert_default().extend(domain);
+    }
+    for text in &args.add_host {
+        spec.net.add_host.push(spec::parse::add_host(text).map_err(|error| usage(&error))?);
+    }
     for text in &args.publish {
         spec.net.publish.extend(spec::parse::publish(text).map_err(|error| usage(&error))?);
     }

@@ -58,6 +58,7 @@ impl HostFacts {
             own_uid_map,
             own_gid_map,
             networks_v4: parse_routes(&read("/proc/self/net/route")),
+            resolv: super::resolv::parse(&read("/etc/resolv.conf")),
             current_dir: std::env::current_dir().ok(),
             environ: std::env::vars_os().collect(),
         }

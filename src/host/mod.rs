@@ -10,9 +10,12 @@ mod gather;
 pub mod hints;
 pub mod layers;
 pub mod probe;
+mod resolv;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+
+pub use resolv::ResolvFacts;
 
 use crate::spec::IdExtent;
 
@@ -58,6 +61,8 @@ pub struct HostFacts {
     pub own_gid_map: Vec<IdExtent>,
     /// IPv4 networks this host has a route to other than the default one: (address, prefix length).
     pub networks_v4: Vec<(std::net::Ipv4Addr, u8)>,
+    /// What /etc/resolv.conf says.
+    pub resolv: ResolvFacts,
     /// The caller's current directory, if it has a name.
     #[serde(with = "crate::spec::os::option")]
     pub current_dir: Option<PathBuf>,

@@ -1,5 +1,6 @@
 //! What the supervisor serves: the overlay and the network.
 
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 
 use fsoverlay::Overlay;
@@ -51,7 +52,7 @@ impl Services {
                 tracing::debug!(host = %port.host, inside = port.inside_port, udp = port.udp, "published");
             }
             let flow_log = network_log.map(NetworkLog::flow_log);
-            network = Some((StackSpec { flow_log, ..stack_spec(stack) }, ports));
+            network = Some((StackSpec { flow_log, ..stack_spec(stack, &plan.hostname) }, ports));
         }
         Ok(Self { overlay: Some(overlay), server: None, network, stack: None, published })
     }
@@ -94,7 +95,17 @@ impl Services {
     }
 }
 
-fn stack_spec(plan: &StackPlan) -> StackSpec {
+fn stack_spec(plan: &StackPlan, hostname: &str) -> StackSpec {
+    let mut hosts: Vec<(&str, IpAddr)> = vec![
+        (hostname, plan.guest_v4.0.into()),
+        (hostname, plan.guest_v6.0.into()),
+        (StackPlan::GATEWAY_NAME, plan.gateway_v4.into()),
+        (StackPlan::GATEWAY_NAME, plan.gateway_v6.into()),
+    ];
+    // Whether the loopback is opened or not: else the host's resolvers would be asked, and could send the sandbox
+    // somewhere else.
+    hosts.extend(plan.gateway_names().map(|name| (name, plan.gateway_v4.into())));
+    hosts.extend(plan.hosts.iter().map(|(name, ip)| (name.as_str(), *ip)));
     StackSpec {
         mtu: plan.mtu,
         guest: Link { mac: StackPlan::GUEST_MAC, v4: plan.guest_v4, v6: plan.guest_v6 },
@@ -104,10 +115,9 @@ fn stack_spec(plan: &StackPlan) -> StackSpec {
             v6: (plan.gateway_v6, plan.guest_v6.1),
         },
         ipv6: true,
-        // Whether the loopback is opened or not: else the host's resolvers would be asked, and could send the sandbox
-        // somewhere else.
         dns: DnsSpec {
-            hosts: StackPlan::GATEWAY_NAMES.map(|name| (name.to_owned(), plan.gateway_v4.into())).into(),
+            upstreams: plan.dns.clone(),
+            hosts: hosts.into_iter().map(|(name, ip)| (name.to_owned(), ip)).collect(),
             ..DnsSpec::default()
         },
         policy: PolicySpec {

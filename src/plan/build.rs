@@ -100,7 +100,7 @@ impl PlanError {
 pub fn plan(spec: &ValidSpec, facts: &HostFacts, place: &BoxPlace) -> Result<Plan, PlanError> {
     let mut notes = Vec::new();
     let ids = ids::plan_ids(spec, facts, &mut notes)?;
-    let net = net::plan_net(spec, facts)?;
+    let net = net::plan_net(spec, facts, &mut notes)?;
     // Box names may hold what host names must not.
     let hostname = spec.hostname.clone().unwrap_or_else(|| host_name_of(&place.name));
     let single = ids.single().is_some();

@@ -160,6 +160,16 @@ impl Lines {
         for rule in &stack.deny {
             self.line("deny", rule)?;
         }
+        if !stack.dns.is_empty() {
+            let servers: Vec<String> = stack.dns.iter().map(ToString::to_string).collect();
+            self.line("dns", servers.join(" "))?;
+        }
+        if !stack.search.is_empty() {
+            self.line("search", escape(&stack.search.join(" ")))?;
+        }
+        for (name, ip) in &stack.hosts {
+            self.line("host", format_args!("{} is {ip}", escape(name)))?;
+        }
         for publish in &stack.publish {
             let ip = match publish.host_ip {
                 Some(std::net::IpAddr::V6(ip)) => format!("[{ip}]"),

@@ -224,7 +224,7 @@ pub enum MountStep {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum NetPlan {
     /// The in-process stack on a TAP.
-    Stack(StackPlan),
+    Stack(Box<StackPlan>),
     /// Only the loopback of a new net namespace.
     None,
     /// The host's net namespace.
@@ -246,6 +246,14 @@ pub struct StackPlan {
     pub guest_v6: (std::net::Ipv6Addr, u8),
     /// The gateway's address.
     pub gateway_v6: std::net::Ipv6Addr,
+    /// Resolvers that are asked; none: the host's.
+    pub dns: Vec<std::net::SocketAddr>,
+    /// Domains in which short names are looked for.
+    pub search: Vec<String>,
+    /// Dots with which a name is tried as it is first; `None`: as the libc will have it.
+    pub ndots: Option<u8>,
+    /// Names that were given to addresses.
+    pub hosts: Vec<(String, std::net::IpAddr)>,
     /// Published ports.
     pub publish: Vec<PublishSpec>,
     /// Whether the gateway's address leads to the host's loopback.
@@ -259,10 +267,18 @@ pub struct StackPlan {
 }
 
 impl StackPlan {
+    /// The gateway's name: the one that systemd's nss-myhostname has for a gateway.
+    pub const GATEWAY_NAME: &str = "_gateway";
     /// Ethernet address of the inside: locally administered, seen by nobody but the stack.
     pub const GUEST_MAC: [u8; 6] = [0x02, 0x72, 0x6f, 0x6f, 0x74, 0x01];
     /// Names that lead to the gateway's IPv4 address, as those of other tools do.
     pub const GATEWAY_NAMES: [&str; 2] = ["host.containers.internal", "host.docker.internal"];
+
+    /// Those of them that were not given to another address.
+    pub fn gateway_names(&self) -> impl Iterator<Item = &'static str> {
+        let given = |name: &str| self.hosts.iter().any(|(other, _)| other.eq_ignore_ascii_case(name));
+        Self::GATEWAY_NAMES.into_iter().filter(move |name| !given(name))
+    }
     /// Ethernet address of the gateway.
     pub const GATEWAY_MAC: [u8; 6] = [0x02, 0x72, 0x6f, 0x6f, 0x74, 0x02];
 }

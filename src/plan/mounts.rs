@@ -103,11 +103,11 @@ pub(super) fn plan_generated(
     let mut file = |path: &str, mode: u32, content: String| {
         generated.push(GeneratedPlan { path: path.into(), mode, content: Some(content) });
     };
-    file("etc/hosts", 0o644, hosts(net, hostname, place.root.hosts.as_deref()));
+    file("etc/hosts", 0o644, hosts(spec, net, hostname, place.root.hosts.as_deref()));
     file("etc/hostname", 0o644, format!("{hostname}\n"));
     match net {
         NetPlan::Stack(stack) => {
-            file("etc/resolv.conf", 0o644, format!("nameserver {}\n", stack.gateway_v4));
+            file("etc/resolv.conf", 0o644, resolv_conf(stack));
         }
         NetPlan::None => file("etc/resolv.conf", 0o644, "# this sandbox has no network\n".into()),
         NetPlan::Host => {
@@ -193,19 +193,39 @@ fn find<'a>(place: &'a BoxPlace, root_path: &Path) -> Option<&'a PlaceFacts> {
     place.root.places.iter().find(|found| found.root_path == root_path)
 }
 
+/// resolv.conf(5).
+fn resolv_conf(stack: &StackPlan) -> String {
+    let mut text = format!("nameserver {}\n", stack.gateway_v4);
+    if !stack.search.is_empty() {
+        writeln!(text, "search {}", stack.search.join(" ")).expect("writing to a String does not fail");
+    }
+    if let Some(ndots) = stack.ndots {
+        writeln!(text, "options ndots:{ndots}").expect("writing to a String does not fail");
+    }
+    text
+}
+
 /// hosts(5). What the host's own file adds stays, except names of the host itself: its
 /// loopback is not this one.
-fn hosts(net: &NetPlan, hostname: &str, host: Option<&str>) -> String {
+fn hosts(spec: &ValidSpec, net: &NetPlan, hostname: &str, host: Option<&str>) -> String {
     let mut text = String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
     match net {
         NetPlan::Stack(stack) => {
-            let names = StackPlan::GATEWAY_NAMES.join(" ");
-            writeln!(text, "{}\t{hostname}\n{}\t{names}", stack.guest_v4.0, stack.gateway_v4)
-                .expect("writing to a String does not fail");
+            writeln!(text, "{}\t{hostname}", stack.guest_v4.0).expect("writing to a String does not fail");
+            for name in stack.gateway_names() {
+                writeln!(text, "{}\t{name}", stack.gateway_v4).expect("writing to a String does not fail");
+            }
         }
         NetPlan::None | NetPlan::Host => {
             writeln!(text, "127.0.1.1\t{hostname}").expect("writing to a String does not fail");
         }
+    }
+    let gateway = match net {
+        NetPlan::Stack(stack) => Some(stack.gateway_v4),
+        NetPlan::None | NetPlan::Host => None,
+    };
+    for (name, ip) in super::net::added_hosts(spec, gateway) {
+        writeln!(text, "{ip}\t{name}").expect("writing to a String does not fail");
     }
     for line in host.unwrap_or_default().lines() {
         let words: Vec<&str> = line.split('#').next().unwrap_or_default().split_ascii_whitespace().collect();
@@ -239,10 +259,12 @@ mod tests {
     fn hosts_keeps_what_the_host_added() {
         let host = "127.0.0.1 localhost\n127.0.1.1 mylaptop\n10.0.0.5 build build.lan # the server\n\
             ::1 localhost\nfe80::zz bad\n0.0.0.0 ads.example\n# comment\n192.0.2.1\n";
-        let text = hosts(&NetPlan::None, "box", Some(host));
+        let mut spec = crate::spec::SandboxSpec::new(vec!["true".into()]);
+        spec.net.add_host = vec![crate::spec::parse::add_host("db:192.0.2.7").unwrap()];
+        let text = hosts(&spec.validate().unwrap(), &NetPlan::None, "box", Some(host));
         assert_eq!(
             text,
-            "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\tbox\n\
+            "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\tbox\n192.0.2.7\tdb\n\
              10.0.0.5\tbuild build.lan\n0.0.0.0\tads.example\n"
         );
     }

@@ -1,8 +1,8 @@
 //! Addresses of the sandbox: a network that nothing else on this host leads to.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use super::{NetPlan, PlanError, StackPlan};
+use super::{NetPlan, Note, PlanError, StackPlan};
 use crate::host::HostFacts;
 use crate::spec::{NetMode, ValidSpec};
 
@@ -32,26 +32,47 @@ const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfd87, 0x726f, 0x6f74, 0, 0, 0, 0, 1
 const GUEST_V6: Ipv6Addr = Ipv6Addr::new(0xfd87, 0x726f, 0x6f74, 0, 0, 0, 0, 2);
 
 /// Decides the network.
-pub(super) fn plan_net(spec: &ValidSpec, facts: &HostFacts) -> Result<NetPlan, PlanError> {
+pub(super) fn plan_net(
+    spec: &ValidSpec,
+    facts: &HostFacts,
+    notes: &mut Vec<Note>,
+) -> Result<NetPlan, PlanError> {
     match spec.net.mode {
         NetMode::None => Ok(NetPlan::None),
         NetMode::Host => Ok(NetPlan::Host),
         NetMode::Stack => {
             let [a, b, c] = free_network(&facts.networks_v4).ok_or(PlanError::NoFreeNetwork)?;
-            Ok(NetPlan::Stack(StackPlan {
+            if spec.net.dns.is_empty() && !facts.resolv.has_resolver {
+                notes.push(Note::new(
+                    "names are asked for at the host's 127.0.0.53 and 127.0.0.1",
+                    "the host's /etc/resolv.conf names no resolver, or is not there; --dns names one",
+                ));
+            }
+            let (guest, gateway) = (Ipv4Addr::new(a, b, c, 2), Ipv4Addr::new(a, b, c, 1));
+            Ok(NetPlan::Stack(Box::new(StackPlan {
+                dns: spec.net.dns.clone(),
+                search: spec.net.dns_search.clone().unwrap_or_else(|| facts.resolv.search.clone()),
+                ndots: facts.resolv.ndots,
+                hosts: added_hosts(spec, Some(gateway)),
                 tap: "tap0".into(),
                 mtu: 1500,
-                guest_v4: (Ipv4Addr::new(a, b, c, 2), PREFIX_V4),
-                gateway_v4: Ipv4Addr::new(a, b, c, 1),
+                guest_v4: (guest, PREFIX_V4),
+                gateway_v4: gateway,
                 guest_v6: (GUEST_V6, PREFIX_V6),
                 gateway_v6: GATEWAY_V6,
                 publish: spec.net.publish.clone(),
                 host_loopback: spec.net.host_loopback.clone(),
                 allow: spec.net.allow.clone(),
                 deny: spec.net.deny.clone(),
-            }))
+            })))
         }
     }
+}
+
+/// `--add-host`, with the gateway for what stands for the host's loopback.
+pub(super) fn added_hosts(spec: &ValidSpec, gateway: Option<Ipv4Addr>) -> Vec<(String, IpAddr)> {
+    let gateway = gateway.map(IpAddr::from);
+    spec.net.add_host.iter().filter_map(|host| Some((host.name.clone(), host.ip.or(gateway)?))).collect()
 }
 
 fn free_network(taken: &[(Ipv4Addr, u8)]) -> Option<[u8; 3]> {

@@ -5,8 +5,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use super::*;
-use crate::host::HostFacts;
 use crate::host::layers::{Accounts, Kind, LayerFacts, PlaceFacts, RootFacts, VolumeFacts};
+use crate::host::{HostFacts, ResolvFacts};
 use crate::spec::{IdsSpec, NetMode, RootSpec, SandboxSpec, TmpfsSpec, VolumeSpec};
 
 const WHOLE: IdExtent = IdExtent { inside: 0, outside: 0, count: u32::MAX };
@@ -30,6 +30,7 @@ fn ada() -> HostFacts {
         own_uid_map: vec![WHOLE],
         own_gid_map: vec![WHOLE],
         networks_v4: vec![([192, 168, 2, 0].into(), 24)],
+        resolv: ResolvFacts { has_resolver: true, ..ResolvFacts::default() },
         current_dir: Some("/home/ada/src".into()),
         environ: [("PATH", "/home/ada/bin:/usr/bin"), ("HOME", "/home/ada"), ("SSH_AUTH_SOCK", "/run/agent")]
             .map(|(name, value)| (name.into(), value.into()))
@@ -152,6 +153,11 @@ fn layers_with_everything() {
     ];
     spec.fs.tmpfs = vec![TmpfsSpec { root_path: "/data/cache".into(), size: Some(4096), mode: 0o700 }];
     spec.net.publish = crate::spec::parse::publish("[::1]:8080:80/udp").unwrap();
+    spec.net.dns = vec![crate::spec::parse::dns("192.0.2.53").unwrap()];
+    spec.net.dns_search = Some(vec!["corp.example".into()]);
+    spec.net.add_host = ["db:2001:db8::5", "host.docker.internal:host-gateway"]
+        .map(|text| crate::spec::parse::add_host(text).unwrap())
+        .into();
     spec.net.host_loopback = crate::spec::LoopbackSpec::Ports([5432, 8000, 8001, 8002].into());
     spec.net.allow = vec!["tcp:192.0.2.0/24:443".parse().unwrap(), "[2001:db8::/32]".parse().unwrap()];
     spec.net.deny = vec!["any:25".parse().unwrap()];
@@ -169,6 +175,46 @@ fn layers_with_everything() {
         VolumeFacts { host_path: "/home/ada".into(), kind: Kind::Directory },
     ];
     check("layers-everything", &planned(spec, &ada(), &place));
+}
+
+#[test]
+fn the_search_list_is_the_hosts_unless_another_is_given() {
+    let facts = HostFacts {
+        resolv: ResolvFacts {
+            has_resolver: true,
+            search: vec!["lan".into(), "corp.example".into()],
+            ndots: Some(2),
+        },
+        ..ada()
+    };
+    let resolv_conf = |spec: SandboxSpec| {
+        let plan = planned(spec, &facts, &over_host());
+        let file = plan.root.generated.iter().find(|file| file.path == Path::new("etc/resolv.conf")).unwrap();
+        file.content.clone().unwrap()
+    };
+    assert_eq!(resolv_conf(spec()), "nameserver 10.87.0.1\nsearch lan corp.example\noptions ndots:2\n");
+    let mut other = spec();
+    other.net.dns_search = Some(vec!["b.example".into()]);
+    assert_eq!(resolv_conf(other), "nameserver 10.87.0.1\nsearch b.example\noptions ndots:2\n");
+    let mut none = spec();
+    none.net.dns_search = Some(Vec::new());
+    assert_eq!(resolv_conf(none), "nameserver 10.87.0.1\noptions ndots:2\n");
+}
+
+#[test]
+fn a_host_without_a_resolver_is_told() {
+    let facts = HostFacts { resolv: ResolvFacts::default(), ..ada() };
+    let told = |spec: SandboxSpec| {
+        let plan = planned(spec, &facts, &over_host());
+        plan.notes.iter().any(|note| note.what.contains("127.0.0.53") && note.reason.contains("--dns"))
+    };
+    assert!(told(spec()));
+    let mut given = spec();
+    given.net.dns = vec!["192.0.2.1:53".parse().unwrap()];
+    assert!(!told(given));
+    let mut none = spec();
+    none.net.mode = NetMode::None;
+    assert!(!told(none));
 }
 
 #[test]

@@ -13,7 +13,7 @@ pub use validate::{EXTENTS_MAX, SpecError, ValidSpec, check_box_name};
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -192,6 +192,12 @@ pub struct NetSpec {
     pub mode: NetMode,
     /// Ports of the host that lead inside.
     pub publish: Vec<PublishSpec>,
+    /// Resolvers to ask instead of the host's.
+    pub dns: Vec<SocketAddr>,
+    /// Domains in which short names are looked for; `None`: the host's.
+    pub dns_search: Option<Vec<String>>,
+    /// Names that are known inside.
+    pub add_host: Vec<AddHostSpec>,
     /// What the gateway's address leads to.
     pub host_loopback: LoopbackSpec,
     /// If there are any, nothing else is reached.
@@ -214,6 +220,15 @@ pub enum LoopbackSpec {
     Ports(BTreeSet<u16>),
     /// Both, wholly.
     All,
+}
+
+/// `--add-host NAME:IP`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddHostSpec {
+    /// A host name.
+    pub name: String,
+    /// Its address; `None` (`host-gateway`): that which stands for the host's loopback.
+    pub ip: Option<IpAddr>,
 }
 
 /// `--network`

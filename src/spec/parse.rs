@@ -5,14 +5,14 @@
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use netstack::{Rule, RuleError};
 
-use super::{IdExtent, LoopbackSpec, PublishSpec, SpecError, TmpfsSpec, UserSpec, VolumeSpec};
+use super::{AddHostSpec, IdExtent, LoopbackSpec, PublishSpec, SpecError, TmpfsSpec, UserSpec, VolumeSpec};
 
 fn invalid(field: &'static str, value: impl AsRef<OsStr>, reason: impl Into<String>) -> SpecError {
     SpecError::Invalid { field, value: value.as_ref().to_string_lossy().into_owned(), reason: reason.into() }
@@ -129,6 +129,56 @@ pub fn host_loopback(text: &str) -> Result<LoopbackSpec, SpecError> {
         ports.extend(first..=last);
     }
     Ok(LoopbackSpec::Ports(ports))
+}
+
+/// `IP[:PORT]`, the port of a resolver being 53. An IPv6 address with a port stands in brackets.
+pub fn dns(text: &str) -> Result<SocketAddr, SpecError> {
+    const FIELD: &str = "dns";
+    let server = match text.parse::<IpAddr>() {
+        Ok(ip) => SocketAddr::new(ip, 53),
+        Err(_) => text.parse().map_err(|_| {
+            invalid(FIELD, text, "write the address of a resolver: IP, IP:PORT or [IPV6]:PORT")
+        })?,
+    };
+    if server.ip().is_unspecified() || server.ip().is_multicast() || server.port() == 0 {
+        return Err(invalid(FIELD, text, "no resolver can be there"));
+    }
+    Ok(server)
+}
+
+/// A domain, or `.` for none at all.
+pub fn dns_search(text: &str) -> Result<Option<String>, SpecError> {
+    match text {
+        "." => Ok(None),
+        _ if is_name(text) => Ok(Some(text.to_owned())),
+        _ => Err(invalid("dns-search", text, "write a domain, as example.com, or . for none at all")),
+    }
+}
+
+/// `NAME:IP` or `NAME=IP`; an IPv6 address may stand in brackets; `host-gateway` is the address that
+/// stands for the host's loopback.
+pub fn add_host(text: &str) -> Result<AddHostSpec, SpecError> {
+    let bad = |reason: &str| invalid("add-host", text, reason);
+    let (name, address) =
+        text.split_once(['=', ':']).ok_or_else(|| bad("write it as NAME:IP, or NAME:host-gateway"))?;
+    if !is_name(name) || name.ends_with('.') {
+        return Err(bad("a name has letters, digits, hyphens and underscores, with dots between them"));
+    }
+    if address == "host-gateway" {
+        return Ok(AddHostSpec { name: name.to_owned(), ip: None });
+    }
+    let plain = address.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(address);
+    let ip = plain.parse().map_err(|_| bad("what follows the name is no IP address, nor host-gateway"))?;
+    Ok(AddHostSpec { name: name.to_owned(), ip: Some(ip) })
+}
+
+/// Whether DNS can have this name, in the characters that names are written in (underscores included). A dot
+/// may stand at the end.
+pub(crate) fn is_name(name: &str) -> bool {
+    let name = name.strip_suffix('.').unwrap_or(name);
+    let good = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
+    name.len() <= 253
+        && name.split('.').all(|label| (1..=63).contains(&label.len()) && label.bytes().all(good))
 }
 
 fn port_range(text: &str) -> Option<(u16, u16)> {
@@ -291,6 +341,54 @@ mod tests {
             assert!(volume_of(bad).is_err(), "{bad}");
         }
         assert!(volume_of("data:/b").unwrap_err().contains("named volumes"));
+    }
+
+    #[test]
+    fn resolvers_and_domains() {
+        for (text, addr) in [
+            ("192.0.2.1", "192.0.2.1:53"),
+            ("192.0.2.1:5353", "192.0.2.1:5353"),
+            ("2001:db8::1", "[2001:db8::1]:53"),
+            ("[2001:db8::1]:5353", "[2001:db8::1]:5353"),
+            ("127.0.0.53", "127.0.0.53:53"),
+        ] {
+            assert_eq!(dns(text).unwrap().to_string(), addr);
+        }
+        for bad in ["", "dns.example", "192.0.2.1:", "192.0.2.1:0", "0.0.0.0", "::", "224.0.0.251", "1.2.3"] {
+            assert!(dns(bad).is_err(), "{bad}");
+        }
+        assert_eq!(dns_search("."), Ok(None));
+        assert_eq!(dns_search("corp.example"), Ok(Some("corp.example".into())));
+        for bad in ["", "a b", "..", "a..b", "a\nb", &"a".repeat(64)] {
+            assert!(dns_search(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn added_hosts() {
+        for (text, name, ip) in [
+            ("db:192.0.2.1", "db", Some("192.0.2.1")),
+            ("db.lan=192.0.2.1", "db.lan", Some("192.0.2.1")),
+            ("my_db:2001:db8::1", "my_db", Some("2001:db8::1")),
+            ("db:[2001:db8::1]", "db", Some("2001:db8::1")),
+            ("host.docker.internal:host-gateway", "host.docker.internal", None),
+        ] {
+            let host = add_host(text).unwrap();
+            assert_eq!((&*host.name, host.ip.map(|ip| ip.to_string()).as_deref()), (name, ip));
+        }
+        for bad in [
+            "",
+            "db",
+            "db:",
+            ":192.0.2.1",
+            "a b:192.0.2.1",
+            "db:192.0.2",
+            "db.:192.0.2.1",
+            "db:[192.0.2.1",
+            "a\n:::1",
+        ] {
+            assert!(add_host(bad).is_err(), "{bad}");
+        }
     }
 
     fn publish_one(text: &str) -> (Option<String>, u16, u16, bool) {

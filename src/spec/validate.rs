@@ -177,6 +177,14 @@ impl SandboxSpec {
 
     fn check_net(&self) -> Result<(), SpecError> {
         let net = &self.net;
+        let has_loopback = net.mode == NetMode::Stack && net.host_loopback != LoopbackSpec::Refused;
+        if let Some(host) = net.add_host.iter().find(|host| host.ip.is_none() && !has_loopback) {
+            return Err(invalid(
+                "add-host",
+                format!("{}:host-gateway", host.name),
+                "no address stands for the host's loopback without --allow-host-loopback",
+            ));
+        }
         if net.mode != NetMode::Stack {
             let reason = match net.mode {
                 NetMode::Host => "with the host's network, everything that the host reaches is reached",
@@ -188,10 +196,14 @@ impl SandboxSpec {
                 "allow"
             } else if !net.deny.is_empty() {
                 "deny"
-            } else if net.publish.is_empty() {
-                return Ok(());
-            } else {
+            } else if !net.publish.is_empty() {
                 "publish"
+            } else if !net.dns.is_empty() {
+                "dns"
+            } else if net.dns_search.is_some() {
+                "dns-search"
+            } else {
+                return Ok(());
             };
             let other = if net.mode == NetMode::Host { "network host" } else { "network none" };
             return Err(SpecError::Conflict { field, other, reason: reason.into() });
@@ -375,7 +387,9 @@ fn check_time(time: &TimeSpec) -> Result<(), SpecError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::{FsSpec, IdsSpec, NetSpec, ProcessSpec, PublishSpec, TmpfsSpec, UserSpec, VolumeSpec};
+    use crate::spec::{
+        AddHostSpec, FsSpec, IdsSpec, NetSpec, ProcessSpec, PublishSpec, TmpfsSpec, UserSpec, VolumeSpec,
+    };
     use std::os::unix::ffi::OsStringExt;
     use std::time::Duration;
 
@@ -524,6 +538,29 @@ mod tests {
             assert!(deny.starts_with(&format!("deny and network {word}")), "{deny}");
         }
         assert!(refused(|s| s.net.publish = vec![port.clone(), port.clone()]).contains("twice"));
+    }
+
+    #[test]
+    fn names_need_somebody_to_ask() {
+        for (mode, other) in [(NetMode::None, "network none"), (NetMode::Host, "network host")] {
+            let text = refused(|s| {
+                s.net.mode = mode;
+                s.net.dns = vec!["192.0.2.1:53".parse().unwrap()];
+            });
+            assert!(text.starts_with(&format!("dns and {other}")), "{text}");
+            let text = refused(|s| {
+                s.net.mode = mode;
+                s.net.dns_search = Some(Vec::new());
+            });
+            assert!(text.starts_with(&format!("dns-search and {other}")), "{text}");
+        }
+        for mode in [NetMode::Stack, NetMode::Host] {
+            let text = refused(|s| {
+                s.net.mode = mode;
+                s.net.add_host = vec![AddHostSpec { name: "db".into(), ip: None }];
+            });
+            assert!(text.contains("db:host-gateway") && text.contains("--allow-host-loopback"), "{text}");
+        }
     }
 
     #[test]

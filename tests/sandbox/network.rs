@@ -318,6 +318,98 @@ fn programs_resolve_names() {
     home.run(NONE, ["getent", "hosts", "no-such-name.test"]).run().exits(2);
 }
 
+#[test]
+fn names_are_given_with_an_option() {
+    need!("dig");
+    let home = Home::new();
+    let options = ["--hostname=inner", "--add-host=db:192.0.2.7", "--add-host", "six.lan=[2001:db8::7]"];
+    let script = "
+        gateway=$(sed -n 's/nameserver //p' /etc/resolv.conf)
+        getent hosts db; getent hosts six.lan
+        dig +short db A; dig +short six.lan AAAA; dig +short -x 192.0.2.7
+        dig +short inner A | sed 's/.*\\.//'; dig +short -x ${gateway%.*}.2; dig +short -x $gateway | grep _gateway
+        dig +noall +comments -x ${gateway%.*}.77 | grep -o NXDOMAIN";
+    let text = home.sh(options, script).run().ok().text();
+    let words: Vec<&str> = text.split_ascii_whitespace().collect();
+    assert_eq!(
+        words,
+        [
+            "192.0.2.7",
+            "db",
+            "2001:db8::7",
+            "six.lan",
+            "192.0.2.7",
+            "2001:db8::7",
+            "db.",
+            "2",
+            "inner.",
+            "_gateway.",
+            "NXDOMAIN"
+        ]
+    );
+    // Without a network of its own there is still the file.
+    home.run(["--network=none", "--add-host=db:192.0.2.7"], ["getent", "hosts", "db"])
+        .run()
+        .ok()
+        .prints("192.0.2.7       db");
+}
+
+#[test]
+fn the_gateway_is_the_host_only_where_the_host_can_be_reached() {
+    let home = Home::new();
+    let option = "--add-host=myhost:host-gateway";
+    home.run([option], ["true"]).run().exits(125).says("myhost:host-gateway").says("--allow-host-loopback");
+    let script = "getent hosts myhost; sed -n 's/nameserver //p' /etc/resolv.conf";
+    let text = home.sh([option, "--allow-host-loopback"], script).run().ok().text();
+    let words: Vec<&str> = text.split_ascii_whitespace().collect();
+    assert_eq!((words.len(), words[0], words[1]), (3, words[2], "myhost"));
+}
+
+#[test]
+fn short_names_are_looked_for_in_the_domains_that_are_given() {
+    let _lab = lab!();
+    let home = Home::new();
+    let found = home.run(["--dns-search=test"], ["getent", "ahostsv4", "world"]).run().ok();
+    assert!(found.text().contains("10.77.0.2"), "{found}");
+    home.run(["--dns-search=."], ["getent", "hosts", "world"]).run().exits(2);
+    home.run(["--dns-search=."], ["grep", "search", "/etc/resolv.conf"]).run().exits(1);
+}
+
+#[test]
+fn another_resolver_is_asked_if_one_is_given() {
+    need!("dig");
+    let home = Home::new();
+    // On the host's loopback, which the inside cannot reach by itself.
+    let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let addr = server.local_addr().unwrap();
+    let thread = std::thread::spawn(move || {
+        let mut query = [0; 512];
+        let (_, from) = server.recv_from(&mut query).unwrap();
+        let end = 12 + query[12..].iter().position(|&byte| byte == 0).unwrap() + 5;
+        let mut answer = query[..end].to_vec();
+        answer[2] |= 0x80;
+        answer[7] = 1;
+        answer[11] = 0;
+        answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 192, 0, 2, 8]);
+        server.send_to(&answer, from).unwrap();
+    });
+    // The second time from the cache: the server answers once.
+    let script = "dig +short a.example; dig +short a.EXAMPLE";
+    let out = home.sh(["--dns".to_owned(), addr.to_string()], script).run().ok();
+    assert_eq!(out.text(), "192.0.2.8\n192.0.2.8", "{out}");
+    thread.join().unwrap();
+    // Nobody is there any more.
+    let out = home.sh(["--dns".to_owned(), addr.to_string()], "dig a.example").run().ok();
+    assert!(
+        out.text().contains("SERVFAIL") && out.text().contains("no resolver of the host answers"),
+        "{out}"
+    );
+    for bad in ["resolver.example", "0.0.0.0", "192.0.2.1:0"] {
+        home.run(["--dns", bad], ["true"]).run().exits(125).says(bad);
+    }
+    home.run(["--dns=192.0.2.1", "--network=host"], ["true"]).run().exits(125).says("network host");
+}
+
 /// A TCP server on the host's loopback which says who it is.
 fn loopback_server(address: &str) -> (u16, std::thread::JoinHandle<usize>, TcpListener) {
     let listener = TcpListener::bind((address, 0)).unwrap();
