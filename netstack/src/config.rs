@@ -187,6 +187,8 @@ pub enum Error {
     Listen {
         /// The address on the host.
         addr: SocketAddr,
+        /// For what.
+        protocol: Protocol,
         /// Cause.
         #[source]
         source: std::io::Error,

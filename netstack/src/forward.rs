@@ -150,7 +150,7 @@ fn bind_one(addr: SocketAddr, port: &Publish) -> Result<Bound, Error> {
     };
     match open() {
         Ok((fd, addr)) => Ok(Bound { fd, addr }),
-        Err(errno) => Err(Error::Listen { addr, source: errno.into() }),
+        Err(errno) => Err(Error::Listen { addr, protocol: port.protocol, source: errno.into() }),
     }
 }
 
@@ -259,7 +259,8 @@ impl Forward {
     /// Takes over a port while the stack runs.
     pub(crate) fn add(&mut self, sh: &mut Shared, port: BoundPort) -> Result<PublishedPort, Error> {
         let Some(addr) = port.sockets.first().map(|bound| bound.addr) else { return Err(Error::Stopped) };
-        let refused = |errno: Errno| Error::Listen { addr, source: errno.into() };
+        let protocol = port.asked.protocol;
+        let refused = |errno: Errno| Error::Listen { addr, protocol, source: errno.into() };
         // As connections: names and datagrams must still get descriptors.
         sh.budget.check_leaving(sh.budget.limit / 8 + port.sockets.len()).map_err(refused)?;
         let id = self.insert(sh, port).map_err(refused)?;
@@ -430,8 +431,8 @@ mod tests {
             publish(Some("127.0.0.1"), addr.port(), Protocol::Tcp),
         ];
         match Published::bind(&ports) {
-            Err(Error::Listen { addr: failed, source }) => {
-                assert_eq!(failed, addr);
+            Err(Error::Listen { addr: failed, protocol, source }) => {
+                assert_eq!((failed, protocol), (addr, Protocol::Tcp));
                 assert_eq!(source.kind(), std::io::ErrorKind::AddrInUse);
             }
             other => panic!("{other:?}"),

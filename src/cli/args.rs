@@ -46,6 +46,8 @@ pub(super) enum Command {
     Doctor(DoctorArgs),
     /// Mount an overlay of directories; also under the name fuse-overlayfs
     Overlay(OverlayArgs),
+    /// Give a network namespace a network; also under the name slirp4netns
+    Netstack(Box<NetstackArgs>),
     /// Print a completion script for a shell
     #[command(
         after_help = "Example:\n  rootlet completions bash > ~/.local/share/bash-completion/completions/rootlet"
@@ -333,4 +335,103 @@ pub(super) struct OverlayArgs {
 pub(super) struct FuseOverlayfs {
     #[command(flatten)]
     pub(super) overlay: OverlayArgs,
+}
+
+const NETSTACK_HELP: &str = "\
+The options are slirp4netns's; `rootlet man netstack` and docs/netstack.md say what each does here.
+Addresses, with the default --cidr: guest 10.0.2.100, host 10.0.2.2, resolver 10.0.2.3; with -6 also
+fd00::2 and fd00::3.
+
+Exit status: 0 when the exit descriptor said so or the interface is gone, 1 failed, 2 wrong usage.
+
+Example:
+  unshare -Urn sleep infinity & rootlet netstack -c --disable-host-loopback $! tap0";
+
+/// `rootlet netstack`
+#[derive(Debug, Args)]
+#[command(after_help = NETSTACK_HELP)]
+pub(super) struct NetstackArgs {
+    /// bring up the interface (and lo) with its address, routes and MTU
+    #[arg(short, long)]
+    pub(super) configure: bool,
+    /// end when this descriptor is ready for anything, or closed at its other end
+    #[arg(short, long, value_name = "FD")]
+    pub(super) exit_fd: Option<i32>,
+    /// write "1" to this descriptor when the network can be used
+    #[arg(short, long, value_name = "FD")]
+    pub(super) ready_fd: Option<i32>,
+    /// specify MTU (default=1500, max=65521)
+    #[arg(short, long, value_name = "MTU")]
+    pub(super) mtu: Option<String>,
+    /// enable IPv6
+    #[arg(short = '6', long)]
+    pub(super) enable_ipv6: bool,
+    /// take commands on a unix socket at this path
+    #[arg(short, long, value_name = "PATH")]
+    pub(super) api_socket: Option<PathBuf>,
+    /// specify network address CIDR (default=10.0.2.0/24)
+    #[arg(long, value_name = "CIDR")]
+    pub(super) cidr: Option<String>,
+    /// prohibit connecting to 127.0.0.1:* on the host namespace
+    #[arg(long)]
+    pub(super) disable_host_loopback: bool,
+    /// specify network namespace type ([path|pid], default=pid)
+    #[arg(long, value_enum, default_value_t = NetnsType::Pid, hide_default_value = true, hide_possible_values = true, value_name = "TYPE")]
+    pub(super) netns_type: NetnsType,
+    /// specify user namespace path
+    #[arg(long, value_name = "PATH")]
+    pub(super) userns_path: Option<PathBuf>,
+    /// see only /etc and /run of the host's files, and have no capability but to bind low ports
+    #[arg(long)]
+    pub(super) enable_sandbox: bool,
+    /// limit system calls
+    #[arg(long)]
+    pub(super) enable_seccomp: bool,
+    /// specify the address or interface that IPv4 leaves the host by
+    #[arg(long, value_name = "IPv4|INTERFACE")]
+    pub(super) outbound_addr: Option<String>,
+    /// specify the address or interface that IPv6 leaves the host by
+    #[arg(long, value_name = "IPv6|INTERFACE")]
+    pub(super) outbound_addr6: Option<String>,
+    /// have no resolver
+    #[arg(long)]
+    pub(super) disable_dns: bool,
+    /// specify the MAC address of the TAP (only valid with -c)
+    #[arg(long, value_name = "MAC", requires = "configure")]
+    pub(super) macaddress: Option<String>,
+    /// specify the target type: netns (bess is refused)
+    #[arg(long, value_name = "TYPE", default_value = "netns", hide_default_value = true)]
+    pub(super) target_type: String,
+    /// process whose network namespace it is, or a path of it
+    #[arg(value_name = "PID|PATH")]
+    pub(super) target: String,
+    /// name of the interface
+    #[arg(value_name = "TAPNAME", default_value = "tap0", hide_default_value = true)]
+    pub(super) tap: String,
+}
+
+/// What the target is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum NetnsType {
+    /// A path
+    Path,
+    /// A process
+    Pid,
+}
+
+/// The program by its other name.
+#[derive(Debug, Parser)]
+#[command(
+    name = "slirp4netns",
+    about = "User-mode networking for unprivileged network namespaces (rootlet netstack)",
+    version = concat!("version ", env!("CARGO_PKG_VERSION"), " (rootlet)"),
+    disable_version_flag = true,
+    max_term_width = 100
+)]
+pub(super) struct Slirp4netns {
+    #[command(flatten)]
+    pub(super) netstack: NetstackArgs,
+    /// show version and exit
+    #[arg(short, long, action = clap::ArgAction::Version)]
+    pub(super) version: Option<bool>,
 }

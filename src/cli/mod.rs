@@ -7,6 +7,7 @@ mod boxes;
 mod diff;
 mod docs;
 mod doctor;
+mod netstack;
 pub mod output;
 mod overlay;
 mod run;
@@ -31,6 +32,9 @@ pub fn main(args: impl Iterator<Item = OsString>) -> u8 {
     let args: Vec<OsString> = args.collect();
     if overlay::is_called_by_name(args.first()) {
         return overlay::main_by_name(&args);
+    }
+    if netstack::is_called_by_name(args.first()) {
+        return netstack::main_by_name(&args);
     }
     // Not in the definitions: it is the doctor's, and would show in completions.
     if let [_, word, probe, argument @ ..] = args.as_slice()
@@ -58,6 +62,10 @@ fn dispatch(cli: Cli) -> Result<u8, Failure> {
         overlay::close_inherited();
         level = level.or(overlay::is_debug(args).then_some("debug"));
     }
+    let mut inherited = None;
+    if let Command::Netstack(args) = &cli.command {
+        inherited = Some(netstack::Inherited::take(args)?);
+    }
     log::init(level, cli.log_file.as_deref())
         .map_err(|error| Failure::new(&error).code(WRONG_USAGE))
         .map_err(|failure| match cli.command {
@@ -72,6 +80,7 @@ fn dispatch(cli: Cli) -> Result<u8, Failure> {
         Command::Prune(args) => boxes::prune(&args),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Overlay(args) => overlay::overlay(&args, "rootlet"),
+        Command::Netstack(args) => netstack::netstack(&args, inherited.unwrap_or_default()),
         Command::Completions { shell } => Ok(docs::completions(shell)),
         Command::Man { subcommand } => docs::man(subcommand.as_deref()),
     }

@@ -51,6 +51,22 @@ impl Failure {
         self
     }
 
+    /// With who has the port that could not be bound, where that is the cause and can be known.
+    #[must_use]
+    pub fn cause_of_port(self, error: &netstack::Error) -> Self {
+        match error {
+            netstack::Error::Listen { addr, protocol, source }
+                if source.kind() == std::io::ErrorKind::AddrInUse =>
+            {
+                match crate::host::ports::holder(*addr, *protocol == netstack::Protocol::Udp) {
+                    Some(holder) => self.cause(holder.to_string()),
+                    None => self,
+                }
+            }
+            _ => self,
+        }
+    }
+
     /// With this hint, if it has none yet.
     #[must_use]
     pub fn hint(mut self, hint: Option<impl Display>) -> Self {

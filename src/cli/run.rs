@@ -316,6 +316,7 @@ fn launch_failed(error: &LaunchError, facts: &HostFacts) -> Failure {
             (setup.step.name(), setup.object.as_str(), errno)
         }
         LaunchError::Network(below) => {
+            failure = failure.cause_of_port(below);
             let step = if matches!(below, netstack::Error::Listen { .. }) { "listen" } else { "network" };
             (step, "", errno_of(below))
         }

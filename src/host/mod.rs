@@ -9,6 +9,7 @@ pub mod doctor;
 mod gather;
 pub mod hints;
 pub mod layers;
+pub mod ports;
 pub mod probe;
 mod resolv;
 

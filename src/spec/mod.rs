@@ -6,6 +6,7 @@
 pub(crate) mod os;
 pub mod overlay;
 pub mod parse;
+pub mod slirp;
 pub(crate) mod text_list;
 mod validate;
 

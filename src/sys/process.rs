@@ -163,3 +163,28 @@ pub(crate) fn exec_fd(file: BorrowedFd<'_>, args: &[std::ffi::CString], env: &[s
     };
     Errno::last()
 }
+
+/// A descriptor that this process was started with, by its number.
+///
+/// # Errors
+/// `EBADF` when there is none of this number.
+pub(crate) fn inherited_fd(number: RawFd) -> Result<OwnedFd, Errno> {
+    // SAFETY: F_SETFD changes a flag of this process's table at most; it fails with EBADF where there is no descriptor.
+    Errno::result(unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    // SAFETY: it exists (asked above); its number came from the caller of the program, and nobody asks for it twice, so
+    // nothing else here owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// The user namespace that owns a namespace (ioctl_ns(2), NS_GET_USERNS).
+///
+/// # Errors
+/// `EPERM` when it is outside of the caller's; `ENOTTY` when `namespace` is none.
+pub(crate) fn owner_of_namespace(namespace: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    /// `_IO(0xb7, 1)`
+    const NS_GET_USERNS: libc::Ioctl = 0xb701;
+    // SAFETY: the request takes no argument.
+    let fd = Errno::result(unsafe { libc::ioctl(namespace.as_raw_fd(), NS_GET_USERNS) })?;
+    // SAFETY: the kernel just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

@@ -184,7 +184,7 @@ fn a_busy_port_says_what_to_do() {
     refused(
         home.run(["-p", &format!("127.0.0.1:{port}:80")], ["true"]),
         125,
-        &["EADDRINUSE", "hint:", &port.to_string()],
+        &["EADDRINUSE", "hint:", &port.to_string(), &format!("(pid {}) has it", std::process::id())],
     );
     refused(home.run(["-p", "nonsense"], ["true"]), 125, &["publish", "nonsense"]);
     refused(home.run(["-p", "80:80/sctp"], ["true"]), 125, &["sctp"]);

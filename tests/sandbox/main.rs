@@ -13,6 +13,7 @@ mod files;
 mod kill;
 mod namespaces;
 mod nested;
+mod netstack;
 mod network;
 mod overlay;
 mod ownership;

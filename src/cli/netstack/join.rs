@@ -1,0 +1,168 @@
+//! The guest's end of the link, made in its namespaces.
+//!
+//! Who has joined another user namespace cannot come back, so a child does it and hands the TAP's descriptor over:
+//!
+//! child -> program : `Made { mac }` with the descriptor, or `Failed { what, errno }`. Then the child ends.
+
+use std::fs::File;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::sched::{CloneFlags, setns};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use serde::{Deserialize, Serialize};
+
+use crate::cli::output::Failure;
+use crate::error::{errno_of, errno_text};
+use crate::spec::slirp::{GATEWAY_V6, PREFIX_V6, Target};
+use crate::sys;
+
+/// How to bring the interface up.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Configure {
+    pub(super) mac: [u8; 6],
+    pub(super) mtu: u16,
+    pub(super) address: Ipv4Addr,
+    pub(super) prefix: u8,
+    pub(super) gateway: Ipv4Addr,
+    pub(super) ipv6: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Message {
+    Made { mac: [u8; 6] },
+    Failed { what: String, errno: i32 },
+}
+
+/// A step that failed, and the errno.
+struct Step(String, Errno);
+
+fn step(what: impl Into<String>) -> impl FnOnce(Errno) -> Step {
+    let what = what.into();
+    move |errno| Step(what, errno)
+}
+
+fn io_step(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Step {
+    let what = what.into();
+    move |error| Step(what, errno_of(&error).unwrap_or(Errno::EINVAL))
+}
+
+/// Makes the TAP `tap` in the target; its descriptor and Ethernet address.
+pub(super) fn make_tap(
+    target: &Target,
+    tap: &str,
+    configure: Option<Configure>,
+) -> Result<(OwnedFd, [u8; 6]), Failure> {
+    let internal = |errno: Errno| Failure::text("cannot make the network interface").cause(errno_text(errno));
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(internal)?;
+    let Some(child) = sys::process::fork().map_err(internal)? else {
+        drop(ours);
+        let (message, fd) = match in_target(target, tap, configure) {
+            Ok((fd, mac)) => (Message::Made { mac }, Some(fd)),
+            Err(Step(what, errno)) => (Message::Failed { what, errno: errno as i32 }, None),
+        };
+        let bytes = serde_json::to_vec(&message).unwrap_or_default();
+        // Without it the program sees that we are gone.
+        let sent = sys::fdpass::send(theirs.as_fd(), &bytes, fd.as_ref().map(OwnedFd::as_fd));
+        sys::process::exit_now(i32::from(sent.is_err()));
+    };
+    drop(theirs);
+    let mut buffer = [0; 1024];
+    let received = sys::fdpass::receive(ours.as_fd(), &mut buffer);
+    // It ends by itself as soon as it has sent.
+    nix::sys::wait::waitpid(child, None).map_err(internal)?;
+    let (length, fd) = received.map_err(|errno| internal(Errno::from_raw(errno.raw_os_error())))?;
+    let message = serde_json::from_slice(buffer.get(..length).unwrap_or_default());
+    match (message, fd) {
+        (Ok(Message::Made { mac }), Some(fd)) => Ok((fd, mac)),
+        (Ok(Message::Failed { what, errno }), _) => {
+            let errno = Errno::from_raw(errno);
+            Err(Failure::text(what).cause(errno_text(errno)).hint(hint(errno)))
+        }
+        _ => Err(Failure::text("the process that was to make the network interface has ended")),
+    }
+}
+
+fn hint(errno: Errno) -> Option<&'static str> {
+    match errno {
+        Errno::EPERM | Errno::EACCES => Some(
+            "the namespaces must be the caller's own (`unshare -Urn`), and /dev/net/tun must be open to him: \
+             `rootlet doctor`",
+        ),
+        Errno::EBUSY => Some("an interface of this name is in use there"),
+        _ => None,
+    }
+}
+
+/// In the child.
+fn in_target(target: &Target, tap: &str, configure: Option<Configure>) -> Result<(OwnedFd, [u8; 6]), Step> {
+    let open = |path: &Path| {
+        File::open(path).map_err(io_step(format!("cannot open the namespace {}", path.display())))
+    };
+    // Both before either is joined: afterwards the paths are another user's to open.
+    let network = open(&target.network)?;
+    let user = target.user.as_deref().map(open).transpose()?;
+    let join = |namespace: BorrowedFd<'_>, kind, what: &str| {
+        setns(namespace, kind).map_err(step(format!("cannot join the {what} namespace")))
+    };
+    match &user {
+        Some(user) if is_own(user) => {}
+        Some(user) => join(user.as_fd(), CloneFlags::CLONE_NEWUSER, "user")?,
+        // Who may join it already need not, and must not, change: Podman calls from inside.
+        None => {
+            if setns(&network, CloneFlags::CLONE_NEWNET).is_err() {
+                let owner = sys::process::owner_of_namespace(network.as_fd())
+                    .map_err(step("cannot find the user namespace of the network namespace"))?;
+                join(owner.as_fd(), CloneFlags::CLONE_NEWUSER, "user")?;
+            }
+        }
+    }
+    join(network.as_fd(), CloneFlags::CLONE_NEWNET, "network")?;
+    let fd = netstack::open_tap(tap).map_err(io_step(format!("cannot make the interface {tap}")))?;
+    if let Some(configure) = configure {
+        bring_up(tap, configure)?;
+    }
+    let mac = mac_of(tap).ok_or_else(|| Step(format!("{tap} has no Ethernet address"), Errno::ENODEV))?;
+    Ok((fd, mac))
+}
+
+/// Whether this process is in the namespace.
+fn is_own(namespace: &File) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let id = |file: std::io::Result<std::fs::Metadata>| file.ok().map(|m| (m.dev(), m.ino()));
+    let own = id(std::fs::metadata("/proc/self/ns/user"));
+    own.is_some() && id(namespace.metadata()) == own
+}
+
+fn mac_of(tap: &str) -> Option<[u8; 6]> {
+    nix::ifaddrs::getifaddrs()
+        .ok()?
+        .filter(|interface| interface.interface_name == tap)
+        .find_map(|interface| interface.address.as_ref()?.as_link_addr()?.addr())
+}
+
+fn bring_up(tap: &str, configure: Configure) -> Result<(), Step> {
+    let during = |object: &str| step(format!("cannot configure {tap} ({object})"));
+    let route = sys::netlink::Route::open().map_err(during("routing socket"))?;
+    route.set_up(1, None, None).map_err(step("cannot bring up lo"))?;
+    let index = nix::net::if_::if_nametoindex(tap).map_err(during("index"))?;
+    if configure.ipv6 {
+        // Everything is said here, and nobody else is on the link. Where /proc/sys is read-only it takes a
+        // moment longer until IPv6 can be used.
+        for setting in ["accept_ra", "accept_dad"] {
+            std::fs::write(format!("/proc/sys/net/ipv6/conf/{tap}/{setting}"), "0").ok();
+        }
+    }
+    route.set_up(index, Some(configure.mac), Some(configure.mtu)).map_err(during("link"))?;
+    let v4 = (IpAddr::V4(configure.address), configure.prefix, IpAddr::V4(configure.gateway));
+    let own = netstack::slaac_address(PREFIX_V6.0, configure.mac);
+    let v6 = (IpAddr::V6(own), PREFIX_V6.1, IpAddr::V6(GATEWAY_V6));
+    for (address, prefix, gateway) in std::iter::once(v4).chain(configure.ipv6.then_some(v6)) {
+        route.add_address(index, address, prefix).map_err(during("address"))?;
+        route.add_default_route(index, gateway).map_err(during("default route"))?;
+    }
+    Ok(())
+}

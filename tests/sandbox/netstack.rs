@@ -1,0 +1,332 @@
+//! `rootlet netstack`, and the same program by the name `slirp4netns`: on namespaces of `unshare -Urn`, as Podman
+//! calls it.
+
+use crate::common::{Cmd, Home, Out, lab, need, rootlet_binary, skip};
+
+/// A namespace `target` without a network; `Net(OPTION…)` gives it one and waits until it can be used.
+const PRELUDE: &str = r#"
+import json, os, signal, socket, subprocess, sys
+S, R = os.environ["S"], os.environ["R"]
+target = subprocess.Popen(["unshare", "-Urn", "sh", "-c", "echo; exec sleep infinity"], stdout=subprocess.PIPE)
+target.stdout.read(1)
+class Net:
+    def __init__(self, *options, of=str(target.pid), program=(S,)):
+        ready, w = os.pipe()
+        e, self.exit = os.pipe()
+        command = [*program, "-r", str(w), "-e", str(e), *options, of, "tap0"]
+        self.p = subprocess.Popen(command, pass_fds=(w, e), stderr=subprocess.PIPE, text=True)
+        os.close(w); os.close(e)
+        self.ready = os.read(ready, 10) + os.read(ready, 10)
+        if self.ready != b"1":
+            sys.exit(self.p.stderr.read())
+    def end(self):
+        os.close(self.exit)
+        status = self.p.wait()
+        print(self.p.stderr.read(), end="")
+        return status
+def inside(script):
+    enter = ["nsenter", "-t", str(target.pid), "-U", "--preserve-credentials", "-n", "sh", "-c", script]
+    return subprocess.run(enter, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout.strip()
+def ask(request, close=True):
+    with socket.socket(socket.AF_UNIX) as s:
+        s.connect("api")
+        s.sendall(request if isinstance(request, bytes) else json.dumps(request).encode())
+        if close:
+            s.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: s.recv(4096), b"")).decode()
+def call(execute, **arguments):
+    return ask({"execute": execute, "arguments": arguments})
+def serve(kind, port):
+    # A server inside: says who called, then ends.
+    code = f"""
+import socket, sys
+s = socket.socket(socket.AF_INET, {kind}); s.bind(("0.0.0.0", {port}))
+if {kind} == socket.SOCK_STREAM: s.listen()
+print(flush=True)
+if {kind} == socket.SOCK_STREAM:
+    c, peer = s.accept(); c.sendall(peer[0].encode())
+else:
+    data, peer = s.recvfrom(99); s.sendto(peer[0].encode() + data, peer)
+"""
+    enter = ["nsenter", "-t", str(target.pid), "-U", "--preserve-credentials", "-n", "python3", "-c", code]
+    server = subprocess.Popen(enter, stdout=subprocess.PIPE)
+    server.stdout.read(1)
+    return server
+"#;
+
+/// Runs Python after the prelude. The target ends with it, whatever happens.
+fn python(home: &Home, script: &str) -> Out {
+    let name = home.dir("bin").join("slirp4netns");
+    if !name.exists() {
+        std::os::unix::fs::symlink(rootlet_binary(), name).unwrap();
+    }
+    let body: String = script.lines().map(|line| format!("    {line}\n")).collect();
+    let whole = format!("{PRELUDE}\ntry:\n    pass\n{body}\nfinally:\n    target.kill(); target.wait()\n");
+    let command: Cmd = home.command("python3").args(["-c", &whole]);
+    command.env("S", home.path("bin/slirp4netns")).env("R", rootlet_binary()).run()
+}
+
+#[test]
+fn a_namespace_gets_a_network_that_ends_when_it_is_told_to() {
+    need!("ip", "nsenter");
+    let home = Home::new();
+    let script = r#"
+for program in (S,), (R, "netstack"):
+    net = Net("-c", "-6", "--mtu=1400", "--macaddress=02:00:00:00:00:07", program=program)
+    print(inside("ip -o -4 addr show dev tap0 | grep -o 'inet [^ ]*'; ip -o -6 addr show dev tap0 scope global | grep -o 'inet6 [^ ]*'"))
+    print(inside("ip route show default | cut -d' ' -f1-5; ip -6 route show default | cut -d' ' -f1-5; cat /sys/class/net/tap0/mtu 2>/dev/null || ip link show tap0 | grep -o 'mtu 1400'"))
+    print(inside("ip -o link show tap0 | grep -o '02:00:00:00:00:07'; ip -o link show lo | grep -o LOWER_UP"))
+    print(net.end(), inside("ip link show tap0 2>&1 | grep -c 'does not exist'"))
+# The exit descriptor may also say something; a signal ends it as any program.
+net = Net("-c")
+os.write(net.exit, b"x")
+print(net.p.wait())
+net = Net("-c")
+net.p.send_signal(signal.SIGTERM)
+print(net.p.wait(), inside("ip link show tap0 2>&1 | grep -c 'does not exist'"))
+# So does the end of the interface.
+net = Net("-c")
+inside("ip link del tap0")
+print(net.p.wait())"#;
+    let out = python(&home, script).ok().text();
+    let lines: Vec<&str> = out.lines().collect();
+    let one = [
+        "inet 10.0.2.100/24",
+        "inet6 fd00::ff:fe00:7/64",
+        "default via 10.0.2.2 dev tap0",
+        "default via fd00::2 dev tap0",
+    ];
+    assert_eq!((&lines[..4], &lines[8..12]), (&one[..], &one[..]), "{out}");
+    assert!(lines[4].ends_with("1400"), "{out}");
+    assert_eq!(lines[5..8], ["02:00:00:00:00:07", "LOWER_UP", "0 1"], "{out}");
+    assert_eq!(lines[16..], ["0", "-15 1", "0"], "{out}");
+}
+
+#[test]
+fn the_world_is_reached_and_the_hosts_loopback_if_allowed() {
+    need!("curl", "dig", "nsenter");
+    let home = Home::new();
+    let Some(lab) = lab() else { skip!("outside of the lab there is no world") };
+    let script = format!(
+        r#"
+server = socket.create_server(("127.0.0.1", 0)); port = server.getsockname()[1]
+other = socket.create_server(("::1", 0), family=socket.AF_INET6)
+def tried(ip, port):
+    return inside(f"nc -w 5 -z {{ip}} {{port}} && echo open || echo closed")
+net = Net("-c", "-6")
+print(inside("curl -s -o /dev/null -w '%{{http_code}} ' http://{v4}/; curl -s -o /dev/null -w '%{{http_code}}' http://[{v6}]/"))
+print(inside("dig +short +time=5 @10.0.2.3 world.test; dig +short +tcp @fd00::3 world.test AAAA"))
+print(tried("10.0.2.2", port), tried("fd00::2", other.getsockname()[1]), tried("10.0.2.3", 80))
+net.end()
+net = Net("-c", "--disable-host-loopback", "--disable-dns", "--cidr=172.29.64.0/20", "--mtu=65520", "--enable-sandbox", "--enable-seccomp")
+print(inside("curl -s -o /dev/null -w '%{{http_code}} ' http://{v4}/; ip -o -4 addr show dev tap0 | grep -o 'inet [^ ]*'"))
+print(tried("172.29.64.2", port), inside("dig +tries=1 +time=1 @172.29.64.3 world.test | grep -c status"), inside("nc -w 3 -z {v6} 80 || echo no IPv6"))
+net.end()
+for option in "--outbound-addr={host}", "--outbound-addr=lab0":
+    net = Net("-c", option)
+    print(inside("nc -w 5 {v4} {who} </dev/null"), tried("10.0.2.2", port))
+    net.end()
+"#,
+        v4 = lab.world,
+        v6 = lab.world_v6,
+        host = lab.host,
+        who = crate::common::Lab::WHO
+    );
+    let out = python(&home, &script).ok().text();
+    let lines: Vec<&str> = out.lines().collect();
+    assert_eq!(lines[..4], ["200 200", "10.77.0.2", "fd77::2", "open open closed"], "{out}");
+    assert_eq!(lines[4..6], ["200 inet 172.29.64.100/20", "closed 0 no IPv6"], "{out}");
+    assert!(lines[6..].iter().all(|line| line.contains("10.77.0.1") && line.ends_with("open")), "{out}");
+    assert_eq!(lines[6..].len(), 2, "{out}");
+}
+
+#[test]
+fn the_api_socket_answers_as_slirp4netns_does() {
+    need!("nsenter");
+    let home = Home::new();
+    let script = r#"
+busy = socket.create_server(("127.0.0.1", 0)); taken = busy.getsockname()[1]
+free = socket.create_server(("127.0.0.1", 0)); tcp = free.getsockname()[1]; free.close()
+free = socket.socket(type=socket.SOCK_DGRAM); free.bind(("127.0.0.1", 0)); udp = free.getsockname()[1]; free.close()
+# Left by a server that was killed.
+old = socket.socket(socket.AF_UNIX); old.bind("api"); old.close()
+net = Net("-c", "-a", "api")
+print(call("add_hostfwd", proto="tcp", host_port=tcp, guest_port=80))
+print(call("add_hostfwd", proto="udp", host_addr="127.0.0.1", host_port=udp, guest_addr="10.0.2.100", guest_port=81))
+print(call("list_hostfwd").replace(str(tcp), "TCP").replace(str(udp), "UDP"))
+server = serve(socket.SOCK_STREAM, 80)
+with socket.create_connection(("127.0.0.1", tcp)) as s: print(s.recv(99).decode())
+server.wait()
+server = serve(socket.SOCK_DGRAM, 81)
+with socket.socket(type=socket.SOCK_DGRAM) as s:
+    s.sendto(b"!", ("127.0.0.1", udp)); print(s.recv(99).decode())
+server.wait()
+print(call("remove_hostfwd", id=1), call("remove_hostfwd", id=1))
+try: socket.create_connection(("127.0.0.1", tcp))
+except ConnectionRefusedError: print("refused")
+print(ask({"execute": "list_hostfwd"}, close=False).replace(str(udp), "UDP"))
+# Ids are not used again.
+print(call("add_hostfwd", proto="tcp", host_port=tcp, guest_port=80))
+for request in (b"", b"x", b"{}", b"[1]", b'{"execute": 3}', b'{"execute": "foo"}', b" " * 5000, b'{"execute": "add_hostfwd"}',
+                b'{"execute": "remove_hostfwd"}', b'{"execute": "remove_hostfwd", "arguments": {"id": "1"}}'):
+    print(ask(request))
+for wrong in {"proto": "sctp"}, {"host_addr": "::1"}, {"host_addr": "x"}, {"host_port": 0}, {"host_port": 70000}, {"guest_addr": "x"}, {"guest_port": 0}:
+    print(call("add_hostfwd", **({"proto": "tcp", "host_port": 1, "guest_port": 1} | wrong)))
+# Many who say nothing keep nobody out.
+silent = [socket.socket(socket.AF_UNIX) for _ in range(40)]
+for s in silent: s.connect("api"); s.send(b'{"exe')
+print(call("add_hostfwd", proto="tcp", host_addr="127.0.0.1", host_port=taken, guest_port=80).replace(str(taken), "PORT").replace(str(os.getpid()), "PID"))
+print(net.end())"#;
+    let out = python(&home, script).ok().text();
+    let error = |desc: &str| format!(r#"{{"error":{{"desc":"bad request: {desc}"}}}}"#);
+    let udp = r#"{"id":2,"proto":"udp","host_addr":"127.0.0.1","host_port":UDP,"guest_addr":"10.0.2.100","guest_port":81}"#;
+    let mut expected = vec![
+        r#"{"return":{"id":1}}"#.to_owned(),
+        r#"{"return":{"id":2}}"#.to_owned(),
+        format!(
+            r#"{{"entries":[{{"id":1,"proto":"tcp","host_addr":"0.0.0.0","host_port":TCP,"guest_addr":"10.0.2.100","guest_port":80}},{udp}]}}"#
+        ),
+        "10.0.2.2".to_owned(),
+        "10.0.2.2!".to_owned(),
+        format!(r#"{{"return":{{}}}} {}"#, error("remove_hostfwd: bad arguments.id")),
+        "refused".to_owned(),
+        format!(r#"{{"entries":[{udp}]}}"#),
+        r#"{"return":{"id":3}}"#.to_owned(),
+    ];
+    expected.extend(
+        [
+            "cannot parse JSON",
+            "cannot parse JSON",
+            "no execute found",
+            "json_object() failed",
+            "no execute found",
+            "unknown execute",
+            "too large message",
+            "add_hostfwd: bad arguments.proto",
+            "remove_hostfwd: bad arguments.id",
+            "remove_hostfwd: bad arguments.id",
+        ]
+        .map(error),
+    );
+    for argument in ["proto", "host_addr", "host_addr", "host_port", "host_port", "guest_addr", "guest_port"]
+    {
+        expected.push(error(&format!("add_hostfwd: bad arguments.{argument}")));
+    }
+    expected.push(
+        r#"{"error":{"desc":"bad request: add_hostfwd: slirp_add_hostfwd failed","cause":"cannot listen on 127.0.0.1:PORT: EADDRINUSE (address already in use): python3 (pid PID) has it"}}"#
+            .to_owned(),
+    );
+    expected.push("0".to_owned());
+    assert_eq!(out.lines().collect::<Vec<_>>(), expected, "{out}");
+}
+
+#[test]
+fn targets_are_processes_or_paths() {
+    need!("nsenter", "ip");
+    let home = Home::new();
+    let script = r#"
+path = f"/proc/{target.pid}/ns/net"
+user = f"/proc/{target.pid}/ns/user"
+show = "ip -o -4 addr show dev tap0 | grep -o 'inet [^ ]*'"
+for options in ("--netns-type=path",), ("--netns-type", "path", "--userns-path", user):
+    net = Net("-c", *options, of=path)
+    print(inside(show), net.end())
+# From inside the user namespace, as Podman does.
+enter = ("nsenter", "-t", str(target.pid), "-U", "--preserve-credentials", S)
+net = Net("-c", "--enable-sandbox", "--enable-seccomp", "--netns-type=path", of=path, program=enter)
+print(inside(show), net.end())"#;
+    python(&home, script).ok().prints(&["inet 10.0.2.100/24 0"; 3].join("\n"));
+}
+
+#[test]
+fn what_is_given_up_is_gone() {
+    need!("nsenter");
+    let home = Home::new();
+    let script = r#"
+net = Net("-c", "--enable-sandbox", "--enable-seccomp")
+status = dict(line.split(":\t", 1) for line in open(f"/proc/{net.p.pid}/status").read().splitlines() if ":\t" in line)
+print(int(status["CapEff"], 16) & ~(1 << 10), int(status["CapPrm"], 16) & ~(1 << 10), status["NoNewPrivs"], status["Seccomp"])
+# Whose files these are is in a namespace of his own, which he who made it may look into.
+enter = ["nsenter", "-t", str(net.p.pid), "-U", "--preserve-credentials"] if os.getuid() else []
+mounts = open(f"/proc/{net.p.pid}/mountinfo").read().splitlines()
+print(sorted({"/" + line.split()[4].split("/")[1] for line in mounts}), all(line.split()[5].startswith("ro,") for line in mounts))
+same = os.readlink(f"/proc/{net.p.pid}/ns/net") == os.readlink("/proc/self/ns/net")
+print(same, net.end())
+net = Net("-c")
+print(os.readlink(f"/proc/{net.p.pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt"), net.end())"#;
+    python(&home, script).ok().prints("0 0 1 2\n['/', '/etc', '/run'] True\nTrue 0\nTrue 0");
+}
+
+#[test]
+fn guests_that_ask_are_told_their_addresses() {
+    need!("nsenter", "ip", "busybox");
+    let home = Home::new();
+    home.script(
+        "work/lease",
+        "#!/bin/sh\n[ \"$1\" != bound ] || echo \"$ip $subnet $router $dns $broadcast $lease $mtu\" >leased\n",
+    );
+    let script = r#"
+net = Net("-6", "--mtu=1300")
+print(inside("ip link show tap0 | grep -c 'state DOWN'; sysctl -qw net.ipv6.conf.tap0.accept_ra=1 net.ipv6.conf.tap0.accept_dad=0; ip link set tap0 up"))
+inside("busybox udhcpc -i tap0 -n -q -f -t 20 -s ./lease -O mtu >client.log 2>&1")
+print(open("leased").read().strip())
+# The kernel asks for routers by itself, and makes its address. The end of `ip monitor` is what we wait for.
+print(inside("ip -o -6 monitor address route >seen & m=$!; until ip -6 route show default proto ra | grep -q 'via fe80::5055:aff:fe00:202' && ip -6 addr show dev tap0 scope global | grep -q fd00; do kill -0 $m || exit 1; done; kill $m; ip -6 route show default proto ra | grep -o 'mtu 1300'; mac=$(cat /sys/class/net/tap0/address 2>/dev/null); ip -6 addr show dev tap0 scope global | grep -o 'inet6 fd00::[^ ]*/64' | grep -c ff:fe"))
+print(inside("ip addr add 10.0.2.100/24 dev tap0; ping -c 1 -W 10 10.0.2.2 | grep -c ' 0% packet loss'; ping -c 1 -W 10 fd00::2 | grep -c ' 0% packet loss'"))
+print(net.end())"#;
+    let expected =
+        "1\n10.0.2.100 255.255.255.0 10.0.2.2 10.0.2.3 10.0.2.255 86400 1300\nmtu 1300\n1\n1\n1\n0";
+    python(&home, script).ok().prints(expected);
+}
+
+#[test]
+fn wrong_uses_are_told_before_anything_is_made() {
+    let home = Home::new();
+    let pid = std::process::id().to_string();
+    for (arguments, said) in [
+        (&["x"][..], "no process id"),
+        (&["0"], "no process id"),
+        (&["--mtu=99999"], "576 to 65521"),
+        (&["-6", "--mtu=1000"], "1280 to 65521"),
+        (&["--cidr=10.0.2.0"], "ADDRESS/LENGTH"),
+        (&["--cidr=10.0.2.0/30"], "8 to 25"),
+        (&["-c", "--macaddress=1:2:3"], "six bytes"),
+        (&["--macaddress=02:00:00:00:00:01"], "--configure"),
+        (&["--outbound-addr=fd00::1"], "no IPv4 address"),
+        (&["--outbound-addr=192.0.2.77"], "cannot use the outbound address"),
+        (&["--outbound-addr6=no-such-link"], "has no IPv6 address"),
+        (&["--target-type=bess"], "unix socket"),
+        (&["--target-type=x"], "the type is netns"),
+        (&["--netns-type=x"], "x"),
+        (&["--exit-fd=77"], "not open"),
+        (&["--ready-fd=77"], "not open"),
+        (&["--no-such-option"], "--no-such-option"),
+        (&["--api-socket=/no/such/directory/api"], "ENOENT"),
+    ] {
+        let with_target = !matches!(arguments, ["x" | "0"]);
+        let target = with_target.then_some(pid.as_str());
+        let out = home.rootlet(["netstack"]).args(arguments).args(target).run();
+        assert!(matches!(out.code(), 1 | 2) && out.errors().contains(said), "{arguments:?}: {out}");
+    }
+    // A tap of this name would not be a name; a namespace that is none; one that is not ours.
+    home.rootlet(["netstack", &pid, "a/b"]).run().exits(2);
+    let none = home.rootlet(["netstack", "--netns-type=path", "/etc/passwd"]).run().exits(1);
+    assert!(none.errors().contains("namespace"), "{none}");
+    let name = home.dir("bin").join("slirp4netns");
+    std::os::unix::fs::symlink(rootlet_binary(), &name).unwrap();
+    home.command(&name).args(["--mtu=1", &pid]).run().exits(1);
+    let help = home.command(&name).args(["--help"]).run().ok().text();
+    // Podman asks for these.
+    for option in [
+        "--disable-host-loopback",
+        "--mtu",
+        "--enable-sandbox",
+        "--enable-seccomp",
+        "--enable-ipv6",
+        "--cidr",
+        "--outbound-addr",
+    ] {
+        assert!(help.contains(option), "{help}");
+    }
+    assert!(home.command(&name).args(["-v"]).run().ok().text().starts_with("slirp4netns version "));
+}
