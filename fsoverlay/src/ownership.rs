@@ -347,7 +347,10 @@ impl Engine {
     /// As a record; whether there is one now.
     fn record_meta(&self, node: &Arc<Node>, target: &Target, meta: Meta) -> Res<bool> {
         let Some(at) = target.at() else { return Ok(false) };
-        let had_record = node.inner.lock().has_record;
+        let (had_record, old) = {
+            let inner = node.inner.lock();
+            (inner.has_record, inner.meta)
+        };
         let by_disk = self.owners.by_disk;
         let disk = if by_disk || node.kind == Kind::Symlink || node.kind.is_special() {
             Some(stat_of(at)?)
@@ -379,7 +382,17 @@ impl Engine {
         // The upper's own directory keeps the mode that its owner gave it.
         let is_file = matches!(target, Target::File(_));
         if is_file || node.kind == Kind::Dir && !Self::is_root(node) {
-            chmod(at, meta.disk_perm())?;
+            chmod(at, meta.disk_perm()).inspect_err(|_| {
+                // What failed must not show after a remount.
+                let undone = match (needed, had_record) {
+                    (false, _) => Ok(()),
+                    (true, true) => self.owners.write_record(at, &old),
+                    (true, false) => self.drop_records(at),
+                };
+                if let Err(err) = undone {
+                    tracing::warn!(?err, "a record is ahead of a change that failed");
+                }
+            })?;
         }
         if !needed && had_record {
             self.drop_records(at)?;
