@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use fsoverlay::{
     Access, Branch, Direction, Generated, GeneratedNode, Hooks, IdExtent, LayerSpec, Overlay, OverlaySpec,
-    Owners, RateLimit, Trace, UpperSpec,
+    OwnerForm, Owners, RateLimit, Trace, UpperSpec,
 };
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -45,6 +45,8 @@ struct Args {
     generated: Vec<Generated>,
     range: bool,
     translated: bool,
+    /// Owners on the disk itself.
+    native: bool,
     nofile: Option<u64>,
     workers: usize,
     /// Run as these ids inside.
@@ -83,6 +85,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Outcome<Args> {
             "--hide" => args.hidden.push(value()?.into()),
             "--range" => args.range = true,
             "--translated" => args.translated = true,
+            "--native" => args.native = true,
             "--nofile" => args.nofile = Some(value()?.parse()?),
             "--workers" => args.workers = value()?.parse()?,
             "--volatile" => args.volatile = true,
@@ -175,6 +178,7 @@ fn serve(args: &Args, mut inside: Command) -> Outcome<ExitCode> {
         generated: args.generated.clone(),
         upper,
         squash: (!args.range).then_some((0, 0)),
+        owner_form: if args.native { OwnerForm::Native } else { OwnerForm::Recorded },
         live: args.live,
         patience: args.patience,
         workers: args.workers,
@@ -248,8 +252,10 @@ fn write_maps(pid: u32, range: bool) -> Outcome<(Vec<IdExtent>, Vec<IdExtent>)> 
     }
     if uid == 0 {
         let own = [IdExtent { inside: 0, outside: 0, count: 65536 }];
-        std::fs::write(format!("/proc/{pid}/uid_map"), "0 0 65536")?;
-        std::fs::write(format!("/proc/{pid}/gid_map"), "0 0 65536")?;
+        // In two parts, as in a namespace that root made of his own id and a range.
+        for map in ["uid_map", "gid_map"] {
+            std::fs::write(format!("/proc/{pid}/{map}"), "0 0 1\n1 1 65535")?;
+        }
         return Ok((own.to_vec(), own.to_vec()));
     }
     for (program, own, map) in [("newuidmap", uid, &mut maps.0), ("newgidmap", gid, &mut maps.1)] {

@@ -348,6 +348,14 @@ impl Engine {
         }
     }
 
+    /// The same for one that a record is kept in, which a real fifo, socket or device cannot hold.
+    fn clear_recorded(node: &Node, at: At<'_>, name: &str) -> Res<()> {
+        match Self::clear_xattr(at, name) {
+            Err(Errno::PERM) if node.kind.is_special() => Ok(()),
+            done => done,
+        }
+    }
+
     /// getxattr.
     pub(crate) fn get_xattr(&self, node: &Arc<Node>, name: &[u8]) -> Res<Vec<u8>> {
         let name = std::str::from_utf8(name).map_err(|_| Errno::NODATA)?;
@@ -451,7 +459,7 @@ impl Engine {
         self.settled(node, || match self.recorded_name(text) {
             // It is there (asked above), under one of the names.
             Some(recorded) => {
-                Self::clear_xattr(at, &recorded)?;
+                Self::clear_recorded(node, at, &recorded)?;
                 Self::clear_xattr(at, &disk)
             }
             None => sys::remove_xattr(at, &disk),
@@ -484,7 +492,7 @@ impl Engine {
         let (target, _) = self.target(node)?;
         let at = target.at().ok_or(Errno::OPNOTSUPP)?;
         if let Some(recorded) = self.recorded_name(name) {
-            Self::clear_xattr(at, &recorded)?;
+            Self::clear_recorded(node, at, &recorded)?;
         }
         // An access ACL that says no more than a mode is only a mode.
         let stored = acl.filter(|acl| !access || !acl.is_minimal());

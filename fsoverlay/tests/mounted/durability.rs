@@ -31,7 +31,7 @@ fn calls() -> Vec<&'static str> {
     [&CHANGES[1..5], &CHANGES[..], &["pwrite64", "ftruncate"]].concat()
 }
 
-const RULES: Rules = Rules { keep_readers: false, any_mode: false, owners: false };
+const RULES: Rules = Rules::NARROW;
 
 /// One step of the workload.
 #[derive(Debug)]

@@ -280,9 +280,7 @@ pub(crate) fn need_range() -> Check {
     let uid = nix::unistd::getuid();
     if uid.is_root() {
         // In a namespace of its own root may hold fewer ids than it would map.
-        let map = std::fs::read_to_string("/proc/self/uid_map")?;
-        let count = map.split_whitespace().nth(2).and_then(|n| n.parse::<u32>().ok()).unwrap_or(0);
-        if count >= 65536 {
+        if mapped_ids()? >= 65536 {
             return Ok(());
         }
     }
@@ -293,6 +291,12 @@ pub(crate) fn need_range() -> Check {
     } else {
         Err(Failure::Skip("no subordinate ids".to_owned()))
     }
+}
+
+/// How many uids this process's namespace has.
+pub(crate) fn mapped_ids() -> Result<u64, Failure> {
+    let map = std::fs::read_to_string("/proc/self/uid_map")?;
+    Ok(map.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok()).sum())
 }
 
 /// Whether the failure is the kernel's refusal to mount its own overlay here: in a

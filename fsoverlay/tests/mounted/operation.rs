@@ -59,8 +59,17 @@ pub(crate) struct Rules {
     /// Any mode and, with a range of ids, any owner. Else the owner on disk, who is the user outside, has
     /// his rights.
     pub(crate) any_mode: bool,
-    /// Owners other than 0 exist.
+    /// Owners other than 0 exist. Files may have set*id bits then, and are written by one of them with the
+    /// rights of root: whether root's own writes leave the bits is asked in the initial user namespace by the
+    /// kernel and in that of the mount by the overlay.
     pub(crate) owners: bool,
+    /// Objects may have ACLs.
+    pub(crate) acls: bool,
+}
+
+impl Rules {
+    /// What can be done everywhere.
+    pub(crate) const NARROW: Self = Self { keep_readers: false, any_mode: false, owners: false, acls: false };
 }
 
 /// A directory with descriptors of files in it that are kept open, whatever happens to their names.
@@ -231,6 +240,12 @@ impl Operation {
         matches!(self.what, What::Write | What::Append | What::Truncate)
     }
 
+    /// Whether it may change the content of a file.
+    fn changes_content(&self) -> bool {
+        use What::{Allocate, CopyRange, Open, TruncateKept, WriteKept};
+        self.writes() || matches!(self.what, Allocate | CopyRange | Open | TruncateKept | WriteKept)
+    }
+
     /// Whether it changes what names there are.
     pub(crate) fn counts_names(&self) -> bool {
         use What::{Exchange, Link, Rename, RenameNoReplace, Unlink};
@@ -245,6 +260,7 @@ impl Operation {
 
     /// Does it; the text is what it has shown.
     pub(crate) fn run(&self, site: &mut Site) -> std::io::Result<String> {
+        let _writer = if site.rules.owners && self.changes_content() { Some(Writer::new()?) } else { None };
         let (a, b) = (site.base.join(&self.a), site.base.join(&self.b));
         let Self { n, m, .. } = *self;
         let text = format!("{n};").repeat(if m % 5 == 0 { m % 3000 } else { m % 40 });
@@ -295,6 +311,14 @@ impl Operation {
             What::Times => {
                 let times = times(n, m);
                 rustix::fs::utimensat(CWD, &a, &times, AtFlags::SYMLINK_NOFOLLOW).map(done)?
+            }
+            What::SetXattr if site.rules.acls && n % 3 == 0 => {
+                let name = [ACCESS, DEFAULT][n / 3 % 2];
+                let acl = some_acl(n, m, site.rules);
+                rustix::fs::lsetxattr(&a, name, &acl, XattrFlags::empty()).map(done)?
+            }
+            What::RemoveXattr if site.rules.acls && n % 3 == 0 => {
+                rustix::fs::lremovexattr(&a, [ACCESS, DEFAULT][n / 3 % 2]).map(done)?
             }
             What::SetXattr => {
                 let flags = [XattrFlags::empty(), XattrFlags::CREATE, XattrFlags::REPLACE][m % 3];
@@ -453,15 +477,58 @@ fn mode_of(mode: usize) -> Mode {
     Mode::from_raw_mode(u32::try_from(mode & 0o7777).unwrap_or(0))
 }
 
-/// Without set*id bits of files: whether a write takes them is asked in the initial user namespace by the
-/// kernel and in that of the mount by the overlay.
+/// Files have set*id bits only where [`Rules::owners`] says so.
 fn some_mode(meta: &Metadata, m: usize, rules: Rules) -> Mode {
     mode_of(match (meta.is_dir(), rules.any_mode) {
         (true, true) => m & 0o3777,
         (true, false) => m & 0o077 | 0o700,
+        (false, true) if rules.owners => m & 0o7777,
         (false, true) => m & 0o1777,
         (false, false) => m & 0o177 | 0o600,
     })
+}
+
+const ACCESS: &str = "system.posix_acl_access";
+const DEFAULT: &str = "system.posix_acl_default";
+
+/// An ACL in the kernel's form, of three entries or with a user and a group that have names.
+fn some_acl(n: usize, m: usize, rules: Rules) -> Vec<u8> {
+    let perm = |shift: usize| u16::try_from(m >> shift & 7).unwrap_or(0);
+    let id = |at: usize| if rules.owners { [0, 1, 33, 1000][at % 4] } else { 0 };
+    let none = u32::MAX;
+    let mut entries = vec![(1, perm(0), none), (4, perm(3), none), (0x20, perm(6), none)];
+    if !n.is_multiple_of(5) {
+        entries.extend([(2, perm(9), id(n)), (8, perm(12), id(m)), (0x10, perm(15), none)]);
+        entries.sort_unstable();
+    }
+    let mut acl = 2_u32.to_le_bytes().to_vec();
+    for (tag, perm, id) in entries {
+        let tag: u16 = tag;
+        acl.extend(tag.to_le_bytes().into_iter().chain(perm.to_le_bytes()).chain(u32::to_le_bytes(id)));
+    }
+    acl
+}
+
+/// While it exists, this process is somebody other than root to file systems, with root's rights.
+struct Writer;
+
+impl Writer {
+    fn new() -> std::io::Result<Self> {
+        use nix::unistd::{Uid, setresuid};
+        setresuid(Uid::from_raw(0), Uid::from_raw(1000), Uid::from_raw(0))?;
+        let writer = Self;
+        let mut sets = rustix::thread::capabilities(None)?;
+        sets.effective = sets.permitted;
+        rustix::thread::set_capabilities(None, sets)?;
+        Ok(writer)
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        let root = nix::unistd::Uid::from_raw(0);
+        nix::unistd::setresuid(root, root, root).expect("root's saved id");
+    }
 }
 
 /// Long ago, so that they can be told from times that the operations leave.
@@ -543,7 +610,11 @@ pub(crate) fn xattrs(path: &Path) -> std::io::Result<String> {
     for name in names[..length].split(|&b| b == 0).filter(|name| !name.is_empty()) {
         let mut value = vec![0; 4096];
         let length = rustix::fs::lgetxattr(path, name, &mut value[..])?;
-        let value = String::from_utf8_lossy(&value[..length]);
+        let value = &value[..length];
+        let value = match std::str::from_utf8(value) {
+            Ok(text) if !text.contains(char::is_control) => text.to_owned(),
+            _ => value.iter().map(|byte| format!("{byte:02x}")).collect(),
+        };
         all.insert(format!("{}={value}", String::from_utf8_lossy(name)));
     }
     Ok(if all.is_empty() { String::new() } else { format!("{all:?}") })

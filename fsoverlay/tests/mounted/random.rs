@@ -6,7 +6,9 @@
 //!   rename directories of layers) is left out here as well. At the end the uppers are compared, and each
 //!   of the two shows the other's upper.
 //! - `plain`: a copy in one plain directory, for everything that the kernel's overlayfs cannot do or does
-//!   otherwise than a file system would.
+//!   otherwise than a file system would;
+//! - `native`: the same, where the overlay keeps owners and modes on the disk itself. In the end the kernel's
+//!   overlayfs shows them, too.
 //!
 //! The layers are 1, 3 or 30. All but the lowest are uppers that the kernel's overlayfs made, with
 //! whiteouts and opaque directories.
@@ -21,19 +23,26 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use crate::harness::{Case, Check, Failure, World, errno_of, holds, need_range, no_kernel_overlay, same};
+use crate::harness::{
+    Case, Check, Failure, World, errno_of, holds, mapped_ids, need_range, no_kernel_overlay, same,
+};
 use crate::operation::{Operation, Random, Rules, Site, TOPS, describe, shorten, xattrs};
 use crate::semantics::{make_tree, no_leftovers};
 
 pub(crate) const CASES: &[Case] = &[
     Case { name: "random_operations_match_a_plain_directory", outside: as_plain, inside },
+    Case {
+        name: "random_operations_with_owners_on_disk_match_a_plain_directory",
+        outside: as_native,
+        inside,
+    },
     Case { name: "random_operations_match_the_kernels_overlay", outside: as_kernel, inside },
     Case { name: "threads_match_plain_directories", outside: threads, inside: inside_threads },
 ];
 
 /// `(layers, seed)` of sequences that found something, by the place they were compared with.
-const FAILED_ONCE: [(Reference, &[(usize, u64)]); 2] =
-    [(Reference::Plain, &[(1, 204)]), (Reference::Kernel, &[])];
+const FAILED_ONCE: [(Reference, &[(usize, u64)]); 3] =
+    [(Reference::Plain, &[(1, 204)]), (Reference::Native, &[]), (Reference::Kernel, &[])];
 
 /// Numbers of layers with the seeds for each of them.
 const ALWAYS: [(usize, std::ops::Range<u64>); 3] = [(1, 1..6), (3, 1..5), (30, 1..3)];
@@ -45,22 +54,34 @@ const OPERATIONS: u32 = 250;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Reference {
     Plain,
+    Native,
     Kernel,
 }
 
 impl Reference {
     fn name(self) -> &'static str {
-        if self == Self::Plain { "plain" } else { "kernel" }
+        match self {
+            Self::Plain => "plain",
+            Self::Native => "native",
+            Self::Kernel => "kernel",
+        }
     }
 
     fn rules(self, owners: bool) -> Rules {
-        let plain = self == Self::Plain;
-        Rules { keep_readers: plain, any_mode: plain, owners: plain && owners }
+        match self {
+            Self::Plain | Self::Native => Rules { keep_readers: true, any_mode: true, owners, acls: true },
+            Self::Kernel => Rules::NARROW,
+        }
     }
 }
 
 fn as_plain(world: &mut World) -> Check {
     all(world, Reference::Plain)
+}
+
+fn as_native(world: &mut World) -> Check {
+    need_range()?;
+    all(world, Reference::Native)
 }
 
 fn as_kernel(world: &mut World) -> Check {
@@ -87,7 +108,7 @@ fn all(world: &World, reference: Reference) -> Check {
         // Others than the user may own what the sequence left in namespaces of its own.
         let cleared = outer(world, reference, 0, 0, &["clear"]).flag("--kernel").run();
         match done {
-            Err(Failure::Skip(why)) if layers > 1 && reference == Reference::Plain => {
+            Err(Failure::Skip(why)) if layers > 1 && reference != Reference::Kernel => {
                 // The layers cannot be made without the kernel's overlayfs.
                 tell(&format!("{layers} layers left out: {why}"));
             }
@@ -126,6 +147,13 @@ fn outer(
     if need_range().is_ok() {
         mount = mount.flag("--range");
     }
+    if reference == Reference::Native {
+        // The server must be root where the owners are.
+        mount = mount.flag("--native");
+        if !nix::unistd::getuid().is_root() {
+            mount = mount.under(&["unshare", "-U", "--map-root-user", "--map-auto"]);
+        }
+    }
     let words = [reference.name().to_owned(), layers.to_string(), seed.to_string()];
     for word in words.into_iter().chain(step.iter().map(|&word| word.to_owned())) {
         mount = mount.arg(word);
@@ -156,7 +184,7 @@ fn sequence(world: &World, reference: Reference, layers: usize, seed: u64) -> Ch
         let top = layer(world, 0).join(name);
         make_tree(&top)?;
         fs::remove_file(top.join("dir/a2"))?;
-        if reference == Reference::Plain && layers == 1 {
+        if reference != Reference::Kernel && layers == 1 {
             // What is one file in a layer is several in the kernel's upper; and a layer goes on counting
             // names that others above it hide.
             fs::hard_link(top.join("file"), top.join("dir/sub/a"))?;
@@ -192,7 +220,11 @@ fn sequence(world: &World, reference: Reference, layers: usize, seed: u64) -> Ch
     // The upper as a layer, once with its redirects and once without.
     let as_layer = |whose| step(&["look", whose]).with("--lower", world.upper()).run();
     as_layer("layer").map_err(|failure| in_words("as a layer", failure))?;
-    fsoverlay::export(&spec(world, layers))?;
+    if reference == Reference::Native {
+        step(&["export"]).run()?;
+    } else {
+        fsoverlay::export(&spec(world, layers))?;
+    }
     as_layer("exported").map_err(|failure| in_words("exported, as a layer", failure))?;
     match kernel(step(&["look", "ours"]).upper(world)) {
         Err(Failure::Skip(_)) => {}
@@ -214,6 +246,18 @@ fn spec(world: &World, layers: usize) -> fsoverlay::OverlaySpec {
     let one = spec.layers.remove(0);
     spec.layers.extend((0..layers).map(|at| fsoverlay::LayerSpec { dir: layer(world, at), ..one.clone() }));
     spec
+}
+
+/// The same in a namespace where the owners are those on disk.
+fn native_spec(other: &Path, layers: usize) -> fsoverlay::OverlaySpec {
+    let layer = |at| fsoverlay::LayerSpec { dir: other.join(format!("layer{at}")), ..Default::default() };
+    let (dir, work) = (other.join("../upper"), other.join("../work"));
+    fsoverlay::OverlaySpec {
+        layers: (0..layers).map(layer).collect(),
+        upper: Some(fsoverlay::UpperSpec { dir, work, ..Default::default() }),
+        owner_form: fsoverlay::OwnerForm::Native,
+        ..Default::default()
+    }
 }
 
 /// All layers as they are on disk.
@@ -272,7 +316,11 @@ pub(crate) fn same_trees(ours: &Tree, theirs: &Tree) -> Check {
 
 fn inside(args: &[String]) -> Check {
     let [reference, layers, seed, step, rest @ ..] = args else { return Err("what is to be done?".into()) };
-    let reference = if reference == "plain" { Reference::Plain } else { Reference::Kernel };
+    let reference = match reference.as_str() {
+        "plain" => Reference::Plain,
+        "native" => Reference::Native,
+        _ => Reference::Kernel,
+    };
     let (layers, seed): (usize, u64) = (layers.parse()?, seed.parse()?);
     let ours = std::env::current_dir()?;
     let other = ours.parent().ok_or("no parent")?.join("other");
@@ -282,9 +330,14 @@ fn inside(args: &[String]) -> Check {
         ("nothing", []) => Ok(()),
         ("layers", [layers]) => make_layers(layers.parse()?, seed),
         ("run", [part]) => run(&ours, reference, layers, seed, part.parse()?),
+        ("export", []) => Ok(fsoverlay::export(&native_spec(&other, layers)).map(drop)?),
         ("look", [whose]) => look(&ours, reference, whose),
         ("clear", []) => {
             fs::remove_dir_all("ref")?;
+            if reference == Reference::Native {
+                fs::remove_dir_all("../upper")?;
+                fs::create_dir("../upper")?;
+            }
             Ok(())
         }
         _ => Err(format!("unknown step {step}").into()),
@@ -351,7 +404,7 @@ fn make_layers(layers: usize, seed: u64) -> Check {
 fn run(ours: &Path, reference: Reference, layers: usize, seed: u64, part: u64) -> Check {
     let merged = || tree(ours);
     let theirs = match reference {
-        Reference::Plain => PathBuf::from("ref/plain"),
+        Reference::Plain | Reference::Native => PathBuf::from("ref/plain"),
         Reference::Kernel => PathBuf::from("ref/at"),
     };
     if reference == Reference::Kernel {
@@ -359,7 +412,7 @@ fn run(ours: &Path, reference: Reference, layers: usize, seed: u64, part: u64) -
     }
     if part == 0 {
         fs::write("ref/below", "")?;
-        if reference == Reference::Plain {
+        if reference != Reference::Kernel {
             let copied =
                 std::process::Command::new("cp").arg("-a").arg(ours.join(".")).arg(&theirs).status()?;
             holds!(copied.success());
@@ -367,11 +420,10 @@ fn run(ours: &Path, reference: Reference, layers: usize, seed: u64, part: u64) -
         same_trees(&merged()?, &tree(&theirs)?)?;
     }
     let pristine = match reference {
-        Reference::Plain => Tree::new(),
+        Reference::Plain | Reference::Native => Tree::new(),
         Reference::Kernel => below(layers)?,
     };
-    let rules = reference
-        .rules(need_range().is_ok() && std::fs::read_to_string("/proc/self/uid_map")?.lines().count() > 1);
+    let rules = reference.rules(mapped_ids()? >= 65536);
     let (mut here, mut there) = (Site::new(ours, rules), Site::new(&theirs, rules));
     let mut random = Random::new(seed * 1000 + part);
     let mut log = std::env::var_os("FSOVERLAY_LOG")
@@ -508,7 +560,9 @@ pub(crate) fn kernels_view(what: &str, recorded: bool) -> String {
     if let Some((start, marks)) = text.rsplit_once('{') {
         let marks = marks.trim_end_matches('}').split("\", \"").map(|mark| mark.trim_matches('"'));
         let theirs = marks.filter(|mark| {
-            !mark.starts_with("user.fsoverlay.") && !mark.starts_with("user.containers.override_stat")
+            let ours = ["user.fsoverlay.", "user.containers.override_stat"];
+            let acl = recorded && mark.starts_with("system.posix_acl_");
+            !acl && !ours.iter().any(|name| mark.starts_with(name))
         });
         let theirs = theirs.map(|mark| format!("{mark:?}")).collect::<Vec<_>>().join(", ");
         text = if theirs.is_empty() { start.to_owned() } else { format!("{start}{{{theirs}}}") };

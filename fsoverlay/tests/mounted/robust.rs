@@ -270,7 +270,7 @@ fn plain_and_lower(world: &World) -> Check {
     Ok(())
 }
 
-const RULES: Rules = Rules { keep_readers: true, any_mode: false, owners: false };
+const RULES: Rules = Rules { keep_readers: true, ..Rules::NARROW };
 
 fn beside_plain(world: &mut World) -> Check {
     plain_and_lower(world)?;
