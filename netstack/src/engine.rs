@@ -40,6 +40,7 @@ use crate::icmp::Icmp;
 use crate::ingress::{self, Drop as Dropped, ICMP, ICMPV6, Inbound, Packet, TCP, UDP};
 use crate::ndp;
 use crate::netlink::Routes;
+use crate::policy::hello::Hello;
 use crate::policy::{self, DNS_PORT, PolicySpec, Reason, RouteKind, Rules, Transport, Verdict};
 use crate::stats::{Counters, Stats};
 use crate::sys;
@@ -185,7 +186,16 @@ impl Shared {
                 Some(kind) => kind,
             }
         };
-        policy::decide(&self.rules, transport, remote.into(), route)
+        let names: Vec<&str> = match self.rules.want_names() {
+            true => self.pins.names(self.now, remote.ip).collect(),
+            false => Vec::new(),
+        };
+        policy::decide(&self.rules, transport, remote.into(), route, &names)
+    }
+
+    /// Whether a TCP flow to `remote` that was let begin may go on, by its first bytes.
+    pub(crate) fn decide_hello(&self, remote: Endpoint, hello: &Hello) -> Result<(), Reason> {
+        policy::decide_hello(&self.rules, remote.into(), hello)
     }
 
     /// Counts a refused flow and says by which rule; whether the guest is to be told.
@@ -194,7 +204,7 @@ impl Shared {
             transport = transport.name(),
             to = %SocketAddr::from(key.remote),
             reason = reason.name(),
-            rule = self.rules.rule_of(reason).map(tracing::field::display),
+            rule = self.rules.rule_of(reason),
             "refused"
         );
         if reason.is_silent() {
@@ -206,6 +216,7 @@ impl Shared {
             && let Some(untold) = self.refusals.take(self.now)
         {
             let rule = self.rules.rule_of(reason);
+            let rule = rule.as_deref();
             self.tell(transport, false, key, FlowEventKind::Refused { reason: reason.name(), rule, untold });
         }
         !reason.is_silent()

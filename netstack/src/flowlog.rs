@@ -13,7 +13,7 @@ use std::sync::Arc;
 use smoltcp::time::{Duration, Instant};
 
 use crate::config::{REFUSALS_TOLD, REFUSALS_TOLD_PER_SECOND};
-use crate::policy::{Rule, Transport};
+use crate::policy::Transport;
 
 /// A function that is told of flows.
 #[derive(Clone)]
@@ -64,8 +64,8 @@ pub enum FlowEventKind<'a> {
     Refused {
         /// In a word.
         reason: &'static str,
-        /// The `deny` rule, if that is the reason.
-        rule: Option<&'a Rule>,
+        /// The rule that denies it, if one does.
+        rule: Option<&'a str>,
         /// Refusals before this one that were not told.
         untold: u64,
     },

@@ -99,7 +99,7 @@ impl Icmp {
                     udp::unreachable(sh, packet, Unreachable::Prohibited);
                 }
             }
-            Verdict::Allow(to) => {
+            Verdict::Allow(to) | Verdict::Peek(to) => {
                 let guest = Endpoint::new(packet.src, u16::from_be_bytes([*id_high, *id_low]));
                 self.request(sh, now, packet, guest, to);
             }
@@ -206,7 +206,7 @@ impl Icmp {
             let Some(ping) = self.pings.get_mut(id) else { continue };
             for destination in std::mem::take(&mut ping.destinations) {
                 match sh.decide(Transport::Ping, Endpoint::new(destination.ip, 0)) {
-                    Verdict::Allow(_) => ping.destinations.push(destination),
+                    Verdict::Allow(_) | Verdict::Peek(_) => ping.destinations.push(destination),
                     _ => ping.tell_closed(sh, &destination, "policy"),
                 }
             }

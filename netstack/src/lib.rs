@@ -87,7 +87,7 @@ pub use engine::Stack;
 pub use flowlog::{FlowEvent, FlowEventKind, FlowLog, Traffic};
 pub use forward::{PortId, Published, PublishedPort};
 pub use ndp::slaac_address;
-pub use policy::{HostLoopback, PolicySpec, Rule, RuleError, Transport};
+pub use policy::{HostLoopback, NamePattern, PolicySpec, Rule, RuleError, Transport};
 pub use stats::Stats;
 
 use std::os::fd::OwnedFd;

@@ -13,17 +13,26 @@
 //!    - the guest's own subnet, where there is nobody but the gateway;
 //!    - the host's own addresses (its LAN address, where services bound to 0.0.0.0 listen), which the caller of
 //!      [`decide`] looks up in the host's routing table, but for ports that [`HostLoopback`] opens.
-//! 3. A `deny` rule that matches refuses. Rules about an IPv4 address count for its NAT64 and 6to4 forms, too.
-//! 4. If there are `allow` rules, one of them has to match. If there are none, everything else is allowed that the caller
-//!    can reach.
+//! 3. A `deny` rule that matches refuses. Rules about an IPv4 address count for its NAT64 and 6to4 forms, too. So does
+//!    `deny_names` for a name by which the guest knows the address.
+//! 4. If there are `allow` rules or `allow_names`, one of them has to match. If there are none, everything else is allowed
+//!    that the caller can reach.
+//!
+//! Names are known in two ways: what our name server answered ([`Pins`](crate::dns::pins::Pins)), and what a TLS
+//! ClientHello asks for ([`hello`]). One address has many names, so where rules are about names the first bytes of a TCP
+//! connection wait until they have been looked at ([`Verdict::Peek`], [`decide_hello`]). Where they are not, nobody looks.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::config::{Link, StackSpec};
 
+pub(crate) mod hello;
+pub(crate) mod names;
 mod rules;
 
+use hello::Hello;
+pub use names::NamePattern;
 use rules::Table;
 pub use rules::{Rule, RuleError};
 
@@ -34,6 +43,12 @@ pub struct PolicySpec {
     pub allow: Vec<Rule>,
     /// Refused, whatever is allowed.
     pub deny: Vec<Rule>,
+    /// Allowed as by `allow`: addresses that the name server gave the guest for such a name. A TLS connection that is
+    /// allowed only thereby must ask for such a name, too, if it asks for any.
+    pub allow_names: Vec<NamePattern>,
+    /// Refused as by `deny`: addresses that the name server gave the guest for such a name, and TLS connections that ask
+    /// for one. This keeps honest programs away; one that knows an address, and hides the name, is not stopped.
+    pub deny_names: Vec<NamePattern>,
     /// The host's loopback and own addresses.
     pub host_loopback: HostLoopback,
 }
@@ -132,10 +147,25 @@ impl Rules {
         }
     }
 
-    /// The rule that a refusal names.
-    pub(crate) fn rule_of(&self, reason: Reason) -> Option<&Rule> {
+    /// Whether a decision needs the names of an address.
+    pub(crate) fn want_names(&self) -> bool {
+        !self.policy.allow_names.is_empty() || !self.policy.deny_names.is_empty()
+    }
+
+    /// The number of the pattern in `deny_names` that `name` matches.
+    fn denied_name(&self, name: &str) -> Option<usize> {
+        self.policy.deny_names.iter().position(|pattern| pattern.matches(name))
+    }
+
+    fn allows_name(&self, name: &str) -> bool {
+        self.policy.allow_names.iter().any(|pattern| pattern.matches(name))
+    }
+
+    /// The rule that a refusal names, as it is written.
+    pub(crate) fn rule_of(&self, reason: Reason) -> Option<String> {
         match reason {
-            Reason::Denied(rule) => self.policy.deny.get(rule),
+            Reason::Denied(rule) => self.policy.deny.get(rule).map(ToString::to_string),
+            Reason::DeniedName(name) => self.policy.deny_names.get(name).map(ToString::to_string),
             _ => None,
         }
     }
@@ -148,6 +178,8 @@ pub(crate) enum Verdict {
     Gateway,
     /// Connect to this address of the host's world.
     Allow(SocketAddr),
+    /// Connect, but let nothing of the guest's through before [`decide_hello`] has seen it. TCP only.
+    Peek(SocketAddr),
     /// Refuse.
     Refuse(Reason),
 }
@@ -175,8 +207,12 @@ pub(crate) enum Reason {
     Unknown,
     /// By this one of the `deny` rules.
     Denied(usize),
-    /// By none of the `allow` rules.
+    /// By this one of the names that are denied.
+    DeniedName(usize),
+    /// By none of the `allow` rules, and no name that is allowed.
     NotAllowed,
+    /// The TLS ClientHello cannot be understood.
+    BrokenHello,
 }
 
 impl Reason {
@@ -199,6 +235,8 @@ impl Reason {
             Self::Subnet => "subnet",
             Self::Unknown => "route-unknown",
             Self::Denied(_) => "deny",
+            Self::DeniedName(_) => "deny-name",
+            Self::BrokenHello => "broken-hello",
             Self::NotAllowed => "not-allowed",
         }
     }
@@ -208,12 +246,13 @@ impl Reason {
 pub(crate) const DNS_PORT: u16 = 53;
 
 /// Decides about a flow of the guest to `destination`, about which (and about the IPv4 address in it) the host's routing
-/// table says `route`.
+/// table says `route`. The guest knows it by `names`, which are empty if the rules do not want them.
 pub(crate) fn decide(
     rules: &Rules,
     transport: Transport,
     destination: SocketAddr,
     route: RouteKind,
+    names: &[&str],
 ) -> Verdict {
     let (ip, port) = (destination.ip(), destination.port());
     if rules.is_resolver(ip) && (port == DNS_PORT || transport == Transport::Ping) {
@@ -256,10 +295,48 @@ pub(crate) fn decide(
     if let Some(rule) = denied(destination).or_else(|| embedded.and_then(denied)) {
         return Verdict::Refuse(Reason::Denied(rule));
     }
-    if !rules.policy.allow.is_empty() && rules.allow.find(transport, destination).is_none() {
-        return Verdict::Refuse(Reason::NotAllowed);
+    if let Some(name) = names.iter().find_map(|name| rules.denied_name(name)) {
+        return Verdict::Refuse(Reason::DeniedName(name));
     }
-    Verdict::Allow(destination)
+    let peek = match rules.basis(transport, destination) {
+        Basis::Rules => !rules.policy.deny_names.is_empty(),
+        Basis::Names if names.iter().any(|name| rules.allows_name(name)) => true,
+        Basis::Names => return Verdict::Refuse(Reason::NotAllowed),
+    };
+    if peek && transport == Transport::Tcp { Verdict::Peek(destination) } else { Verdict::Allow(destination) }
+}
+
+/// What a flow can be allowed by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Basis {
+    /// A rule about its address, or there being no rules that allow.
+    Rules,
+    /// A name, or nothing.
+    Names,
+}
+
+impl Rules {
+    fn basis(&self, transport: Transport, destination: SocketAddr) -> Basis {
+        let open = self.policy.allow.is_empty() && self.policy.allow_names.is_empty();
+        match open || self.allow.find(transport, destination).is_some() {
+            true => Basis::Rules,
+            false => Basis::Names,
+        }
+    }
+}
+
+/// Decides about a TCP flow to `destination` that was let begin, by its first bytes.
+pub(crate) fn decide_hello(rules: &Rules, destination: SocketAddr, hello: &Hello) -> Result<(), Reason> {
+    match hello {
+        Hello::Name(name) => match rules.denied_name(name) {
+            Some(number) => Err(Reason::DeniedName(number)),
+            None if rules.allows_name(name) => Ok(()),
+            None if rules.basis(Transport::Tcp, destination) == Basis::Rules => Ok(()),
+            None => Err(Reason::NotAllowed),
+        },
+        Hello::Nameless => Ok(()),
+        Hello::More | Hello::Broken => Err(Reason::BrokenHello),
+    }
 }
 
 impl Reason {

@@ -46,6 +46,7 @@ use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
 use crate::flowlog::{Account, FlowEventKind};
 use crate::host::{self, HostFd};
 use crate::ingress::{self, Packet};
+use crate::policy::hello::{self, Hello, MAX_HELLO};
 use crate::policy::{Transport, Verdict};
 use crate::sys::{RingSocket, Rings};
 use crate::udp;
@@ -144,6 +145,8 @@ struct Flow {
     inbound_until: Option<Instant>,
     /// Where else the server inside may listen.
     other_way: Option<FlowKey>,
+    /// Its first bytes are to be looked at before they go on.
+    peek: bool,
     /// It came from outside.
     inbound: bool,
     account: Account,
@@ -356,7 +359,8 @@ impl Tcp {
     fn outbound(&mut self, sh: &mut Shared, now: Instant, key: FlowKey, packet: &Packet<'_>) {
         match sh.decide(Transport::Tcp, key.remote) {
             Verdict::Gateway => self.outbound_dns(sh, now, key, packet),
-            Verdict::Allow(to) => self.outbound_host(sh, now, key, packet, to),
+            Verdict::Allow(to) => self.outbound_host(sh, now, key, packet, to, false),
+            Verdict::Peek(to) => self.outbound_host(sh, now, key, packet, to, true),
             Verdict::Refuse(reason) => {
                 // Not by a RST, which would be the peer's own refusal.
                 if sh.refused(Transport::Tcp, key, reason) {
@@ -373,6 +377,7 @@ impl Tcp {
         key: FlowKey,
         packet: &Packet<'_>,
         to: SocketAddr,
+        peek: bool,
     ) {
         if self.half_open >= MAX_HALF_OPEN {
             self.evict_half_open(sh);
@@ -389,7 +394,8 @@ impl Tcp {
         let far = HostSide::new(fd, connected);
         self.half_open += 1;
         let id = self.insert(sh, now, key, Phase::Connecting { syn }, Far::Host(far));
-        let Some(Flow { far: Far::Host(host), .. }) = self.flows.get(id) else { return };
+        let Some(Flow { far: Far::Host(host), peek: peeks, .. }) = self.flows.get_mut(id) else { return };
+        *peeks = peek;
         if let Err(errno) = sh.watch(host.fd.as_fd(), Token::Tcp(id), WATCHED) {
             self.remove(sh, id, true);
             return self.fail_syn(sh, now, packet, errno);
@@ -559,6 +565,7 @@ impl Tcp {
             finished: false,
             inbound_until: None,
             other_way: None,
+            peek: false,
             inbound: false,
             account: Account::new(now),
             told: false,
@@ -731,10 +738,24 @@ impl Tcp {
         {
             return self.try_other_way(sh, now, id, way);
         }
+        if flow.peek
+            && let Some(hello) = first_bytes(socket, flow.guest_fin.is_some())
+        {
+            flow.peek = false;
+            if let Err(reason) = sh.decide_hello(flow.key.remote, &hello) {
+                flow.why = Some("policy");
+                sh.refused(Transport::Tcp, flow.key, reason);
+                let mut device = FlowDevice { tap: &mut sh.tap, rx: None, mss: flow.mss };
+                socket.abort();
+                send_segments(socket, &mut self.iface, now, &mut device);
+                return self.remove(sh, id, true);
+            }
+        }
         let before = flow.moved;
         let mut fate = match &mut flow.far {
             Far::Host(host) => {
-                let fate = move_host(socket, host, &mut flow.moved, &mut flow.account, flow.closed);
+                let fate =
+                    move_host(socket, host, &mut flow.moved, &mut flow.account, flow.closed, flow.peek);
                 // An end of the host's stream is passed on at once: the flow's last word often comes with it.
                 if host.eof && !flow.closed {
                     flow.closed = true;
@@ -929,6 +950,18 @@ enum Fate {
     Broken,
 }
 
+/// What the guest's first bytes say, if that can be said yet. They stay where they are.
+fn first_bytes(socket: &mut RingSocket, is_all: bool) -> Option<Hello> {
+    let hello = socket.recv(|data| (0, (hello::read(data), data.len())));
+    match hello {
+        Ok((Hello::More, 0)) | Err(_) => is_all.then_some(Hello::Nameless),
+        // Beyond that it is no honest one, however it is cut into records. The smallest ring holds more.
+        Ok((Hello::More, len)) if is_all || len >= MAX_HELLO => Some(Hello::Broken),
+        Ok((Hello::More, _)) => None,
+        Ok((hello, _)) => Some(hello),
+    }
+}
+
 /// Moves data between the rings and a host socket, as much as both sides take.
 fn move_host(
     socket: &mut RingSocket,
@@ -936,9 +969,10 @@ fn move_host(
     moved: &mut usize,
     account: &mut Account,
     closed: bool,
+    hold: bool,
 ) -> Fate {
     let raw = host.fd.as_raw_fd();
-    while host.writable && socket.can_recv() {
+    while host.writable && !hold && socket.can_recv() {
         let sent = socket.recv(|data| {
             let sent = retry(|| send(raw, data, MsgFlags::MSG_NOSIGNAL));
             (sent.unwrap_or(0), (sent, data.len()))

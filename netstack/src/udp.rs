@@ -310,7 +310,7 @@ impl Udp {
             if now >= peer.asked + VERDICT_AGE {
                 // The host may have got this address since.
                 match sh.decide(Transport::Udp, key.remote) {
-                    Verdict::Allow(real) => (peer.real, peer.asked) = (real, now),
+                    Verdict::Allow(real) | Verdict::Peek(real) => (peer.real, peer.asked) = (real, now),
                     Verdict::Gateway => return None,
                     Verdict::Refuse(reason) => {
                         let peer = flow.peers.swap_remove(0);
@@ -328,7 +328,7 @@ impl Udp {
         }
         // Refused destinations do not deserve a socket.
         let real = match sh.decide(Transport::Udp, key.remote) {
-            Verdict::Allow(real) => real,
+            Verdict::Allow(real) | Verdict::Peek(real) => real,
             Verdict::Gateway => return None,
             Verdict::Refuse(reason) => {
                 if sh.refused(Transport::Udp, key, reason) {
@@ -429,7 +429,7 @@ impl Udp {
             let Some(flow) = self.flows.get_mut(id) else { continue };
             for mut peer in std::mem::take(&mut flow.peers) {
                 match sh.decide(Transport::Udp, peer.seen) {
-                    Verdict::Allow(real) => {
+                    Verdict::Allow(real) | Verdict::Peek(real) => {
                         (peer.real, peer.asked) = (real, sh.now);
                         flow.peers.push(peer);
                     }

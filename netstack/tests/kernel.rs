@@ -84,6 +84,7 @@ tests! {
     rules_hold_and_say_so,
     rules_are_replaced_under_flows_that_exist,
     every_flow_is_told,
+    names_are_looked_at_where_rules_want_them,
     routes_and_addresses_of_the_host_are_followed,
     dns_by_dnsmasq_over_udp_and_tcp,
     dns_answers_are_kept_while_the_resolver_is_gone,
@@ -909,7 +910,7 @@ fn flow_lines() -> (FlowLog, std::sync::mpsc::Receiver<String>) {
         let what = match event.kind {
             FlowEventKind::Opened => "opened".to_owned(),
             FlowEventKind::Refused { reason, rule, .. } => {
-                format!("refused {reason} {}", rule.map(ToString::to_string).unwrap_or_default())
+                format!("refused {reason} {}", rule.unwrap_or_default())
             }
             FlowEventKind::Closed { reason, sent, received, .. } => {
                 let some = |traffic: Traffic| {
@@ -997,6 +998,77 @@ fn every_flow_is_told(world: &World) {
             format!("udp out {INTERNET_V4} closed stopped 3 none"),
         ]
     );
+}
+
+/// The ClientHello of a program, out of the parser's own test data.
+fn client_hello(program: &str) -> Vec<u8> {
+    let lines = include_str!("../src/policy/hellos.txt").lines();
+    let hex = lines.filter_map(|line| line.split_once(' ')).find(|(name, _)| *name == program).unwrap().1;
+    hex.as_bytes()
+        .chunks(2)
+        .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap())
+        .collect()
+}
+
+fn names_are_looked_at_where_rules_want_them(world: &World) {
+    // Says hello, and then how many bytes came before the end or the reset.
+    let (counts, counted) = std::sync::mpsc::channel();
+    let port = serve(&world.internet, INTERNET_V4, move |mut stream| {
+        let _ = stream.write_all(b"banner");
+        let mut count = 0;
+        while let Ok(n) = stream.read(&mut [0; 4096])
+            && n > 0
+        {
+            count += n;
+        }
+        let _ = counts.send(count);
+    });
+    let exchange = |guest: &Guest, ip: &'static str, parts: Vec<Vec<u8>>| {
+        guest.net.run(move || {
+            let mut stream = connect(at(ip, port)).map_err(|error| error.kind())?;
+            stream.set_nodelay(true).unwrap();
+            let mut banner = [0; 6];
+            stream.read_exact(&mut banner).map_err(|error| error.kind())?;
+            for part in parts {
+                stream.write_all(&part).map_err(|error| error.kind())?;
+            }
+            stream.shutdown(Shutdown::Write).map_err(|error| error.kind())?;
+            stream.read_to_end(&mut Vec::new()).map_err(|error| error.kind())
+        })
+    };
+    let bad = client_hello("curl-openssl");
+    let good = client_hello("git-gnutls");
+    let halves = |bytes: &[u8]| vec![bytes[..100].to_vec(), bytes[100..].to_vec()];
+
+    let deny_names = vec!["www.example.com".parse().unwrap()];
+    let policy = PolicySpec { deny_names, ..PolicySpec::default() };
+    let guest = Guest::with(&StackSpec { policy, ..spec() }, &[]);
+    for (parts, arrives) in [
+        (halves(&good), Some(good.len())),
+        (halves(&bad), None),
+        (vec![b"SSH-2.0-client".to_vec()], Some(14)),
+        (vec![bad[..100].to_vec()], None),
+        (vec![], Some(0)),
+    ] {
+        let result = exchange(&guest, INTERNET_V4, parts);
+        match arrives {
+            Some(_) => assert_eq!(result, Ok(0)),
+            None => assert_eq!(result, Err(ErrorKind::ConnectionReset)),
+        }
+        assert_eq!(counted.recv_timeout(PATIENCE).unwrap(), arrives.unwrap_or(0), "{arrives:?}");
+    }
+    assert_eq!(guest.stack.stats().refused_by_policy, 2);
+
+    // Only what the name server gave for a name, and what then asks for it.
+    let policy = PolicySpec { allow_names: vec!["*.example.org".parse().unwrap()], ..PolicySpec::default() };
+    let hosts = vec![("git.example.org".to_owned(), INTERNET_V4.parse().unwrap())];
+    let dns = DnsSpec { hosts, ..DnsSpec::default() };
+    let guest = Guest::with(&StackSpec { policy, dns, ..spec() }, &[]);
+    assert_eq!(exchange(&guest, INTERNET_V4, halves(&good)), Ok(0));
+    assert_eq!(counted.recv_timeout(PATIENCE).unwrap(), good.len());
+    assert_eq!(exchange(&guest, INTERNET_V4, halves(&bad)), Err(ErrorKind::ConnectionReset));
+    assert_eq!(counted.recv_timeout(PATIENCE).unwrap(), 0);
+    assert_eq!(exchange(&guest, INTERNET_V6, vec![]), Err(ErrorKind::PermissionDenied));
 }
 
 fn routes_and_addresses_of_the_host_are_followed(world: &World) {

@@ -128,6 +128,8 @@ fn stack_spec(plan: &StackPlan, hostname: &str) -> StackSpec {
                 LoopbackSpec::Ports(ports) => HostLoopback::Ports(ports.clone()),
                 LoopbackSpec::All => HostLoopback::All,
             },
+            // Rules by name are the crate's, and no option's yet.
+            ..PolicySpec::default()
         },
         flow_log: None,
         outbound: Outbound::default(),

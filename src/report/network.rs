@@ -25,7 +25,7 @@ struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    rule: Option<String>,
+    rule: Option<&'a str>,
     #[serde(skip_serializing_if = "is_zero")]
     untold: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -129,7 +129,7 @@ fn line<'a>(event: &FlowEvent<'a>, time: f64, lost: u64) -> Line<'a> {
         FlowEventKind::Refused { reason, rule, untold } => {
             line.event = "refused";
             line.reason = Some(reason);
-            line.rule = rule.map(ToString::to_string);
+            line.rule = rule;
             line.untold = untold;
         }
         FlowEventKind::Closed { reason, sent, received, lasted } => {

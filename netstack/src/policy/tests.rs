@@ -5,13 +5,14 @@ use crate::config::DnsAt;
 
 fn rules(host_loopback: HostLoopback, allow: &[&str], deny: &[&str]) -> Rules {
     let parse = |texts: &[&str]| texts.iter().map(|text| text.parse().expect(text)).collect();
-    let policy = PolicySpec { allow: parse(allow), deny: parse(deny), host_loopback };
+    let policy =
+        PolicySpec { allow: parse(allow), deny: parse(deny), host_loopback, ..PolicySpec::default() };
     Rules::new(&StackSpec { policy, ..crate::config::tests::spec() })
 }
 
 fn decide_by(loopback: bool, transport: Transport, to: &str, route: RouteKind) -> Verdict {
     let host_loopback = if loopback { HostLoopback::All } else { HostLoopback::Refused };
-    decide(&rules(host_loopback, &[], &[]), transport, to.parse().expect(to), route)
+    decide(&rules(host_loopback, &[], &[]), transport, to.parse().expect(to), route, &[])
 }
 
 fn tcp(to: &str) -> Verdict {
@@ -118,16 +119,21 @@ fn the_gateway_answers_dns_and_echo_and_stands_for_loopback_when_allowed() {
 
 /// `tcp:`, `udp:` or `icmp:` and a destination, and what becomes of it: `ok`, or the name of the refusal.
 fn verdict(rules: &Rules, wanted: &str, route: RouteKind) -> String {
+    verdict_by_name(rules, wanted, route, &[])
+}
+
+fn verdict_by_name(rules: &Rules, wanted: &str, route: RouteKind, names: &[&str]) -> String {
     let (transport, to) = wanted.split_once(' ').expect(wanted);
     let transport = match transport {
         "tcp" => Transport::Tcp,
         "udp" => Transport::Udp,
         _ => Transport::Ping,
     };
-    match decide(rules, transport, to.parse().expect(to), route) {
+    match decide(rules, transport, to.parse().expect(to), route, names) {
         Verdict::Gateway => "gateway".into(),
         Verdict::Allow(real) if real == to.parse().expect(to) => "ok".into(),
         Verdict::Allow(real) => real.to_string(),
+        Verdict::Peek(_) => "peek".into(),
         Verdict::Refuse(reason) => match rules.rule_of(reason) {
             Some(rule) => format!("{} {rule}", reason.name()),
             None => reason.name().into(),
@@ -318,5 +324,74 @@ fn a_resolver_of_its_own_leaves_port_53_of_the_gateway_to_the_host() {
         (DnsAt::Nowhere, HostLoopback::Refused, "udp 10.0.2.2:53", "host-loopback"),
     ] {
         assert_eq!(by(at, host_loopback.clone(), wanted), becomes, "{wanted} {at:?} {host_loopback:?}");
+    }
+}
+
+#[test]
+fn names_decide_and_the_hello_after_them() {
+    let name = |name: &str| Hello::Name(name.into());
+    let shop = &["shop.example.com", "cdn.example.net"][..];
+    // allow, allow_names, deny_names; flow, its names: what is decided; the hello: whether it goes on.
+    for (allow, allow_names, deny_names, wanted, names, becomes, hello, goes) in [
+        // No rule about names: nobody looks.
+        ("", "", "", "tcp 192.0.2.1:443", shop, "ok", Hello::Nameless, true),
+        ("192.0.2.1", "", "", "tcp 192.0.2.1:443", shop, "ok", Hello::Nameless, true),
+        // Only names that are allowed; the address and the hello both have to be right.
+        ("", "*.example.com", "", "tcp 192.0.2.1:443", shop, "peek", name("shop.example.com"), true),
+        ("", "*.example.com", "", "tcp 192.0.2.1:443", shop, "peek", name("cdn.example.net"), false),
+        ("", "*.example.com", "", "tcp 192.0.2.1:22", shop, "peek", Hello::Nameless, true),
+        ("", "*.example.com", "", "tcp 192.0.2.1:443", shop, "peek", Hello::Broken, false),
+        ("", "*.example.com", "", "udp 192.0.2.1:443", shop, "ok", Hello::Nameless, true),
+        (
+            "",
+            "*.example.com",
+            "",
+            "tcp 192.0.2.1:443",
+            &["cdn.example.net"],
+            "not-allowed",
+            Hello::Nameless,
+            true,
+        ),
+        ("", "*.example.com", "", "tcp 192.0.2.1:443", &[], "not-allowed", Hello::Nameless, true),
+        // What a rule about addresses allows needs no name.
+        ("192.0.2.1", "a.example", "", "tcp 192.0.2.1:443", &[], "ok", name("b.example"), true),
+        ("192.0.2.1", "a.example", "", "tcp 192.0.2.9:443", &["a.example"], "peek", name("a.example"), true),
+        // Denied names: by what the name server said, or by the hello.
+        (
+            "",
+            "",
+            "*.example.net",
+            "tcp 192.0.2.1:443",
+            shop,
+            "deny-name *.example.net",
+            Hello::Nameless,
+            true,
+        ),
+        ("", "", "*.example.net", "udp 192.0.2.1:53", shop, "deny-name *.example.net", Hello::Nameless, true),
+        ("", "", "bad.example", "tcp 192.0.2.1:443", &[], "peek", name("bad.example"), false),
+        ("", "", "bad.example", "tcp 192.0.2.1:443", &[], "peek", name("good.example"), true),
+        (
+            "",
+            "*.example",
+            "bad.example",
+            "tcp 192.0.2.1:443",
+            &["good.example"],
+            "peek",
+            name("bad.example"),
+            false,
+        ),
+        // Names open nothing that is refused always.
+        ("", "*.example.com", "", "tcp 127.0.0.1:443", shop, "host-loopback", Hello::Nameless, true),
+        ("", "*.example.com", "", "tcp 169.254.169.254:80", shop, "link-local", Hello::Nameless, true),
+    ] {
+        let mut spec = crate::config::tests::spec();
+        spec.policy.allow = allow.split_whitespace().map(|rule| rule.parse().expect(rule)).collect();
+        let patterns = |text: &str| text.split_whitespace().map(|name| name.parse().expect(name)).collect();
+        (spec.policy.allow_names, spec.policy.deny_names) = (patterns(allow_names), patterns(deny_names));
+        let rules = Rules::new(&spec);
+        let case = format!("{wanted} {names:?} by {allow:?} {allow_names:?} {deny_names:?}");
+        assert_eq!(verdict_by_name(&rules, wanted, RouteKind::Remote, names), becomes, "{case}");
+        let to = wanted.split_once(' ').expect(wanted).1.parse().expect(wanted);
+        assert_eq!(decide_hello(&rules, to, &hello).is_ok(), goes, "{case} {hello:?}");
     }
 }
