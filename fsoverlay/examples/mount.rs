@@ -57,6 +57,8 @@ struct Args {
     report: bool,
     /// Sync nothing.
     volatile: bool,
+    /// The kernel is to read and write files of the upper itself; the mount is in the caller's user namespace.
+    passthrough: bool,
     /// Panic where this name is looked up.
     panic_at: Option<String>,
     /// How long remote file systems may take.
@@ -88,6 +90,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Outcome<Args> {
             "--native" => args.native = true,
             "--nofile" => args.nofile = Some(value()?.parse()?),
             "--workers" => args.workers = value()?.parse()?,
+            "--passthrough" => args.passthrough = true,
             "--volatile" => args.volatile = true,
             "--panic-at" => args.panic_at = Some(value()?),
             "--kernel" => args.kernel = true,
@@ -180,6 +183,7 @@ fn serve(args: &Args, mut inside: Command) -> Outcome<ExitCode> {
         squash: (!args.range).then_some((0, 0)),
         owner_form: if args.native { OwnerForm::Native } else { OwnerForm::Recorded },
         live: args.live,
+        passthrough: args.passthrough,
         patience: args.patience,
         workers: args.workers,
         ..OverlaySpec::default()

@@ -21,6 +21,11 @@ pub struct OverlaySpec {
     /// It costs the kernel's gathering of writes, and a request for each listing and each name that is
     /// used again later. `None`: layers do not change, and the kernel keeps what it knows for ever.
     pub live: Option<Duration>,
+    /// The kernel reads and writes files of the upper itself (FUSE passthrough), for which it must allow this
+    /// process to register files (`CAP_SYS_ADMIN` in the initial user namespace); if it does not, nothing is
+    /// served. Each open and each close is a request then, and the kernel does not gather writes. Not with
+    /// `live`, nor with [`crate::Hooks`] that limit bytes, which are not seen. With an upper only.
+    pub passthrough: bool,
     /// How owners and modes are kept in the upper.
     pub owner_form: OwnerForm,
     /// How ids of the disk, in layers, upper and records, are those of the mount.

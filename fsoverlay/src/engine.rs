@@ -25,6 +25,7 @@ use crate::layer::{Hidden, Layer, LayerIdx, RealDir, Tree, UPPER, open_root, sta
 use crate::links::Links;
 use crate::numbers::InodeNumbers;
 use crate::ownership::Ownership;
+use crate::passthrough::Passthrough;
 use crate::sidecar::Sidecar;
 use crate::sync::Mutex;
 use crate::whiteout::WhiteoutForm;
@@ -90,6 +91,8 @@ pub(crate) struct Engine {
     /// The far mounts below the layers, and how long they may take.
     pub(crate) far: Vec<Arc<Far>>,
     pub(crate) patience: Duration,
+    /// See [`crate::passthrough`].
+    pub(crate) passthrough: Option<Passthrough>,
     pub(crate) hooks: Hooks,
     pub(crate) counts: Counts,
     pub(crate) journal: Journal,
@@ -197,6 +200,7 @@ impl Engine {
             live: spec.live,
             far,
             patience: spec.patience.unwrap_or(PATIENCE),
+            passthrough: spec.passthrough.then(Passthrough::default),
             hooks: Hooks::default(),
             counts: Counts::default(),
             journal: Journal::default(),

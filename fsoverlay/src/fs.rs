@@ -8,7 +8,8 @@
 //! - OPEN, OPENDIR, CREATE, FLUSH are answered `ENOSYS` once and never come again: a file
 //!   is made by MKNOD, and every descriptor of a file, made before or after a copy-up,
 //!   reads and writes the same pages. So descriptors and shared mappings from before a
-//!   copy-up see later writes. (Never together with `ATOMIC_O_TRUNC`.)
+//!   copy-up see later writes. (Never together with `ATOMIC_O_TRUNC`.) [`crate::passthrough`] wants
+//!   OPEN and CREATE instead, and no writeback cache;
 //! - written pages stay in the kernel until they are flushed (writeback cache): the
 //!   kernel knows size and modification time best, and appends by itself;
 //! - directory contents and link targets are cached; lookups run in parallel.
@@ -23,6 +24,7 @@ use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
@@ -42,6 +44,7 @@ use crate::errno::{Errno, FAR, LONG, Res, hurried};
 use crate::hooks::{Direction, Opcode, add};
 use crate::inode::Node;
 use crate::listing::Entry;
+use crate::passthrough::{CAPABILITY, Opened, Wanted};
 use crate::rename::How;
 use crate::setattr::{SetAttr, SetTime};
 
@@ -190,7 +193,9 @@ impl FuseFs {
 
     /// How long the kernel may keep the attributes of a node. Those of a far mount's root may be made up.
     fn attr_ttl(&self, node: &Node) -> Duration {
-        if node.is_far_root() {
+        let unseen =
+            || self.engine().passthrough.as_ref().is_some_and(|files| files.changes_unseen(node.ino));
+        if node.is_far_root() || unseen() {
             return Duration::ZERO;
         }
         self.ttl(node)
@@ -225,14 +230,66 @@ impl FuseFs {
             let perm = || node.inner.lock().meta.perm;
             let before = kill.then(perm);
             let done = change(node);
-            if before.is_some_and(|before| before != perm())
-                && let Some(notifier) = self.shared.notifier.get()
-            {
-                // A negative offset means the attributes alone, for which the kernel waits for nobody.
-                let _ = notifier.inval_inode(ino, -1, 0);
+            if before.is_some_and(|before| before != perm()) {
+                self.forget_attributes(ino);
             }
             done
         })
+    }
+
+    /// Makes the kernel ask for the attributes of a node when they are needed next.
+    fn forget_attributes(&self, ino: INodeNo) {
+        if let Some(notifier) = self.shared.notifier.get() {
+            // A negative offset means the attributes alone, for which the kernel waits for nobody.
+            let _ = notifier.inval_inode(ino, -1, 0);
+        }
+    }
+
+    /// What is to be done before a file is opened ([`crate::passthrough`]).
+    fn prepare(&self, node: &Arc<Node>, wanted: Wanted) -> Res<Arc<Node>> {
+        let files = self.engine().passthrough.as_ref().ok_or(Errno::NOSYS)?;
+        files.prepare(self.engine(), node, wanted)?;
+        Ok(node.clone())
+    }
+
+    /// Opens a file that is ready and says so.
+    fn send_opened(&self, node: Res<Arc<Node>>, wanted: Wanted, reply: ReplyOpen) {
+        let node = match node {
+            Ok(node) => node,
+            Err(err) => return reply.error(errno(err)),
+        };
+        let Some(files) = &self.engine().passthrough else { return reply.error(fuser::Errno::ENOSYS) };
+        let opened = files.open(self.engine(), &node, wanted, |fd| reply.open_backing(fd));
+        if let Some(backing) = opened.through {
+            if wanted.write {
+                self.forget_attributes(INodeNo(node.ino));
+            }
+            reply.opened_passthrough(opened.handle, opened.flags, &backing);
+        } else {
+            reply.opened(opened.handle, opened.flags);
+        }
+    }
+
+    /// The same for one that was just made.
+    fn send_created(&self, made: Res<Told>, wanted: Wanted, reply: ReplyCreate) {
+        let told = match made {
+            Ok(told) => told,
+            Err(err) => return reply.error(errno(err)),
+        };
+        let (Some(files), Some(node)) = (&self.engine().passthrough, &told.uncounted) else {
+            return reply.error(fuser::Errno::EIO);
+        };
+        let opened = files.open(self.engine(), node, wanted, |fd| reply.open_backing(fd));
+        node.remember();
+        let Opened { handle, flags, through } = opened;
+        // This reply has one time for the name and the attributes. These end with the file's first bytes, or with
+        // the change of its size without which there is nothing to map.
+        match through {
+            Some(backing) => {
+                reply.created_passthrough(&told.ttl, &told.attr, GENERATION, handle, flags, &backing);
+            }
+            None => reply.created(&told.ttl, &told.attr, GENERATION, handle, flags),
+        }
     }
 
     fn read_now(&self, ino: INodeNo, offset: u64, size: u32, reply: ReplyData) {
@@ -279,6 +336,16 @@ fn takes_set_ids(req: &Request) -> bool {
     req.uid() != 0
 }
 
+/// What a request to open a file wants.
+fn wanted(req: &Request, flags: i32) -> Wanted {
+    Wanted { write: flags & libc::O_ACCMODE != libc::O_RDONLY, uid: req.uid() }
+}
+
+/// See [`FuseFs::send_opened`].
+fn send_opened(wanted: Wanted) -> impl Fn(Res<Arc<Node>>, (FuseFs, ReplyOpen)) + Copy + Send + Sync {
+    move |node, (fs, reply)| fs.send_opened(node, wanted, reply)
+}
+
 fn set_time(time: TimeOrNow) -> SetTime {
     match time {
         TimeOrNow::Now => SetTime::Now,
@@ -303,6 +370,9 @@ impl Filesystem for FuseFs {
         ];
         // See `live`.
         let more: &[_] = match self.engine().live {
+            None if self.engine().passthrough.is_some() => {
+                &[InitFlags::FUSE_PASSTHROUGH, InitFlags::FUSE_CACHE_SYMLINKS]
+            }
             None => &[InitFlags::FUSE_WRITEBACK_CACHE, InitFlags::FUSE_CACHE_SYMLINKS],
             Some(_) => &[InitFlags::FUSE_AUTO_INVAL_DATA],
         };
@@ -311,6 +381,12 @@ impl Filesystem for FuseFs {
             if config.add_capabilities(flag).is_err() {
                 tracing::debug!(?flag, "not offered by the kernel");
             }
+        }
+        if let Some(passthrough) = &self.engine().passthrough {
+            let offered = config.capabilities().contains(InitFlags::FUSE_PASSTHROUGH);
+            passthrough.offered.store(offered, Ordering::Release);
+            // What files are passed to must not be stacked on something itself; this mount can be.
+            let _ = config.set_max_stack_depth(1);
         }
         // The errors give the nearest value that is possible.
         if let Err(possible) = config.set_max_write(MAX_IO) {
@@ -370,12 +446,18 @@ impl Filesystem for FuseFs {
             atime: atime.map(set_time),
             mtime: mtime.map(set_time),
         };
-        let send = |done: Res<Attr>, reply: ReplyAttr| match done {
-            Ok(attr) => reply.attr(&TTL, &file_attr(&attr)),
+        let send = |done: Res<(Attr, Duration)>, reply: ReplyAttr| match done {
+            Ok((attr, ttl)) => reply.attr(&ttl, &file_attr(&attr)),
             Err(err) => reply.error(errno(err)),
         };
         self.answer(Opcode::SetAttr, ino, reply, send, move |fs| {
-            fs.on(ino, |n| fs.engine().set_attr(n, set))
+            fs.on(ino, |node| {
+                if mode.is_some_and(|mode| mode & 0o6000 != 0) {
+                    fs.engine().check_unwritten(node, false)?;
+                }
+                let attr = fs.engine().set_attr(node, set)?;
+                Ok((attr, fs.attr_ttl(node)))
+            })
         });
     }
 
@@ -479,22 +561,56 @@ impl Filesystem for FuseFs {
         });
     }
 
-    fn open(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        reply.error(fuser::Errno::ENOSYS);
+    fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        if self.engine().passthrough.is_none() {
+            return reply.error(fuser::Errno::ENOSYS);
+        }
+        let wanted = wanted(req, flags.0);
+        let open = move |fs: &Self| fs.on(ino, |node| fs.prepare(node, wanted));
+        self.answer(Opcode::Open, ino, (self.clone(), reply), send_opened(wanted), open);
     }
 
     fn create(
         &self,
-        _req: &Request,
-        _parent: INodeNo,
-        _name: &OsStr,
-        _mode: u32,
-        _umask: u32,
-        _flags: i32,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        flags: i32,
         reply: ReplyCreate,
     ) {
-        // The kernel goes on with MKNOD, which needs no RELEASE afterwards.
-        reply.error(fuser::Errno::ENOSYS);
+        if self.engine().passthrough.is_none() {
+            // The kernel goes on with MKNOD, which needs no RELEASE afterwards.
+            return reply.error(fuser::Errno::ENOSYS);
+        }
+        let (owner, wanted) = ((req.uid(), req.gid()), wanted(req, flags));
+        let make = move |fs: &Self, name: &OsStr| {
+            let new = NewObject { kind: Kind::File, perm: mode, umask, rdev: (0, 0), target: b"", owner };
+            fs.make(parent, name, &new)
+        };
+        let send =
+            move |made: Res<Told>, (fs, reply): (Self, ReplyCreate)| fs.send_created(made, wanted, reply);
+        self.serve_named(Opcode::Create, parent, name, (self.clone(), reply), send, make);
+    }
+
+    fn release(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.run(Opcode::Release, ino, || {
+            let stale = self.engine().passthrough.as_ref().is_some_and(|files| files.release(ino.0, fh));
+            reply.ok();
+            if stale {
+                self.forget_attributes(ino);
+            }
+        });
     }
 
     fn flush(
@@ -723,7 +839,12 @@ impl Filesystem for FuseFs {
         let caller = (req.uid(), req.gid());
         let (name, value) = (name.to_owned(), value.to_vec());
         self.answer(Opcode::SetXattr, ino, reply, done, move |fs| {
-            fs.on(ino, |n| fs.engine().set_xattr(n, bytes_of(&name), &value, flags, caller))
+            fs.on(ino, |n| {
+                if bytes_of(&name) == CAPABILITY {
+                    fs.engine().check_unwritten(n, true)?;
+                }
+                fs.engine().set_xattr(n, bytes_of(&name), &value, flags, caller)
+            })
         });
     }
 

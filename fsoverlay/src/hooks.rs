@@ -189,6 +189,9 @@ pub(crate) enum Opcode {
     Symlink,
     Rename,
     Link,
+    Open,
+    Create,
+    Release,
     OpenDir,
     Read,
     Write,
@@ -231,22 +234,21 @@ impl Counts {
     /// Counts a request.
     pub(crate) fn request(&self, what: Opcode) {
         use Opcode::{
-            CopyFileRange, Fallocate, Forget, Fsync, FsyncDir, GetAttr, GetXattr, Link, ListXattr, Lookup,
-            Lseek, MkDir, MkNod, OpenDir, Read, ReadDir, ReadDirPlus, ReadLink, RemoveXattr, Rename, RmDir,
-            SetAttr, SetXattr, StatFs, Symlink, Unlink, Write,
+            CopyFileRange, Create, Fallocate, Forget, Fsync, FsyncDir, GetAttr, GetXattr, Link, ListXattr,
+            Lookup, Lseek, MkDir, MkNod, Open, OpenDir, Read, ReadDir, ReadDirPlus, ReadLink, Release,
+            RemoveXattr, Rename, RmDir, SetAttr, SetXattr, StatFs, Symlink, Unlink, Write,
         };
         let count = match what {
             Lookup => &self.lookups,
             Read => &self.reads,
             Write | CopyFileRange => &self.writes,
             ReadDir | ReadDirPlus => &self.listings,
-            MkNod | MkDir | Symlink | Link | Unlink | RmDir | Rename | SetAttr | SetXattr | RemoveXattr
-            | Fallocate => &self.changes,
+            MkNod | Create | MkDir | Symlink | Link | Unlink | RmDir | Rename | SetAttr | SetXattr
+            | RemoveXattr | Fallocate => &self.changes,
             // Not asked for by anybody.
             Forget => return,
-            GetAttr | ReadLink | OpenDir | Fsync | FsyncDir | StatFs | GetXattr | ListXattr | Lseek => {
-                &self.others
-            }
+            GetAttr | ReadLink | Open | Release | OpenDir | Fsync | FsyncDir | StatFs | GetXattr
+            | ListXattr | Lseek => &self.others,
         };
         add(count, 1);
     }

@@ -23,6 +23,7 @@
 //!             ownership ───── owners and modes: recorded, or on the disk itself
 //!             inode, layer, handle, sidecar, attr, acl ── objects, real directories,
 //!                │            descriptors, owners of links, records
+//!                │  passthrough       files that the kernel reads and writes itself
 //!                │  hooks, journal   counts, quota, rates, what was used and what changed
 //!               sys           the only unsafe lines
 //! ```
@@ -93,6 +94,7 @@ mod mount;
 mod numbers;
 mod oci;
 mod ownership;
+mod passthrough;
 mod readdir;
 mod redirect;
 mod rename;
@@ -203,6 +205,13 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// Files cannot be passed through as [`OverlaySpec::passthrough`] asks.
+    #[error("FUSE passthrough cannot be had")]
+    Passthrough {
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// The kernel's first request did not come or could not be answered.
     #[error("cannot serve the mounted file system")]
     Serve {
@@ -256,6 +265,14 @@ impl Overlay {
     /// The same; with `clone_fd` each worker has a descriptor of its own, where the kernel queues what
     /// it is to be interrupted about.
     fn serve_with(self, fuse: OwnedFd, clone_fd: bool) -> Result<Server, Error> {
+        let refused = |why: &str| Error::Passthrough { source: std::io::Error::other(why.to_owned()) };
+        let passthrough = self.engine.passthrough.is_some();
+        if passthrough && self.engine.live.is_some() {
+            return Err(refused("layers that change are asked for, too"));
+        }
+        if passthrough && (self.engine.quota().is_some() || self.engine.hooks.rate.is_some()) {
+            return Err(refused("bytes are to be limited, and those that the kernel moves are not seen"));
+        }
         let shared = dispatch::Shared::new(self.engine);
         let mut config = fuser::Config::default();
         config.acl = fuser::SessionACL::All;
@@ -263,8 +280,13 @@ impl Overlay {
         config.clone_fd = clone_fd;
         let error = |source| Error::Serve { source };
         let file_system = fs::FuseFs { shared: shared.clone() };
+        let connection = if passthrough { Some(fuse.try_clone().map_err(error)?) } else { None };
         let session =
             fuser::Session::from_fd(file_system, fuse, fuser::SessionACL::All, config).map_err(error)?;
+        if let (Some(passthrough), Some(fuse)) = (&shared.engine.passthrough, connection) {
+            let tried = passthrough.try_on(&shared.engine, &fuse);
+            tried.map_err(|source| Error::Passthrough { source })?;
+        }
         shared.set_notifier(session.notifier());
         shared.engine.look_far();
         let session = session.spawn().map_err(error)?;

@@ -233,3 +233,10 @@ pub(crate) fn give_memory_back() {
         libc::malloc_trim(0);
     }
 }
+
+/// `FUSE_DEV_IOC_BACKING_CLOSE`: the kernel forgets a file that was registered on a FUSE connection.
+pub(crate) fn close_backing(fuse: BorrowedFd<'_>, id: u32) -> Res<()> {
+    const CLOSE: rustix::ioctl::Opcode = rustix::ioctl::opcode::write::<u32>(229, 2);
+    // SAFETY: the kernel reads a `u32` where the argument points to, as this opcode says.
+    unsafe { rustix::ioctl::ioctl(fuse, rustix::ioctl::Setter::<CLOSE, u32>::new(id)) }
+}

@@ -289,6 +289,7 @@ Options (-o), separated by commas, as fuse-overlayfs and mount(8) have them:
   ro, nosuid, noexec, sync, allow_other, fsname=NAME, subtype=NAME
   timeout=SECONDS           others change the layers, and that shows after this time
   volatile                  sync nothing
+  passthrough               the kernel reads and writes changed files itself (for root of the host)
   threaded=0, max_threads=N
   xattr_permissions=0|1|2   owners on the files, in security.* or in user.* attributes
   uidmapping=ID:SHOWN:COUNT[:...], gidmapping=..., squash_to_root, squash_to_uid=ID, squash_to_gid=ID

@@ -250,6 +250,7 @@ fn overlay_spec(
             .collect(),
         upper: upper.filter(|_| !spec.read_only),
         live: spec.live,
+        passthrough: spec.passthrough,
         workers: spec.threads.unwrap_or_else(default_threads),
         owner_form: match spec.permissions {
             Permissions::Native => OwnerForm::Native,

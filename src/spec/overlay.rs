@@ -36,6 +36,8 @@ pub struct OverlayMountSpec {
     pub allow_other: bool,
     /// `volatile`: sync nothing.
     pub volatile: bool,
+    /// `passthrough`: the kernel reads and writes files of the upper itself.
+    pub passthrough: bool,
     /// `timeout`: others change the layers, and that shows after this time.
     pub live: Option<Duration>,
     /// Threads that serve; `None`: as many as are useful.
@@ -288,6 +290,7 @@ fn one(spec: &mut OverlayMountSpec, option: &[u8]) -> Result<(), OverlayOptionEr
         "static_nlink" => spec.static_nlink = true,
         "noacl" => spec.no_acl = true,
         "volatile" => spec.volatile = true,
+        "passthrough" => spec.passthrough = true,
         "allow_other" => spec.allow_other = true,
         "ro" => spec.read_only = true,
         "rw" => spec.read_only = false,
@@ -326,7 +329,7 @@ fn unknown(name: String) -> OverlayOptionError {
 #[rustfmt::skip]
 fn is_known(name: &str) -> bool {
     const SWITCHES: &[&str] = &[
-        "debug", "squash_to_root", "static_nlink", "noacl", "volatile", "allow_other", "ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync", "dirsync", "async",
+        "debug", "squash_to_root", "static_nlink", "noacl", "volatile", "passthrough", "allow_other", "ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync", "dirsync", "async",
     ];
     SWITCHES.contains(&name) || WITHOUT_EFFECT.contains(&name)
 }
@@ -472,8 +475,10 @@ mod tests {
 
     #[test]
     fn what_is_kept_how() {
-        let spec = read("lowerdir=/l,volatile,static_nlink,noacl,redirect_dir=off").expect("read");
-        assert!(spec.volatile && spec.static_nlink && spec.no_acl);
+        let spec =
+            read("lowerdir=/l,volatile,static_nlink,noacl,passthrough,redirect_dir=off").expect("read");
+        assert!(spec.volatile && spec.static_nlink && spec.no_acl && spec.passthrough);
+        assert!(read("lowerdir=/l,passthrough=1").is_err());
         let oci = |text: &str| read(&format!("lowerdir=/l,{text}")).map(|spec| spec.oci_whiteouts);
         assert_eq!(
             (oci("ro"), oci("oci_whiteouts"), oci("oci_whiteouts=0")),

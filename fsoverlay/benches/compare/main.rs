@@ -9,7 +9,7 @@
 //! --layers 1,10,100      numbers of layers (1)
 //! --rounds N             5
 //! --scale PERCENT        smaller trees, for a quick look (100)
-//! --real-root            no user namespace: for root, who may do more
+//! --real-root            no user namespace: for root, who may do more. `through` is ours with FUSE passthrough
 //! --keep                 leaves the trees in $TMPDIR, and uses them again
 //! ```
 //!
@@ -52,6 +52,8 @@ enum How {
     Kernel,
     /// This crate, served by another process of ours.
     Ours,
+    /// The same with FUSE passthrough.
+    Passthrough,
     /// A command that mounts.
     Command(String),
 }
@@ -99,6 +101,9 @@ fn main() -> ExitCode {
             let (name, command) = words.next().unwrap().split_once('=').expect("NAME=COMMAND");
             contenders.push((name.to_owned(), How::Command(command.to_owned())));
         }
+    }
+    if options.real_root {
+        contenders.push(("through".to_owned(), How::Passthrough));
     }
     if let Some(only) = value("--who") {
         contenders.retain(|(name, _)| only.split(',').any(|one| one == name));
@@ -213,6 +218,7 @@ fn measure(
         How::Bare => "bare",
         How::Kernel => "kernel",
         How::Ours => "ours",
+        How::Passthrough => "passthrough",
         How::Command(command) => command,
     };
     let output = Command::new(std::env::current_exe().unwrap())
@@ -264,7 +270,8 @@ fn inside(args: &[String]) {
         "kernel" => {
             mount_kernel(&dirs);
         }
-        "ours" => server = Some(start_server(&dirs)),
+        "ours" => server = Some(start_server(&dirs, "plain")),
+        "passthrough" => server = Some(start_server(&dirs, "passthrough")),
         command => {
             let fill = |word: &str| {
                 word.replace("{lower}", &joined(&dirs.lowers))
@@ -337,12 +344,12 @@ impl Drop for Server {
     }
 }
 
-fn start_server(dirs: &Dirs) -> Server {
+fn start_server(dirs: &Dirs, mode: &str) -> Server {
     let mut command = Command::new(std::env::current_exe().unwrap());
     // Not busybox-like by name: the words before the directories are options of ours.
     command
         .arg0("fsoverlay-server")
-        .arg("serve")
+        .args(["serve", mode])
         .args([&dirs.at, &dirs.upper, &dirs.work])
         .args(&dirs.lowers);
     let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
@@ -353,7 +360,7 @@ fn start_server(dirs: &Dirs) -> Server {
 
 /// Mounts and serves until the mount is gone; says so by one byte.
 fn serve(args: &[String]) {
-    let [at, upper, work, lowers @ ..] = args else { panic!("directories") };
+    let [mode, at, upper, work, lowers @ ..] = args else { panic!("directories") };
     // As for `run`, or as the program mounts without further options.
     let recorded = std::env::var_os("FSOVERLAY_RECORDED").is_some();
     let records = if recorded { Records::Everywhere } else { Records::IfMarked };
@@ -365,6 +372,7 @@ fn serve(args: &[String]) {
         squash: recorded.then_some((0, 0)),
         owner_form: if recorded { OwnerForm::Recorded } else { OwnerForm::Native },
         workers,
+        passthrough: mode == "passthrough",
         ..OverlaySpec::default()
     })
     .unwrap();

@@ -39,6 +39,7 @@ pub(crate) const WORKS: &[Work] = &[
     Work { layered: true, ..work("small with stat", "files", small_with_stat) },
     work("threads", "files", threads),
     work("read", "big", read),
+    Work { writes: true, ..work("read upper", "big", read_upper) },
     Work { writes: true, check: check_write, ..work("write", "big", write) },
     Work { writes: true, check: check_create, ..work("create", "empty", create) },
     Work { writes: true, check: check_untar, ..work("untar", "tar", untar) },
@@ -209,6 +210,12 @@ fn read(at: &Path) -> Vec<(&'static str, Duration)> {
         assert_eq!(sum, 7 * size / 4096);
     });
     vec![("first", first), ("sequential", again), ("random", random), ("mmap", mapped)]
+}
+
+/// The same of a file that was changed.
+fn read_upper(at: &Path) -> Vec<(&'static str, Duration)> {
+    OpenOptions::new().write(true).open(at.join("big")).unwrap().write_all_at(&[7], 0).unwrap();
+    read(at)
 }
 
 /// Buffered writes to new files; closing one counts.

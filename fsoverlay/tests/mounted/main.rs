@@ -21,6 +21,7 @@ mod mount;
 mod numbers;
 mod operation;
 mod owners;
+mod passthrough;
 mod random;
 mod redirects;
 mod robust;
@@ -47,6 +48,7 @@ fn cases() -> Vec<Case> {
     cases.extend(random::CASES);
     cases.extend(durability::CASES);
     cases.extend(robust::CASES);
+    cases.extend(passthrough::CASES);
     cases
 }
 
