@@ -42,7 +42,7 @@ use crate::layer::{mix, stat_fd};
 use crate::sync::Mutex;
 
 /// Threads of one mount. A kernel has up to 64 reads under way; more at once make no network faster.
-const MAX_THREADS: usize = 16;
+pub(crate) const MAX_THREADS: usize = 16;
 
 /// How many requests wait for a thread; those beyond get the error of the ones that were given up. Only a mount
 /// that has not answered for long has so many, since what is given up stays in the queue until a thread

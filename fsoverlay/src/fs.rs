@@ -1075,7 +1075,7 @@ mod tests {
     use super::*;
     use crate::config::{LayerSpec, OverlaySpec};
     use crate::engine::tests::Scratch;
-    use crate::far::{Far, MountTable};
+    use crate::far::{Far, MAX_THREADS, MountTable};
     use crate::hooks::{Access, Hooks, Trace};
     use crate::sync::Mutex;
 
@@ -1166,12 +1166,21 @@ mod tests {
         let beside = BesideFar::new("refused-far");
         let (release, gate) = channel::<()>();
         let gate = Arc::new(Mutex::new(gate));
+        let (began, begun) = channel();
         let wait = || {
-            let gate = gate.clone();
+            let (began, gate) = (began.clone(), gate.clone());
             move || {
+                let _ = began.send(());
                 let _ = gate.lock().recv();
             }
         };
+        // First one for each thread: none of them takes another from the queue then.
+        for _ in 0..MAX_THREADS {
+            assert!(beside.far.run(wait()));
+        }
+        for _ in 0..MAX_THREADS {
+            assert_eq!(begun.recv(), Ok(()));
+        }
         assert!((0..100_000).any(|_| !beside.far.run(wait())), "it is never full");
         assert_eq!(beside.look().recv(), Ok(Err(Errno::IO)));
         drop(release);
