@@ -24,7 +24,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use smoltcp::phy::{Checksum, ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::time::Instant;
-use smoltcp::wire::{IpAddress, IpProtocol, checksum};
+use smoltcp::wire::{IpAddress, IpProtocol, TcpPacket, TcpSeqNumber, checksum};
 
 use crate::config::{MAX_PENDING_FRAMES, StackSpec};
 use crate::emit::{self, ip_header_len};
@@ -106,6 +106,8 @@ pub(crate) struct Tap {
     pub(crate) mtu: usize,
     segmentation: Segmentation,
     scratch: Box<[u8]>,
+    /// What the last TCP segment acknowledged.
+    pub(crate) acknowledged: Option<TcpSeqNumber>,
     run: Option<Run>,
     /// Where the packet of `run` is built.
     run_packet: Box<[u8]>,
@@ -158,6 +160,7 @@ impl Tap {
             mtu: usize::from(spec.mtu).clamp(1280, BIG_MTU),
             segmentation,
             scratch: frame_buffer(),
+            acknowledged: None,
             run: None,
             run_packet: frame_buffer(),
             pending: VecDeque::new(),
@@ -394,6 +397,11 @@ impl Tap {
         let Some(tcp) = packet.get_mut(ip_len..).filter(|tcp| tcp.len() >= 20) else { return Offload::NONE };
         let tcp_len = u32::try_from(tcp.len()).unwrap_or_default();
         let header_len = usize::from(tcp[12] >> 4) * 4;
+        if let Ok(segment) = TcpPacket::new_checked(&*tcp)
+            && segment.ack()
+        {
+            self.acknowledged = Some(segment.ack_number());
+        }
         if segmentation && let Some(option) = mss_option(tcp) {
             *option = link[usize::from(is_v6)].to_be_bytes();
         }

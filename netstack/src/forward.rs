@@ -262,7 +262,7 @@ impl Forward {
         let protocol = port.asked.protocol;
         let refused = |errno: Errno| Error::Listen { addr, protocol, source: errno.into() };
         // As connections: names and datagrams must still get descriptors.
-        sh.budget.check_leaving(sh.budget.limit / 8 + port.sockets.len()).map_err(refused)?;
+        sh.budget.check_leaving(sh.budget.reserve() + port.sockets.len()).map_err(refused)?;
         let id = self.insert(sh, port).map_err(refused)?;
         self.get(id).ok_or(Error::Stopped)
     }
@@ -300,7 +300,7 @@ impl Forward {
     pub(crate) fn accept(&mut self, sh: &mut Shared, now: Instant, id: FlowId, tcp: &mut Tcp) {
         let Some(Socket { fd: listener, inside }) = self.tcp.get(id) else { return };
         for _ in 0..TURN {
-            if sh.budget.check_leaving(sh.budget.limit / 8).is_err() {
+            if sh.budget.check_leaving(sh.budget.reserve()).is_err() {
                 return self.starve(sh, now, id);
             }
             let fd = match crate::sys::accept(listener.as_fd()) {

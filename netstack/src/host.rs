@@ -13,8 +13,9 @@ use nix::sys::socket::{
 
 use crate::config::Outbound;
 
-/// How many descriptors the stack may use, and does: half of the process's limit. The other half is for the rest of the
-/// process, which must not run out of them whatever the guest does.
+/// How many descriptors the stack may use, and does: half of the process's limit, and a sixteenth of what that is above
+/// 4,096. The others are for the rest of the process, which must not run out of them whatever the guest does; where there
+/// are many, it needs less than half (a quarter and an eighth are the overlay's).
 #[derive(Debug, Clone)]
 pub(crate) struct Budget {
     used: Arc<AtomicUsize>,
@@ -29,7 +30,7 @@ impl Budget {
         use nix::sys::resource::{Resource, getrlimit};
         let soft = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
         let soft = usize::try_from(soft).unwrap_or(usize::MAX).min(1 << 20);
-        Self::new(soft / 2)
+        Self::new(soft / 2 + soft.saturating_sub(4_096) / 16)
     }
 
     pub(crate) fn new(limit: usize) -> Self {
@@ -40,6 +41,11 @@ impl Budget {
     pub(crate) fn hold(&self, fd: OwnedFd) -> HostFd {
         self.used.fetch_add(1, Ordering::Relaxed);
         HostFd { fd, used: Arc::clone(&self.used) }
+    }
+
+    /// Descriptors that TCP leaves to names and datagrams: an eighth, 512 at most.
+    pub(crate) fn reserve(&self) -> usize {
+        (self.limit / 8).min(512)
     }
 
     /// Whether one more may be opened.
@@ -163,7 +169,8 @@ mod tests {
         let limit = u64::try_from(Budget::from_rlimit().limit).expect("limit");
         // Asked afterwards: another test may raise it meanwhile.
         let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).expect("limit");
-        assert!(limit >= 16 && limit <= soft / 2, "{limit} of {soft}");
+        let most = soft / 2 + soft.saturating_sub(4_096) / 16;
+        assert!(limit >= 16 && limit <= most, "{limit} of {soft}");
     }
 
     #[test]

@@ -256,23 +256,22 @@ impl RingSocket {
         self.get_mut().abort();
     }
 
-    /// Gives the transmit ring's pages back if it is empty. (The receive ring may hold segments behind a gap, which
-    /// smoltcp does not tell of.)
-    pub(crate) fn release_idle_pages(&mut self) -> bool {
-        if self.get().send_queue() > 0 {
-            return false;
+    /// Whether neither ring holds anything that is to be delivered. (The receive ring may still hold segments behind a
+    /// gap, which smoltcp does not tell of.)
+    pub(crate) fn is_empty(&self) -> bool {
+        self.get().send_queue() == 0 && self.get().recv_queue() == 0
+    }
+
+    /// Gives the pages of the rings back if they are empty; those of the receive ring only if there is no gap.
+    pub(crate) fn release_idle_pages(&mut self, has_gap: bool) {
+        if !self.is_empty() {
+            return;
         }
         let capacity = self.rings.capacity;
-        let released = self.send(|room| {
-            let whole = room.len() == ring_len(capacity);
-            if whole {
-                // SAFETY: the range is the mapping's second half, of which only the ring is used, lent to us for
-                // writing; it is empty, so nobody minds that it reads as zeroes afterwards.
-                let _ = unsafe { libc::madvise(room.as_mut_ptr().cast(), capacity, libc::MADV_DONTNEED) };
-            }
-            (0, whole)
-        });
-        released.unwrap_or(false)
+        let (from, len) = if has_gap { (capacity, capacity) } else { (0, capacity * 2) };
+        // SAFETY: the range lies in our own mapping. The socket's slices of it stay valid, and it is not running; as it
+        // holds nothing there, it will write every byte before it reads it, so nobody minds that they become zeroes.
+        let _ = unsafe { libc::madvise(self.rings.base.as_ptr().add(from).cast(), len, libc::MADV_DONTNEED) };
     }
 
     pub(crate) fn poll_ingress(&mut self, iface: &mut Interface, now: Instant, device: &mut impl Device) {

@@ -60,6 +60,10 @@ const TURN_SEGMENTS: usize = 1024;
 const MAX_UNHEARD: usize = 1 << 18;
 /// Pages of a finished or idle flow that moved more than this go back to the kernel.
 const KEEP_WARM: usize = 64 * 1024;
+/// Among more flows than this all pages of an idle flow go back.
+const MANY: usize = if cfg!(test) { 2 } else { 512 };
+/// How long one of many flows has to be idle for that.
+const IDLE_OF_MANY: Duration = Duration::from_secs(2);
 
 /// What epoll tells of a host socket, each time it becomes so.
 const WATCHED: EpollFlags = EpollFlags::EPOLLIN
@@ -168,6 +172,15 @@ struct Flow {
     moved: usize,
     /// What that was when the rings' pages were last given back.
     released: usize,
+    /// The end of the data from the guest that reached farthest, and what was acknowledged last. If they differ, the
+    /// receive ring may hold segments behind a gap.
+    farthest: Option<TcpSeqNumber>,
+    acknowledged: Option<TcpSeqNumber>,
+}
+
+/// Whether smoltcp may hold data from the guest that cannot be delivered yet: what reached farthest is not acknowledged.
+fn has_gap(farthest: Option<TcpSeqNumber>, acknowledged: Option<TcpSeqNumber>) -> bool {
+    farthest.is_some_and(|end| acknowledged.is_none_or(|acknowledged| acknowledged < end))
 }
 
 /// A query that came over TCP.
@@ -335,6 +348,10 @@ impl Tcp {
                 let rx = widened.as_deref().unwrap_or(&plain);
                 let mut device = FlowDevice { tap: &mut sh.tap, rx: Some(rx), mss: flow.mss };
                 socket.poll_ingress(&mut self.iface, now, &mut device);
+                flow.acknowledged = sh.tap.acknowledged.take().or(flow.acknowledged);
+                if !segment.payload().is_empty() && flow.farthest.is_none_or(|farthest| end > farthest) {
+                    flow.farthest = Some(end);
+                }
                 let state = socket.state();
                 if matches!(state, State::CloseWait | State::LastAck | State::Closing | State::TimeWait) {
                     flow.guest_fin.get_or_insert(end);
@@ -386,7 +403,7 @@ impl Tcp {
             sh.stats.refused_by_limit.one();
             return self.refuse(sh, now, packet);
         }
-        let (fd, connected) = match host::tcp_connect(&sh.budget, to, sh.budget.limit / 8) {
+        let (fd, connected) = match host::tcp_connect(&sh.budget, to, sh.budget.reserve()) {
             Ok(opened) => opened,
             Err(errno) => return self.fail_syn(sh, now, packet, errno),
         };
@@ -577,6 +594,8 @@ impl Tcp {
             rested: false,
             moved: 0,
             released: 0,
+            farthest: None,
+            acknowledged: None,
         });
         self.by_key.insert(key, id);
         sh.stats.tcp_flows.set(self.flows.len());
@@ -728,6 +747,7 @@ impl Tcp {
     }
 
     fn service(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
+        let many = self.flows.len() > MANY;
         let Some(flow) = self.flows.get_mut(id) else { return };
         let Phase::Open(socket) = &mut flow.phase else { return };
         // Refused, or never answered: by a guest without an address of this family, for example.
@@ -802,6 +822,7 @@ impl Tcp {
         if !flow.finished {
             let mut device = FlowDevice { tap: &mut sh.tap, rx: None, mss: flow.mss };
             sent = send_segments(socket, &mut self.iface, now, &mut device);
+            flow.acknowledged = sh.tap.acknowledged.take().or(flow.acknowledged);
             flow.unheard += sent;
             flow.account.received.packets += u64::try_from(sent).unwrap_or(0);
             flow.finished = socket.state() == State::TimeWait && !sh.tap.is_blocked();
@@ -839,7 +860,9 @@ impl Tcp {
         }
         // The retransmission timer outlives the data it was set for: a good moment to see whether the flow rests.
         let rested = std::mem::take(&mut flow.rested) && flow.moved == before;
-        if rested && flow.moved - flow.released > KEEP_WARM && socket.release_idle_pages() {
+        let warm = if many { 0 } else { KEEP_WARM };
+        if rested && flow.moved - flow.released > warm && socket.is_empty() {
+            socket.release_idle_pages(has_gap(flow.farthest, flow.acknowledged));
             flow.released = flow.moved;
         }
         self.arm(sh, now, id);
@@ -847,9 +870,12 @@ impl Tcp {
 
     /// Sets the flow's timer, if it needs one that is earlier than the one it has.
     fn arm(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
+        let many = self.flows.len() > MANY;
         let Some(flow) = self.flows.get_mut(id) else { return };
         let Phase::Open(socket) = &flow.phase else { return };
         let waits = flow.finished || socket.state() == State::FinWait2;
+        // In a moment of rest its pages are looked after.
+        let cold = (many && flow.moved > flow.released && socket.is_empty()).then_some(now + IDLE_OF_MANY);
         let own = if waits { None } else { socket.poll_at(&mut self.iface, now) };
         let owes = awaits_guest(socket);
         if owes && !flow.owes {
@@ -861,7 +887,7 @@ impl Tcp {
         let silence = owes.then_some(flow.heard + GUEST_SILENCE);
         let idle = matches!(flow.far, Far::Dns(_))
             .then_some(flow.heard + if flow.closed { DNS_TCP_IDLE * 2 } else { DNS_TCP_IDLE });
-        let wanted = [own, silence, idle, flow.inbound_until].into_iter().flatten().min();
+        let wanted = [own, silence, idle, cold, flow.inbound_until].into_iter().flatten().min();
         let Some(at) = wanted.map(|at| at.max(now + Duration::from_millis(1))) else { return };
         if flow.timer.is_none_or(|timer| at < timer) {
             if let Some(later) = flow.timer.replace(at) {

@@ -322,3 +322,37 @@ fn a_published_port_is_tried_both_ways() {
         }
     }
 }
+
+#[test]
+fn idle_flows_among_many_lose_their_pages_and_no_data() {
+    let (listener, port) = listener(false);
+    let mut script = Script::new(&spec(), true);
+    let mut open: Vec<(Peer, TcpStream)> = Vec::new();
+    for i in 0..4 {
+        let mut peer = Peer::new(false, port);
+        peer.guest.1 += i;
+        peer.open(&mut script);
+        open.push((peer, accept(&listener)));
+    }
+    for (peer, server) in &mut open {
+        peer.send(&mut script, TcpControl::Psh, b"first");
+        server.read_exact(&mut [0; 5]).expect("read");
+        // The segment before this one is late.
+        peer.seq += 6;
+        peer.send(&mut script, TcpControl::Psh, b"third");
+        peer.seq -= 11;
+    }
+    script.advance_millis(3_000);
+    assert!(script.engine.is_quiet(script.now + Duration::from_secs(60)), "a flow rests once, not every 2 s");
+    for (peer, server) in &mut open {
+        peer.send(&mut script, TcpControl::Psh, b"second");
+        let mut all = [0; 11];
+        server.read_exact(&mut all).expect("read");
+        assert_eq!(&all, b"secondthird");
+        server.write_all(b"answer").expect("write");
+        let frame = script.expect_tcp("the answer", |segment| !segment.payload().is_empty());
+        assert_eq!(frame.tcp().payload(), b"answer");
+        peer.seq += 5;
+        peer.take(&mut script, &frame);
+    }
+}
