@@ -1037,6 +1037,8 @@ fn names_are_looked_at_where_rules_want_them(world: &World) {
             stream.read_exact(&mut banner).map_err(|error| error.kind())?;
             for part in parts {
                 stream.write_all(&part).map_err(|error| error.kind())?;
+                // Frames are handled in order: so each part is looked at by itself.
+                sh(&format!("ping -c 1 -W 10 {GATEWAY_V4}"));
             }
             stream.shutdown(Shutdown::Write).map_err(|error| error.kind())?;
             stream.read_to_end(&mut Vec::new()).map_err(|error| error.kind())
