@@ -1092,3 +1092,45 @@ fn commands_are_obeyed_between_two_packets_and_answered_when_the_stack_is_gone()
     assert!(matches!(waiting, Err(crate::Error::Stopped)));
     assert!(matches!(control.publish(&port), Err(crate::Error::Stopped)));
 }
+
+#[test]
+fn questions_about_the_link_get_one_answer_each_and_leave_one_timer() {
+    let mut script = Script::new(&spec(), true);
+    let mut discover = vec![0; 240];
+    discover[..4].copy_from_slice(&[1, 1, 6, 0]);
+    discover[236..].copy_from_slice(&[0x63, 0x82, 0x53, 0x63]);
+    discover.extend([53, 1, 1, 255]);
+    let solicit = [1, 0, 0, 1, 0, 1, 0, 2, b'm', b'e'];
+    let questions = [
+        udp(("0.0.0.0", 68), ("255.255.255.255", 67), &discover),
+        udp(("fe80::1", 546), ("ff02::1:2", 547), &solicit),
+        icmpv6("fe80::1", "ff02::2", 255, &[133, 0, 0, 0, 0, 0, 0, 0]),
+    ];
+    for _ in 0..200 {
+        for question in &questions {
+            script.send_ip(question);
+            script.settle();
+            assert!(script.try_recv().is_some() && script.try_recv().is_none());
+        }
+    }
+    // From elsewhere, to elsewhere, cut, and through a router: nothing.
+    for question in [
+        udp(("192.0.2.1", 68), ("255.255.255.255", 67), &discover),
+        udp(("0.0.0.0", 69), ("255.255.255.255", 67), &discover),
+        udp(("0.0.0.0", 68), ("255.255.255.255", 67), &discover[..239]),
+        udp(("2001:db8::1", 546), ("ff02::1:2", 547), &solicit),
+        udp(("fe80::1", 546), ("ff02::1:2", 547), &solicit[..7]),
+        icmpv6("fe80::1", "ff02::2", 254, &[133, 0, 0, 0, 0, 0, 0, 0]),
+    ] {
+        script.send_ip(&question);
+        script.settle();
+        assert!(script.try_recv().is_none(), "{question:?}");
+    }
+    script.engine.check_bounds();
+    assert_eq!(script.engine.timers(), 1);
+    // What the router says of itself holds for eighteen hours, and is said again before they are over.
+    script.advance(crate::config::ROUTER_REFRESH);
+    let again = script.try_recv().expect("an advertisement");
+    assert_eq!(again.packet().payload()[0], 134);
+    assert_eq!(again.packet().dst, ip("ff02::1"));
+}
