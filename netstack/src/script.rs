@@ -1072,13 +1072,20 @@ fn commands_are_obeyed_between_two_packets_and_answered_when_the_stack_is_gone()
     };
     std::thread::scope(|scope| {
         let caller = scope.spawn(|| {
+            // Also if the caller fails: the engine turns until it is told to stop.
+            struct Stop<'a>(&'a Control);
+            impl Drop for Stop<'_> {
+                fn drop(&mut self) {
+                    self.0.stop();
+                }
+            }
+            let _stop = Stop(&control);
             let published = control.publish(&port).expect("published");
             assert_eq!(control.published().expect("list"), std::slice::from_ref(&published));
             assert_eq!(control.unpublish(published.id).expect("removed"), Some(published.clone()));
             assert_eq!(control.unpublish(published.id).expect("no such port"), None);
             // What it had is free again.
             TcpListener::bind(published.addresses[0]).expect("closed");
-            control.stop();
         });
         while engine.turn(&mut || now, None) == Turn::Goes {}
         caller.join().expect("caller");
