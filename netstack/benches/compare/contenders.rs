@@ -101,6 +101,10 @@ impl Contender {
             });
         }
         let inside = Net::new();
+        // A new namespace has the machine's, not that of the host here.
+        const CONTROL: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
+        let control = world.host.run(|| std::fs::read_to_string(CONTROL).unwrap());
+        inside.run(move || std::fs::write(CONTROL, control.trim()).unwrap());
         let file = std::env::temp_dir().join(format!("netstack-compare-{}-{index}", std::process::id()));
         std::fs::write(&file, "").unwrap();
         let none: Option<&str> = None;

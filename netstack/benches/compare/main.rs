@@ -128,7 +128,7 @@ fn compare_all(args: &[String]) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Makes `name` what new connections of the host and the internet use; whether it could be done.
+/// Makes `name` what new connections of the host, the internet and guests to come use; whether it could be done.
 fn congestion_control(world: &World, name: &'static str) -> bool {
     let set = move || std::fs::write("/proc/sys/net/ipv4/tcp_congestion_control", name).is_ok();
     world.host.run(set) && world.internet.run(set)

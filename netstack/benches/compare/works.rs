@@ -51,8 +51,10 @@ const COST: Part = Part { own: Some(0.45), ..part("cpu", "s/GiB", Better::Less) 
 const ONE: &[Part] = &[Part { native: Some(0.40), pasta: Some(8.0), ..RATE }, COST];
 const EIGHT: &[Part] = &[Part { native: Some(0.20), pasta: Some(8.0), ..RATE }, COST];
 /// The same under BBR: 0.7 of what is wanted without.
-const ONE_BBR: &[Part] = &[Part { native: Some(0.28), pasta: Some(5.6), ..RATE }, COST];
-const EIGHT_BBR: &[Part] = &[Part { native: Some(0.14), pasta: Some(5.6), ..RATE }, COST];
+const ONE_BBR: &[Part] =
+    &[Part { native: Some(0.28), pasta: Some(5.6), ..RATE }, part("cpu", "s/GiB", Better::Less)];
+const EIGHT_BBR: &[Part] =
+    &[Part { native: Some(0.14), pasta: Some(5.6), ..RATE }, part("cpu", "s/GiB", Better::Less)];
 const FROM_LOOPBACK: &[Part] = &[Part { native: Some(0.9), ..RATE }, part("cpu", "s/GiB", Better::Less)];
 const FROM_OUTSIDE: &[Part] = &[Part { native: Some(0.35), ..RATE }, COST];
 const LATENCY: &[Part] = &[
