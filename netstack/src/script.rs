@@ -297,7 +297,11 @@ fn listener(is_v6: bool) -> (TcpListener, u16) {
     (listener, port)
 }
 
+/// The next connection. That nobody connects is a failure, not a test that never ends.
 fn accept(listener: &TcpListener) -> TcpStream {
+    use nix::poll::{PollFd, PollFlags, poll};
+    let mut fds = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+    assert_eq!(poll(&mut fds, 10_000u16), Ok(1), "nobody connects");
     let stream = listener.accept().expect("connection").0;
     stream.set_read_timeout(Some(std::time::Duration::from_secs(10))).expect("time-out");
     stream
