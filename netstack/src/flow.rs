@@ -220,7 +220,9 @@ impl Timers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ingress::tests::Seeded;
     use smoltcp::time::Duration;
+    use std::collections::HashMap;
 
     #[test]
     fn a_name_dies_with_its_entry() {
@@ -286,5 +288,181 @@ mod tests {
         timers.set(at(11), flow);
         timers.cancel(at(11), flow);
         assert_eq!((timers.len(), timers.pop_due(at(12))), (0, None));
+    }
+
+    /// Where a sequence of random operations begins; `NETSTACK_SEED` chooses a single one.
+    fn seeds() -> Vec<u64> {
+        let chosen = std::env::var("NETSTACK_SEED").ok().and_then(|text| text.parse().ok());
+        chosen.map_or_else(|| (0x5eed_2000..0x5eed_2000 + 32).collect(), |seed| vec![seed])
+    }
+
+    /// Flows as TCP and UDP keep them: the table, and beside it the index by key. The model is a plain list of all that
+    /// was ever inserted.
+    #[test]
+    fn random_operations_leave_what_a_plain_list_would_have() {
+        struct Entry {
+            id: FlowId,
+            key: FlowKey,
+            value: u64,
+            alive: bool,
+        }
+        for seed in seeds() {
+            println!("seed {seed}");
+            let mut random = Seeded(seed);
+            let mut slab: Slab<(FlowKey, u64)> = Slab::default();
+            let mut by_key: HashMap<FlowKey, FlowId> = HashMap::new();
+            let mut model: Vec<Entry> = Vec::new();
+            let mut most = 0;
+            // Growing, shrinking, and growing again: slots are used many times.
+            for round in 0..3_000usize {
+                let growing = round / 500 % 2 == 0;
+                match random.below(10) {
+                    0..=3 => {
+                        let end = |random: &mut Seeded, is_v6: bool| {
+                            let last = random.byte() % 8;
+                            let v4 = IpAddr::from([10, 0, 2, last]);
+                            let v6 = IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, u16::from(last)]);
+                            Endpoint::new(if is_v6 { v6 } else { v4 }, 1 + u16::from(random.byte() % 16))
+                        };
+                        let is_v6 = random.below(2) == 0;
+                        let key = FlowKey { guest: end(&mut random, is_v6), remote: end(&mut random, is_v6) };
+                        let known = model.iter().any(|entry| entry.alive && entry.key == key);
+                        assert_eq!(by_key.contains_key(&key), known);
+                        if known || !growing && random.below(3) != 0 {
+                            continue;
+                        }
+                        let value = random.next();
+                        let mut told = None;
+                        let id = slab.insert_with(|id| {
+                            told = Some(id);
+                            (key, value)
+                        });
+                        assert_eq!(told, Some(id), "an entry knows its own name");
+                        assert!(model.iter().all(|entry| entry.id != id), "no name is given twice");
+                        by_key.insert(key, id);
+                        model.push(Entry { id, key, value, alive: true });
+                    }
+                    4..=6 if !model.is_empty() && (!growing || random.below(3) == 0) => {
+                        // Often one that is gone already.
+                        let at = random.below(model.len());
+                        let entry = &mut model[at];
+                        let removed = slab.remove(entry.id);
+                        assert_eq!(removed, entry.alive.then_some((entry.key, entry.value)));
+                        if removed.is_some() {
+                            assert_eq!(by_key.remove(&entry.key), Some(entry.id));
+                        }
+                        entry.alive = false;
+                    }
+                    7 if !model.is_empty() => {
+                        let at = random.below(model.len());
+                        let entry = &mut model[at];
+                        let value = random.next();
+                        if let Some((_, kept)) = slab.get_mut(entry.id) {
+                            assert!(entry.alive);
+                            *kept = value;
+                            entry.value = value;
+                        } else {
+                            assert!(!entry.alive);
+                        }
+                    }
+                    8 if random.below(20) == 0 => {
+                        // Room is made: the sixteenth with the least values goes.
+                        let first = slab.first_by(|(_, value)| *value);
+                        let mut values: Vec<u64> =
+                            model.iter().filter(|entry| entry.alive).map(|entry| entry.value).collect();
+                        values.sort_unstable();
+                        values.truncate((values.len() / 16).max(1));
+                        let mut gone: Vec<u64> = Vec::new();
+                        for id in first {
+                            let (key, value) = slab.remove(id).expect("an entry of the table");
+                            assert_eq!(by_key.remove(&key), Some(id));
+                            gone.push(value);
+                        }
+                        gone.sort_unstable();
+                        assert_eq!(gone, values);
+                        for entry in model.iter_mut().filter(|entry| gone.contains(&entry.value)) {
+                            entry.alive = false;
+                        }
+                    }
+                    _ => {}
+                }
+                let alive = model.iter().filter(|entry| entry.alive).count();
+                most = most.max(alive);
+                assert_eq!((slab.len(), by_key.len()), (alive, alive));
+                // What was freed is used again before the table grows.
+                assert!(slab.entries.len() <= most);
+                let Some(entry) = model.get(random.below(model.len())) else { continue };
+                let expected = entry.alive.then_some((entry.key, entry.value));
+                assert_eq!(slab.get(entry.id).copied(), expected);
+                assert_eq!(slab.get(FlowId::unpack(entry.id.pack())).copied(), expected);
+            }
+            assert!(most > 50 && model.len() > most + 200, "{most} of {}", model.len());
+            let mut left: Vec<(FlowId, u64)> = slab.iter().map(|(id, (_, value))| (id, *value)).collect();
+            let mut expected: Vec<(FlowId, u64)> =
+                model.iter().filter(|entry| entry.alive).map(|entry| (entry.id, entry.value)).collect();
+            left.sort_unstable();
+            expected.sort_unstable();
+            assert_eq!(left, expected);
+        }
+    }
+
+    /// Timers as their owners use them. The model is a list of who wants to be woken when.
+    #[test]
+    fn random_timers_fire_once_in_order_and_as_early_as_anybody_asked() {
+        const TABLES: [TimerKey; 5] =
+            [TimerKey::Udp, TimerKey::Ping, TimerKey::Reassembly, TimerKey::Accept, TimerKey::Router];
+        for seed in seeds() {
+            println!("seed {seed}");
+            let mut random = Seeded(seed);
+            let mut timers = Timers::default();
+            let mut model: Vec<(Instant, TimerKey)> = Vec::new();
+            let mut now = Instant::from_secs(1_000);
+            let (mut fired, mut cancelled) = (0, 0);
+            for _ in 0..3_000 {
+                let at = now + Duration::from_millis(random.next() % 5_000);
+                let flow = FlowId::unpack(random.next() % 32);
+                let flow = if random.below(2) == 0 { TimerKey::Tcp(flow) } else { TimerKey::Dns(flow) };
+                let wanted = model.iter().position(|(_, key)| *key == flow);
+                match (random.below(8), wanted) {
+                    (0..3, None) => {
+                        timers.set(at, flow);
+                        model.push((at, flow));
+                    }
+                    // An owner takes its timer back before it sets an earlier one.
+                    (0..3, Some(i)) if at < model[i].0 => {
+                        timers.cancel(model[i].0, flow);
+                        timers.set(at, flow);
+                        model[i].0 = at;
+                    }
+                    (3, Some(i)) => {
+                        timers.cancel(model.swap_remove(i).0, flow);
+                        cancelled += 1;
+                    }
+                    // Nothing to take back: what is there stays.
+                    (3, None) => timers.cancel(at, flow),
+                    (4..6, _) => {
+                        let key = TABLES[random.below(TABLES.len())];
+                        timers.set(at, key);
+                        match model.iter_mut().find(|(_, other)| *other == key) {
+                            Some((earlier, _)) => *earlier = at.min(*earlier),
+                            None => model.push((at, key)),
+                        }
+                    }
+                    _ => {
+                        now += Duration::from_millis(random.next() % 500);
+                        while let Some(key) = timers.pop_due(now) {
+                            let i = model.iter().position(|(_, other)| *other == key).expect("was set");
+                            let (at, _) = model.swap_remove(i);
+                            assert!(at <= now && model.iter().all(|(other, _)| *other >= at));
+                            fired += 1;
+                        }
+                        assert!(model.iter().all(|(at, _)| *at > now), "nothing that is due is left");
+                    }
+                }
+                assert_eq!(timers.next_at(), model.iter().map(|(at, _)| *at).min());
+                assert_eq!(timers.len(), model.len());
+            }
+            assert!(fired > 300 && cancelled > 20, "{fired} {cancelled}");
+        }
     }
 }
