@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use smoltcp::time::Duration;
 
 use crate::flowlog::FlowLog;
+use crate::pcap::Capture;
 use crate::policy::PolicySpec;
 
 /// Everything the stack needs to know.
@@ -24,6 +25,8 @@ pub struct StackSpec {
     pub policy: PolicySpec,
     /// Is told of every flow; `None` costs nothing.
     pub flow_log: Option<FlowLog>,
+    /// Gets every frame that crosses the TAP; `None` costs nothing.
+    pub capture: Option<Capture>,
     /// Addresses of the host that the sockets of flows use.
     pub outbound: Outbound,
 }
@@ -295,6 +298,9 @@ pub(crate) const ROUTER_LIFETIME: Duration = Duration::from_secs(65_535);
 /// When it is repeated, if the guest has asked for one.
 pub(crate) const ROUTER_REFRESH: Duration = Duration::from_secs(65_535 / 3);
 
+/// Bytes of a capture that wait for its file.
+pub(crate) const CAPTURE_BUFFER: usize = 16 << 20;
+
 /// Frames towards the guest that wait for the TAP to take them.
 pub(crate) const MAX_PENDING_FRAMES: usize = 1_024;
 
@@ -320,6 +326,7 @@ pub(crate) mod tests {
             dns: DnsSpec::default(),
             policy: PolicySpec::default(),
             flow_log: None,
+            capture: None,
             outbound: Outbound::default(),
         }
     }

@@ -29,6 +29,7 @@ use smoltcp::wire::{IpAddress, IpProtocol, TcpPacket, TcpSeqNumber, checksum};
 use crate::config::{MAX_PENDING_FRAMES, StackSpec};
 use crate::emit::{self, ip_header_len};
 use crate::flow::Endpoint;
+use crate::pcap::{Capture, Direction};
 use crate::stats::Counters;
 use crate::sys::VNET_HEADER_LEN;
 
@@ -114,6 +115,7 @@ pub(crate) struct Tap {
     pending: VecDeque<Box<[u8]>>,
     ipv4_ident: u16,
     stats: Arc<Counters>,
+    pub(crate) capture: Option<Capture>,
 }
 
 /// Datagrams on their way to the guest that go together.
@@ -166,6 +168,7 @@ impl Tap {
             pending: VecDeque::new(),
             ipv4_ident: 1,
             stats,
+            capture: spec.capture.clone(),
         }
     }
 
@@ -193,6 +196,11 @@ impl Tap {
                 Ok(len) => {
                     self.stats.frames_from_guest.one();
                     self.stats.bytes_from_guest.add(len.saturating_sub(VNET_HEADER_LEN));
+                    if let Some(capture) = &self.capture
+                        && let Some(frame) = buffer.get(VNET_HEADER_LEN..len)
+                    {
+                        capture.frame(Direction::FromGuest, frame);
+                    }
                     return ReadResult::Frame(len);
                 }
                 Err(Errno::EINTR) => {}
@@ -341,6 +349,9 @@ impl Tap {
                 Ok(_) => {
                     self.stats.frames_to_guest.one();
                     self.stats.bytes_to_guest.add(frame.len() - VNET_HEADER_LEN);
+                    if let Some(capture) = &self.capture {
+                        capture.frame(Direction::ToGuest, &frame[VNET_HEADER_LEN..]);
+                    }
                     return Ok(());
                 }
                 Err(Errno::EINTR) => {}

@@ -222,6 +222,16 @@ impl Shared {
         !reason.is_silent()
     }
 
+    /// Pins `name` to `ip`: [`Pins::pin`].
+    pub(crate) fn pin(&mut self, now: Instant, name: &Arc<str>, ip: IpAddr, ttl: Option<Duration>) -> bool {
+        if let Some(capture) = &self.tap.capture
+            && self.pins.names(now, ip).all(|known| known != &**name)
+        {
+            capture.name(ip, name);
+        }
+        self.pins.pin(now, name, ip, ttl)
+    }
+
     /// Tells whoever listens what happened to a flow.
     pub(crate) fn tell(&self, transport: Transport, inbound: bool, key: FlowKey, kind: FlowEventKind<'_>) {
         let Some(log) = &self.spec.flow_log else { return };

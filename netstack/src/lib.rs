@@ -21,7 +21,7 @@
 //!
 //! What it refuses to do: it never opens a path but /dev/net/tun (in [`open_tap`]) and /etc/resolv.conf, never runs a
 //! program, never needs a capability (but for [`open_tap`], which is called inside), never wakes up without a reason, and
-//! keeps no data but in the rings of TCP flows, and answers of resolvers.
+//! keeps no data but in the rings of TCP flows, answers of resolvers, and a capture that was asked for.
 //!
 //! ```no_run
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -44,6 +44,7 @@
 //!     dns: DnsSpec::default(),
 //!     policy: PolicySpec::default(),
 //!     flow_log: None,
+//!     capture: None,
 //!     outbound: Outbound::default(),
 //! };
 //! // In the host's.
@@ -73,6 +74,7 @@ mod icmp;
 mod ingress;
 mod ndp;
 mod netlink;
+mod pcap;
 mod policy;
 #[cfg(test)]
 mod script;
@@ -87,6 +89,7 @@ pub use engine::Stack;
 pub use flowlog::{FlowEvent, FlowEventKind, FlowLog, Traffic};
 pub use forward::{PortId, Published, PublishedPort};
 pub use ndp::slaac_address;
+pub use pcap::{Capture, Captured};
 pub use policy::{HostLoopback, NamePattern, PolicySpec, Rule, RuleError, Transport};
 pub use stats::Stats;
 

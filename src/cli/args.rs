@@ -202,6 +202,9 @@ pub(super) struct RunArgs {
     /// Append a line of JSON to this file for each flow that begins, is refused, or ends
     #[arg(long, value_name = "FILE", conflicts_with = "dry_run", help_heading = "Report")]
     pub(super) network_log: Option<PathBuf>,
+    /// Write every packet of the sandbox to this file, as pcapng
+    #[arg(long, value_name = "FILE", conflicts_with = "dry_run", help_heading = "Report")]
+    pub(super) network_capture: Option<PathBuf>,
 
     /// What stands before `--`: an image
     #[arg(hide = true, value_name = "IMAGE")]

@@ -17,7 +17,7 @@ use crate::error::{errno_of, errno_text};
 use crate::host::{HostFacts, hints, layers};
 use crate::launch::{self, LaunchError};
 use crate::plan::{self, BoxPlace, NetPlan, Plan, UpperPlan};
-use crate::report::{NetworkLog, PublishedPort, RunReport};
+use crate::report::{NetworkLog, NetworkRecords, PublishedPort, RunReport, open_capture};
 use crate::sandbox::{BoxRecord, BoxState, ExternalUpper, LockedBox, StateError, StateRoot, external_upper};
 use crate::spec::{
     self, LayerSpec, LoopbackSpec, NetMode, PublishSpec, RootSpec, SandboxSpec, SpecError, TimeSpec,
@@ -90,26 +90,40 @@ fn report_failed(path: &Path, source: &std::io::Error) -> Failure {
         .code(RUN_FAILED)
 }
 
-fn open_network_log(path: &Path, spec: &ValidSpec) -> Result<NetworkLog, Failure> {
-    if spec.net.mode != NetMode::Stack {
-        return Err(usage(&SpecError::Conflict {
-            field: "network-log",
-            other: if spec.net.mode == NetMode::Host { "network host" } else { "network none" },
-            reason: "only what goes through the stack can be logged".into(),
-        }));
-    }
-    NetworkLog::open(path).map_err(|source| {
-        Failure::text(format!("cannot write the network log {}", path.display()))
+/// Opens what `--network-log` and `--network-capture` name.
+fn open_network_records(args: &RunArgs, spec: &ValidSpec) -> Result<NetworkRecords, Failure> {
+    let wanted = |field, path: &Option<PathBuf>| match spec.net.mode {
+        _ if path.is_none() => Ok(()),
+        NetMode::Stack => Ok(()),
+        mode => Err(usage(&SpecError::Conflict {
+            field,
+            other: if mode == NetMode::Host { "network host" } else { "network none" },
+            reason: "only what goes through the stack can be recorded".into(),
+        })),
+    };
+    wanted("network-log", &args.network_log)?;
+    wanted("network-capture", &args.network_capture)?;
+    let failed = |what: &str, path: &Path, source: &std::io::Error| {
+        Failure::text(format!("cannot write the {what} {}", path.display()))
             .cause(
                 source.raw_os_error().map_or_else(|| source.to_string(), |n| errno_text(Errno::from_raw(n))),
             )
             .code(RUN_FAILED)
-    })
+    };
+    let mut records = NetworkRecords::default();
+    if let Some(path) = &args.network_log {
+        records.log = Some(NetworkLog::open(path).map_err(|source| failed("network log", path, &source))?);
+    }
+    if let Some(path) = &args.network_capture {
+        records.capture =
+            Some(open_capture(path).map_err(|source| failed("network capture", path, &source))?);
+    }
+    Ok(records)
 }
 
 fn run_spec(args: &RunArgs) -> Result<Option<Done>, Failure> {
     let spec = spec_of(args)?.validate().map_err(|error| usage(&error))?;
-    let network_log = args.network_log.as_deref().map(|path| open_network_log(path, &spec)).transpose()?;
+    let records = open_network_records(args, &spec)?;
     let facts = HostFacts::gather();
     let root = layers::inspect(&spec, &facts).map_err(|error| {
         let hint = error.hint();
@@ -153,7 +167,7 @@ fn run_spec(args: &RunArgs) -> Result<Option<Done>, Failure> {
     let made = state.make_box(spec.name.as_deref()).map_err(|error| state_failed(&error, &facts))?;
     let upper = external.clone().unwrap_or_else(|| made.upper());
     let place = place(made.name(), Some(upper));
-    match launch_in(&made, &spec, &facts, &place, external.as_ref(), network_log) {
+    match launch_in(&made, &spec, &facts, &place, external.as_ref(), records) {
         Ok((report, record)) => Ok(Some(finish(made, &spec, report, record, &facts))),
         Err(failure) => {
             // The failure is what counts; what could not be removed, `prune` finds.
@@ -176,7 +190,7 @@ fn launch_in(
     facts: &HostFacts,
     place: &BoxPlace,
     external: Option<&UpperPlan>,
-    network_log: Option<NetworkLog>,
+    records: NetworkRecords,
 ) -> Result<(RunReport, BoxRecord), Failure> {
     let plan = make_plan(spec, facts, place)?;
     for note in &plan.notes {
@@ -190,7 +204,7 @@ fn launch_in(
     let record = BoxRecord::new(&plan, external.is_some());
     made.write_record(&record).map_err(failed)?;
     let external = external.map(ExternalUpper::lock).transpose().map_err(failed)?;
-    let outcome = launch::prepare(&plan, network_log).and_then(|prepared| {
+    let outcome = launch::prepare(&plan, records).and_then(|prepared| {
         tell_chosen_ports(&plan, prepared.published());
         prepared.run()
     });

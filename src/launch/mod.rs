@@ -25,7 +25,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 
 use self::handshake::{Channel, FromSetup, SetupFailure, Step};
 use crate::plan::Plan;
-use crate::report::{NetworkLog, PublishedPort, RunReport};
+use crate::report::{NetworkRecords, PublishedPort, RunReport};
 use crate::stage::{self, Inherited};
 use crate::supervise;
 use crate::sys::process::{Cloned, clone_with, default_signal};
@@ -179,12 +179,12 @@ pub struct Prepared<'a> {
 ///
 /// # Errors
 /// The layer, port or stream that cannot be used.
-pub fn prepare(plan: &Plan, network_log: Option<NetworkLog>) -> Result<Prepared<'_>, LaunchError> {
+pub fn prepare(plan: &Plan, records: NetworkRecords) -> Result<Prepared<'_>, LaunchError> {
     let began = Instant::now();
     check_streams()?;
     // Before the layers: the overlay sizes its cache of descriptors by the limit.
     let limits = OWN_LIMITS.map(raise_limit).into_iter().collect::<Result<Vec<_>, _>>()?;
-    let services = Services::prepare(plan, network_log)?;
+    let services = Services::prepare(plan, records)?;
     tracing::info!(name = plan.name, layers = plan.root.layers.len(), "layers are open and ports bound");
     Ok(Prepared { plan, services, limits, began })
 }

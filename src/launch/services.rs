@@ -1,16 +1,18 @@
 //! What the supervisor serves: the overlay and the network.
 
+use std::fs::File;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 
 use fsoverlay::Overlay;
 use netstack::{
-    DnsSpec, HostLoopback, Link, Outbound, PolicySpec, Protocol, Publish, Published, Stack, StackSpec,
+    Capture, DnsSpec, HostLoopback, Link, Outbound, PolicySpec, Protocol, Publish, Published, Stack,
+    StackSpec,
 };
 
 use super::LaunchError;
 use crate::plan::{NetPlan, Plan, StackPlan};
-use crate::report::{NetworkLog, PublishedPort};
+use crate::report::{NetworkLog, NetworkRecords, PublishedPort};
 use crate::spec::LoopbackSpec;
 
 /// Threads that serve the overlay. At least two, because a request that waits for the disk must not
@@ -25,18 +27,21 @@ pub(crate) struct Services {
     server: Option<fsoverlay::Server>,
     network: Option<(StackSpec, Published)>,
     stack: Option<Stack>,
+    capture_file: Option<File>,
+    capture: Option<Capture>,
     published: Vec<PublishedPort>,
 }
 
 impl Services {
     /// Opens the layers and binds the ports; starts nothing.
-    pub(super) fn prepare(plan: &Plan, network_log: Option<NetworkLog>) -> Result<Self, LaunchError> {
+    pub(super) fn prepare(plan: &Plan, records: NetworkRecords) -> Result<Self, LaunchError> {
         for layer in &plan.root.layers {
             tracing::debug!(layer = %layer.host_path.display(), "opening");
         }
         let overlay = Overlay::open(&plan.root.overlay_spec(&plan.ids, overlay_workers()))
             .map_err(LaunchError::Overlay)?;
         let mut network = None;
+        let mut capture_file = None;
         let mut published = Vec::new();
         if let NetPlan::Stack(stack) = &plan.net {
             let ports = Published::bind(&publish(stack)).map_err(LaunchError::Network)?;
@@ -51,10 +56,19 @@ impl Services {
             for port in &published {
                 tracing::debug!(host = %port.host, inside = port.inside_port, udp = port.udp, "published");
             }
-            let flow_log = network_log.map(NetworkLog::flow_log);
+            capture_file = records.capture;
+            let flow_log = records.log.map(NetworkLog::flow_log);
             network = Some((StackSpec { flow_log, ..stack_spec(stack, &plan.hostname) }, ports));
         }
-        Ok(Self { overlay: Some(overlay), server: None, network, stack: None, published })
+        Ok(Self {
+            overlay: Some(overlay),
+            server: None,
+            network,
+            stack: None,
+            capture_file,
+            capture: None,
+            published,
+        })
     }
 
     /// Serves the overlay on its mounted descriptor.
@@ -67,7 +81,14 @@ impl Services {
 
     /// Runs the network stack on the TAP.
     pub(crate) fn start_network(&mut self, tap: OwnedFd) -> Result<(), LaunchError> {
-        if let Some((spec, published)) = self.network.take() {
+        if let Some((mut spec, published)) = self.network.take() {
+            if let Some(file) = self.capture_file.take() {
+                let what = "the thread of the capture";
+                let capture = Capture::start(file)
+                    .map_err(|source| LaunchError::Network(netstack::Error::Start { what, source }))?;
+                spec.capture = Some(capture.clone());
+                self.capture = Some(capture);
+            }
             self.stack = Some(Stack::start(tap, &spec, published).map_err(LaunchError::Network)?);
         }
         Ok(())
@@ -87,6 +108,20 @@ impl Services {
     pub(super) fn finish(&mut self) -> bool {
         if let Some(stack) = self.stack.take() {
             stack.stop();
+        }
+        if let Some(capture) = self.capture.take() {
+            let captured = capture.finish();
+            tracing::info!(
+                seen = captured.seen,
+                dropped = captured.dropped,
+                "the capture of the network is over"
+            );
+            if captured.dropped > 0 {
+                tracing::warn!(
+                    dropped = captured.dropped,
+                    "packets are missing in the capture of the network"
+                );
+            }
         }
         let Some(server) = self.server.take() else { return false };
         let changed = server.changed();
@@ -132,6 +167,7 @@ fn stack_spec(plan: &StackPlan, hostname: &str) -> StackSpec {
             ..PolicySpec::default()
         },
         flow_log: None,
+        capture: None,
         outbound: Outbound::default(),
     }
 }

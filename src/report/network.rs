@@ -8,6 +8,7 @@ use std::sync::Mutex;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use netstack::{FlowEvent, FlowEventKind, FlowLog};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use serde::Serialize;
 
 /// A line. Fields that say nothing are left out.
@@ -46,6 +47,30 @@ struct Line<'a> {
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
 fn is_zero(n: &u64) -> bool {
     *n == 0
+}
+
+/// What is written about the network while the sandbox runs.
+#[derive(Debug, Default)]
+pub struct NetworkRecords {
+    /// Lines about flows.
+    pub log: Option<NetworkLog>,
+    /// Packets, as pcapng.
+    pub capture: Option<File>,
+}
+
+/// Opens the file of a capture; what was in it goes.
+///
+/// # Errors
+///
+/// As open(2); ENXIO for a fifo that nobody reads.
+pub fn open_capture(path: &Path) -> std::io::Result<File> {
+    let mut options = OpenOptions::new();
+    // A fifo without a reader must not hold the run up; with one, it is the capture's own thread that waits.
+    options.write(true).create(true).truncate(true).mode(0o600);
+    let file = options.custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)?;
+    let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?) - OFlag::O_NONBLOCK;
+    fcntl(&file, FcntlArg::F_SETFL(flags))?;
+    Ok(file)
 }
 
 /// Where lines go, and how many did not since the last that did.

@@ -651,12 +651,52 @@ fn the_network_log_has_a_line_for_each_flow() {
 }
 
 #[test]
+fn a_network_capture_can_be_read_by_other_programs() {
+    let _lab = lab!();
+    need!("curl", "tcpdump");
+    let home = Home::new();
+    let file = home.path("network.pcapng");
+    std::fs::write(&file, "what was there goes\n").unwrap();
+    let option = format!("--network-capture={}", file.display());
+    home.sh([&option], "curl -sS -m 20 -4 -o /dev/null http://world.test/").run().ok();
+    let read = |filter: &str| {
+        let mut tcpdump = std::process::Command::new("tcpdump");
+        let output =
+            tcpdump.args(["-n", "--time-stamp-precision=nano", "-r"]).arg(&file).arg(filter).output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let syns = read("tcp[tcpflags] == tcp-syn and dst port 80");
+    assert!(syns.lines().count() == 1 && syns.contains("Flags [S]"), "{syns}");
+    assert!(read("udp port 53").contains("A? world.test."));
+    // Names are in a block of their own, which tcpdump passes over.
+    let bytes = std::fs::read(&file).unwrap();
+    let record = |text: &[u8]| bytes.windows(text.len()).any(|part| part == text);
+    assert!(record(b"\x0a\x4d\0\x02world.test\0"));
+}
+
+#[test]
+fn a_network_capture_on_a_full_disk_ends_and_the_network_goes_on() {
+    let _lab = lab!();
+    need!("curl");
+    let home = Home::new();
+    let script = "curl -sS -m 20 -4 -o /dev/null http://world.test/ && echo reached";
+    home.sh(["--network-capture=/dev/full"], script)
+        .run()
+        .says("the capture of the network ends here")
+        .prints("reached");
+}
+
+#[test]
 fn a_network_log_that_cannot_be_is_refused_before_anything_happens() {
     let home = Home::new();
     for (options, part) in [
         (&["--network-log=/no/such/dir/log"][..], "ENOENT"),
         (&["--network-log=/dev/null", "--network=none"], "network-log and network none"),
         (&["--network-log=/dev/null", "--network=host"], "network-log and network host"),
+        (&["--network-capture=/no/such/dir/log"], "ENOENT"),
+        (&["--network-capture=/dev/null", "--network=none"], "network-capture and network none"),
     ] {
         home.run(options, ["true"]).run().exits(125).says(part);
     }

@@ -155,9 +155,9 @@ pub(crate) struct Dns {
 
 impl Dns {
     pub(crate) fn new(sh: &mut Shared, now: Instant) -> Self {
-        for (name, ip) in &sh.spec.dns.hosts {
-            if let Some(name) = message::wire(name) {
-                sh.pins.pin(now, &message::text(&name).into(), *ip, None);
+        for (name, ip) in sh.spec.dns.hosts.clone() {
+            if let Some(name) = message::wire(&name) {
+                sh.pin(now, &message::text(&name).into(), ip, None);
             }
         }
         Self {
@@ -458,7 +458,7 @@ impl Dns {
             let name: Arc<str> = message::text(pending.question.name()).into();
             let ttl = Duration::from_secs(ttl.into());
             for ip in ips {
-                lost |= sh.pins.pin(now, &name, ip, Some(ttl));
+                lost |= sh.pin(now, &name, ip, Some(ttl));
             }
         }
         if lost {

@@ -6,6 +6,53 @@ use super::*;
 
 const GSO_UDP_L4: u8 = 5;
 
+#[test]
+fn a_capture_has_every_frame_as_it_crossed_the_tap_and_the_names() {
+    use crate::pcap::{Capture, tests as pcap};
+    let (file, copy) = pcap::memory();
+    let capture = Capture::start(file).expect("thread");
+    let mut spec = StackSpec { capture: Some(capture.clone()), ..spec() };
+    spec.dns.hosts = vec![("own.example".to_owned(), ip(GUEST_V4))];
+    let server = UdpSocket::bind("127.0.0.1:0").expect("socket");
+    let port = server.local_addr().expect("address").port();
+    let mut script = Script::new(&spec, true);
+    let packet = udp((GUEST_V4, 5_000), (GATEWAY_V4, port), b"hello");
+    script.send_ip(&packet);
+    script.settle();
+    let guest = server.recv_from(&mut [0; 10]).expect("hello").1;
+    // Two datagrams that go to the guest as one super-segment.
+    setsockopt(&server, UdpGsoSegment, &700).expect("segments");
+    server.send_to(&[1; 1_400], guest).expect("send");
+    let out = script.expect("the answer", |_| true);
+    assert_eq!(out.offload(), (GSO_UDP_L4, 700));
+    drop(script);
+    let captured = capture.finish();
+    assert!(captured.complete && (captured.seen, captured.dropped) == (2, 0), "{captured:?}");
+    let blocks = pcap::blocks(&pcap::read(copy));
+    let name =
+        blocks.iter().position(|(kind, body)| *kind == 4 && body.windows(11).any(|w| w == b"own.example"));
+    let packets: Vec<_> = blocks.iter().filter(|(kind, _)| *kind == 6).collect();
+    assert!(name.is_some_and(|at| blocks[at + 1..].iter().filter(|(kind, _)| *kind == 6).count() == 2));
+    let (sent, options) = pcap::packet(&packets[0].1);
+    assert_eq!((&sent[ETHERNET_HEADER_LEN..], &options[0]), (&packet[..], &(2, vec![2, 0, 0, 0])));
+    let (received, options) = pcap::packet(&packets[1].1);
+    assert_eq!((&received[..], &options[0]), (out.ethernet(), &(2, vec![1, 0, 0, 0])));
+}
+
+#[test]
+fn a_capture_that_ends_early_ends_nothing_else() {
+    use crate::pcap::Capture;
+    let full = std::fs::File::options().write(true).open("/dev/full").expect("/dev/full");
+    let capture = Capture::start(full).expect("thread");
+    assert!(!capture.finish().complete);
+    let mut script = Script::new(&StackSpec { capture: Some(capture), ..spec() }, true);
+    let server = UdpSocket::bind("127.0.0.1:0").expect("socket");
+    let port = server.local_addr().expect("address").port();
+    script.send_ip(&udp((GUEST_V4, 5_000), (GATEWAY_V4, port), b"hello"));
+    script.settle();
+    assert_eq!(server.recv_from(&mut [0; 10]).expect("hello").0, 5);
+}
+
 struct Ends {
     script: Script,
     server: UdpSocket,

@@ -153,6 +153,7 @@ pub(crate) fn spec() -> StackSpec {
         dns: DnsSpec::default(),
         policy: PolicySpec::default(),
         flow_log: None,
+        capture: None,
         outbound: Outbound::default(),
     }
 }

@@ -241,6 +241,7 @@ fn stack_spec(args: &NetstackArgs, wanted: &Wanted, mac: [u8; 6]) -> StackSpec {
         },
         outbound: wanted.outbound,
         flow_log: None,
+        capture: None,
     }
 }
 
