@@ -33,6 +33,8 @@ use crate::xattr::{IMPURE, ORIGIN};
 
 /// Copying this many bytes is more than others are made to wait for.
 pub(crate) const MUCH: u64 = 4 << 20;
+/// How often an object is looked for that loses its names meanwhile.
+const MAX_LOOKS: u32 = 100;
 
 /// A complete object that has no name in the upper yet.
 #[derive(Debug)]
@@ -89,7 +91,7 @@ impl Drop for Temp<'_> {
     }
 }
 
-/// Links an open file that has no name. Without CAP_DAC_READ_SEARCH the direct way is
+/// Gives an open object a name, whether it has one or not; `O_PATH` is enough. Without CAP_DAC_READ_SEARCH the direct way is
 /// open since Linux 6.10; before, the descriptor's name in procfs is the way.
 pub(crate) fn link_fd(fd: BorrowedFd<'_>, dir: BorrowedFd<'_>, name: &[u8]) -> Res<()> {
     match rustix::fs::linkat(fd, c"", dir, name, AtFlags::EMPTY_PATH) {
@@ -203,7 +205,7 @@ impl Engine {
             }
             None
         };
-        let mut placed: Option<(Fd, Box<[u8]>)> = None;
+        let mut placed = false;
         for link in &links {
             let last = self.copy_up(&link.parent).and_then(|()| {
                 let state = link.parent.dir()?.state.write();
@@ -214,37 +216,35 @@ impl Engine {
                 let fd = self.fd(dir)?;
                 self.mark_impure(dir)?;
                 let before = stat_fd(fd.as_fd())?;
-                match &placed {
+                // Not by the name that it has by now, which may be moved meanwhile.
+                temp.link(fd.as_fd(), &link.name).map_err(|err| match err {
                     // Somebody replaced the layer's file, and what replaced it was copied up before.
-                    None => temp.link(fd.as_fd(), &link.name).map_err(|err| match err {
-                        Errno::EXIST => Errno::STALE,
-                        err => err,
-                    })?,
-                    Some((first, name)) => {
-                        rustix::fs::linkat(first, &**name, &fd, &*link.name, AtFlags::empty())?
-                    }
-                }
+                    Errno::EXIST if !placed => Errno::STALE,
+                    err => err,
+                })?;
                 self.restore_times(fd.as_fd(), &before);
-                if placed.is_none() {
-                    placed = Some((fd, link.name.clone()));
-                    self.become_upper(node, Some(link), from, has_record, temp, entry.is_some())?;
-                } else {
+                if placed {
                     node.inner.lock().extra_links -= 1;
+                } else {
+                    placed = true;
+                    self.become_upper(node, Some(link), from, has_record, temp, entry.is_some())?;
                 }
                 drop(state);
                 Ok(())
             });
             match last {
                 Ok(()) => {}
+                // Removed since, and then the directory that it was in.
+                Err(Errno::NOENT) if !node.has_link(&link.parent, &link.name) => {}
                 // The object is in the upper under one name at least; the others are
                 // linked when they are looked up next.
-                Err(err) if placed.is_some() => {
+                Err(err) if placed => {
                     tracing::debug!(?err, "a hard link was left behind by a copy-up");
                 }
                 Err(err) => return Err(err),
             }
         }
-        if placed.is_none() {
+        if !placed {
             // Unlinked: open descriptors know it, and names of the layer that nobody asked for yet.
             self.become_upper(node, None, from, has_record, temp, entry.is_some())?;
         }
@@ -435,26 +435,38 @@ impl Engine {
     /// Gives a copied-up file a further name that it has below.
     pub(crate) fn materialise(&self, node: &Arc<Node>, parent: &Arc<Node>, name: &[u8]) -> Res<()> {
         self.copy_up(parent)?;
+        for _ in 0..MAX_LOOKS {
+            // Any name that is known now may lead to something else by the time it is used, since the
+            // directory that it is in is not locked.
+            let Some(object) = self.object(node)? else { return Ok(()) };
+            match self.materialise_object(node, object.as_fd(), parent, name) {
+                // It has lost all names that it had then; there may be others.
+                Err(Errno::NOENT) => {}
+                done => return done,
+            }
+        }
+        // The kernel looks the name up again.
+        Err(Errno::STALE)
+    }
+
+    fn materialise_object(
+        &self,
+        node: &Arc<Node>,
+        object: BorrowedFd<'_>,
+        parent: &Arc<Node>,
+        name: &[u8],
+    ) -> Res<()> {
         let state = parent.dir()?.state.write();
         if state.removed || !node.has_link(parent, name) {
             return Ok(());
         }
-        let (place, first) = {
-            let inner = node.inner.lock();
-            (inner.place.clone(), inner.links.first().cloned().ok_or(Errno::NOENT)?)
-        };
         let dir = parent.upper_dir()?;
         let fd = self.fd(dir)?;
-        let (from, from_name) = match &place {
-            Place::Upper => (self.upper_fd(&first.parent)?, &first.name),
-            Place::Parked(parked) => (parked.work.clone(), &parked.name),
-            _ => return Ok(()),
-        };
         let before = stat_fd(fd.as_fd())?;
         self.mark_impure(dir)?;
         self.note_entry(parent);
         let changing = node.names.begin();
-        match rustix::fs::linkat(&from, &**from_name, &fd, name, AtFlags::empty()) {
+        match link_fd(object, fd.as_fd(), name) {
             Ok(()) => {}
             Err(Errno::EXIST) => return Ok(()),
             Err(err) => return Err(err),
@@ -471,7 +483,7 @@ impl Engine {
             })
         };
         // The last of these takes the name in the work directory with it.
-        drop((place, parked, changing));
+        drop((parked, changing));
         drop(state);
         self.note_links(node);
         Ok(())
@@ -608,4 +620,127 @@ fn copy_range(from: BorrowedFd<'_>, to: BorrowedFd<'_>, start: u64, end: u64) ->
 /// An empty regular file that stands for a fifo, a socket or a device.
 pub(crate) fn make_placeholder(dir: BorrowedFd<'_>, name: &[u8]) -> Res<()> {
     rustix::fs::mknodat(dir, name, FileType::RegularFile, Mode::from_raw_mode(0o600), 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+    use std::sync::Barrier;
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+    use crate::engine::tests::Scratch;
+    use crate::rename::How;
+
+    /// Hard links of one file in each of three layers, and another file among them in the upper: `from/file`
+    /// and `from/other`, and the file again as `to/0`, `to/1`, ….
+    fn linked(name: &str, count: usize) -> Scratch {
+        let scratch = Scratch::with_layers(name, 3);
+        let layer = |n: usize| match n % 3 {
+            0 => scratch.dir.join("lower"),
+            n => scratch.dir.join(format!("lower{n}")),
+        };
+        for n in 0..3 {
+            for dir in ["from", "to"] {
+                std::fs::create_dir(layer(n).join(dir)).expect("made");
+            }
+        }
+        let first = layer(1).join("from/file");
+        std::fs::write(&first, "file").expect("written");
+        for n in 0..count {
+            std::fs::hard_link(&first, layer(n).join(format!("to/{n}"))).expect("linked");
+        }
+        std::fs::create_dir(scratch.dir.join("upper/from")).expect("made");
+        std::fs::write(scratch.dir.join("upper/from/other"), "other").expect("written");
+        scratch
+    }
+
+    /// What a later server with the same directories finds: each name leads to its own file.
+    fn assert_apart(scratch: &Scratch, count: usize, moved: bool) {
+        let engine = Engine::open(&scratch.spec()).expect("an overlay");
+        let look = |dir: &str, name: &str| {
+            let dir = engine.lookup(engine.root(), dir.as_bytes()).expect("there");
+            engine.lookup(&dir, name.as_bytes()).expect("there")
+        };
+        let read = |node: &Arc<Node>| {
+            let mut bytes = [0; 8];
+            let n = engine.read(node, 0, &mut bytes).expect("read");
+            String::from_utf8_lossy(&bytes[..n]).into_owned()
+        };
+        let (file, other) = if moved { ("other", "file") } else { ("file", "other") };
+        let (file, other) = (look("from", file), look("from", other));
+        assert_eq!((read(&file), read(&other)), ("File".to_owned(), "other".to_owned()));
+        let names: Vec<_> = (0..count).map(|n| look("to", &n.to_string()).ino).collect();
+        assert!(names.iter().all(|&ino| ino == file.ino), "{:?}", (file.ino, other.ino, names));
+        let nlink = |node| engine.attr(node).map(|attr| attr.stat.nlink);
+        assert_eq!((nlink(&file), nlink(&other)), (u32::try_from(count + 1).map_err(|_| Errno::IO), Ok(1)));
+        let on_disk = std::fs::metadata(scratch.dir.join("upper/from/file")).expect("there").nlink();
+        assert_eq!(on_disk, if moved { 1 } else { count as u64 + 1 });
+    }
+
+    #[test]
+    fn a_further_name_leads_to_its_file_whatever_moves_meanwhile() {
+        const COUNT: usize = 2000;
+        let scratch = linked("further", COUNT);
+        let engine = &scratch.engine;
+        let dir = |name: &[u8]| engine.lookup(engine.root(), name).expect("there");
+        let (from, to) = (dir(b"from"), dir(b"to"));
+        let file = engine.lookup(&from, b"file").expect("there");
+        assert_eq!(engine.write(&file, 0, b"F", false), Ok(1));
+        let (over, mut moved) = (AtomicBool::new(false), false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for n in 0..COUNT {
+                    // As if there were too few descriptors to keep it.
+                    drop(file.file.take());
+                    let node = engine.lookup(&to, n.to_string().as_bytes());
+                    assert_eq!(node.map(|node| node.ino), Ok(file.ino));
+                }
+                over.store(true, Ordering::Release);
+            });
+            while !over.load(Ordering::Acquire) {
+                // One after another: the kernel lets nobody rename and link one object at once.
+                assert_eq!(engine.rename(&from, b"file", &from, b"other", How::Exchange), Ok(()));
+                moved ^= true;
+                assert_eq!(engine.link(&file, &from, b"more"), Ok(()));
+                assert_eq!(engine.unlink(&from, b"more"), Ok(()));
+            }
+        });
+        assert_apart(&scratch, COUNT, moved);
+    }
+
+    #[test]
+    fn all_names_are_copied_up_whatever_moves_meanwhile() {
+        const COUNT: usize = 30;
+        for _ in 0..30 {
+            let scratch = linked("all", COUNT);
+            let engine = &scratch.engine;
+            let dir = |name: &[u8]| engine.lookup(engine.root(), name).expect("there");
+            let (from, to) = (dir(b"from"), dir(b"to"));
+            let file = engine.lookup(&from, b"file").expect("there");
+            for n in 0..COUNT {
+                assert!(engine.lookup(&to, n.to_string().as_bytes()).is_ok_and(|node| node.ino == file.ino));
+            }
+            let begin = Barrier::new(3);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    begin.wait();
+                    assert_eq!(engine.write(&file, 0, b"F", false), Ok(1));
+                });
+                // One that is renamed before its turn comes.
+                scope.spawn(|| {
+                    begin.wait();
+                    for (old, new) in [("29", "temp"), ("28", "29"), ("temp", "28")] {
+                        let done = engine.rename(&to, old.as_bytes(), &from, new.as_bytes(), How::Replace);
+                        assert_eq!(done, Ok(()), "{old}");
+                        let done = engine.rename(&from, new.as_bytes(), &to, new.as_bytes(), How::Replace);
+                        assert_eq!(done, Ok(()), "{new}");
+                    }
+                });
+                begin.wait();
+                assert_eq!(engine.rename(&from, b"file", &from, b"other", How::Exchange), Ok(()));
+            });
+            assert_apart(&scratch, COUNT, true);
+        }
+    }
 }

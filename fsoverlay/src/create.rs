@@ -7,6 +7,7 @@ use rustix::fs::{AtFlags, OFlags, RenameFlags, XattrFlags};
 
 use crate::acl::Acl;
 use crate::attr::{Attr, Kind, Meta, Stat};
+use crate::copyup::link_fd;
 use crate::engine::{Content, Engine};
 use crate::errno::{Errno, Res, missing_ok};
 use crate::handle::{Fd, Holder};
@@ -304,27 +305,18 @@ impl Engine {
             self.mark_impure(parent.upper_dir()?)?;
         }
         self.note_entry(parent);
+        // Without a name it cannot get one again (as anywhere). Which names it has may change until it is used.
+        let object = self.object(node)?.ok_or(Errno::NOENT)?;
         let mut state = parent.dir()?.state.write();
         if state.removed {
             return Err(Errno::NOENT);
         }
         let dir = parent.upper_dir()?;
         let fd = self.fd(dir)?;
-        let (place, from) = {
-            let inner = node.inner.lock();
-            (inner.place.clone(), inner.links.first().cloned())
-        };
         let changing = node.names.begin();
-        let source = match (&place, from) {
-            (Place::Upper, Some(link)) => (self.upper_fd(&link.parent)?, link.name),
-            (Place::Parked(parked), _) => (parked.work.clone(), parked.name.clone()),
-            // Without a name it cannot get one again (as anywhere).
-            _ => return Err(Errno::NOENT),
-        };
-        match rustix::fs::linkat(&source.0, &*source.1, &fd, name, AtFlags::empty()) {
-            Err(Errno::EXIST) => self.over_whiteout(dir, name, false, |temp| {
-                rustix::fs::linkat(&source.0, &*source.1, &upper.work, temp, AtFlags::empty())
-            })?,
+        match link_fd(object.as_fd(), fd.as_fd(), name) {
+            Err(Errno::EXIST) => self
+                .over_whiteout(dir, name, false, |temp| link_fd(object.as_fd(), upper.work.as_fd(), temp))?,
             other => other?,
         }
         let before = {
@@ -333,7 +325,7 @@ impl Engine {
             inner.links.insert(0, Link { parent: parent.clone(), name: name.into() });
             matches!(inner.place, Place::Parked(_)).then(|| std::mem::replace(&mut inner.place, Place::Upper))
         };
-        drop((place, before, changing));
+        drop((before, changing));
         if let Some(listing) = &mut state.listing {
             listing.insert(&self.hasher, name, node.ino, node.kind);
         }
@@ -429,10 +421,7 @@ impl Engine {
         let upper = self.upper()?;
         let fd = self.upper_fd(parent)?;
         let link = |temp: &[u8]| rustix::fs::linkat(&fd, name, &upper.work, temp, AtFlags::empty());
-        let temp = match upper.make_temp(link) {
-            Ok(((), temp)) => temp,
-            Err(err) => return Err(err),
-        };
+        let ((), temp) = upper.make_temp(link)?;
         Ok(Some(Arc::new(self.parked(upper, temp))))
     }
 

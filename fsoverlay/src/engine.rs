@@ -19,7 +19,7 @@ use crate::far::{Far, MountTable, mounts_below};
 use crate::generated::{GENERATED_ROOT, GenTree};
 use crate::handle::{Fd, FdRing, Holder, Pins};
 use crate::hooks::{AccessKind, Counts, Hooks};
-use crate::inode::{DirState, Inner, NewNode, Node, Place, ROOT, Table};
+use crate::inode::{DirState, Inner, Link, NewNode, Node, Place, ROOT, Table};
 use crate::journal::Journal;
 use crate::layer::{Hidden, Layer, LayerIdx, RealDir, Tree, UPPER, open_root, stat_at, stat_fd};
 use crate::links::Links;
@@ -365,6 +365,7 @@ impl Engine {
         look: impl Fn(BorrowedFd<'_>, &[u8]) -> Res<Option<T>>,
     ) -> Res<Option<T>> {
         if let Some(link) = node.first_link()
+            && link.parent.is_upper()
             && let Some(found) = missing_ok(look(self.upper_fd(&link.parent)?.as_fd(), &link.name))?.flatten()
         {
             return Ok(Some(found));
@@ -372,25 +373,77 @@ impl Engine {
         self.by_locked_name(node, look)
     }
 
-    /// The same, for looks that cannot tell what they met.
+    /// The same, for looks that cannot tell what they met. A name that a layer has of the object, and
+    /// that was looked up just now, is not in the upper yet; another one is.
     pub(crate) fn by_locked_name<T>(
         &self,
         node: &Node,
         look: impl Fn(BorrowedFd<'_>, &[u8]) -> Res<Option<T>>,
     ) -> Res<Option<T>> {
-        let Some(link) = node.first_link() else {
-            let still = matches!(node.inner.lock().place, Place::Upper);
-            return if still { Err(Errno::STALE) } else { Ok(None) };
-        };
-        let _still = link.parent.dir()?.state.read();
-        if !node.has_link(&link.parent, &link.name) {
-            return Ok(None);
+        let links = node.inner.lock().links.clone();
+        for link in &links {
+            let _still = link.parent.dir()?.state.read();
+            if !node.has_link(&link.parent, &link.name) {
+                return Ok(None);
+            }
+            if link.parent.is_upper()
+                && let Some(found) =
+                    missing_ok(look(self.upper_fd(&link.parent)?.as_fd(), &link.name))?.flatten()
+            {
+                return Ok(Some(found));
+            }
         }
+        if node.inner.lock().entry {
+            let entry = self.entry_place(node)?;
+            if let Some(found) = missing_ok(look(entry.work.as_fd(), &entry.name))?.flatten() {
+                return Ok(Some(found));
+            }
+        }
+        let unchanged = {
+            let inner = node.inner.lock();
+            let same = |(a, b): (&Link, &Link)| a.is(&b.parent, &b.name);
+            matches!(inner.place, Place::Upper)
+                && inner.links.len() == links.len()
+                && inner.links.iter().zip(&links).all(same)
+        };
         // Only somebody else can have taken it away: nobody may change an upper but its server.
-        missing_ok(look(self.upper_fd(&link.parent)?.as_fd(), &link.name))?
-            .flatten()
-            .map(Some)
-            .ok_or(Errno::STALE)
+        if unchanged { Err(Errno::STALE) } else { Ok(None) }
+    }
+
+    /// A descriptor (good for linking at least) of an object that has a name in the upper or the work
+    /// directory; `None` if it has none.
+    pub(crate) fn object(&self, node: &Node) -> Res<Option<Fd>> {
+        loop {
+            let (place, key) = {
+                let inner = node.inner.lock();
+                (inner.place.clone(), inner.key)
+            };
+            let look = |dir: BorrowedFd<'_>, name: &[u8]| {
+                let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let object = rustix::fs::openat(dir, name, flags, Mode::empty())?;
+                Ok((stat_fd(object.as_fd())?.key == key).then_some(object))
+            };
+            let found = match &place {
+                Place::Upper => match node.file.get(false) {
+                    // As long as the place is the upper it is nothing else.
+                    Some(fd) => return Ok(Some(fd)),
+                    None => self.by_name(node, look)?,
+                },
+                Place::Parked(parked) => missing_ok(look(parked.work.as_fd(), &parked.name))?.flatten(),
+                _ => return Ok(None),
+            };
+            if let Some(object) = found {
+                return Ok(Some(Arc::new(object)));
+            }
+            let inner = node.inner.lock();
+            let same = match (&inner.place, &place) {
+                (Place::Parked(now), Place::Parked(then)) => Arc::ptr_eq(now, then),
+                _ => false,
+            };
+            if same && inner.key == key {
+                return Err(Errno::STALE);
+            }
+        }
     }
 
     fn stat_dir(&self, node: &Node, part: &crate::inode::DirPart) -> Res<Stat> {
@@ -773,36 +826,38 @@ pub(crate) mod tests {
         pub(crate) engine: Engine,
     }
 
+    /// The overlay of all layers (`lower`, `lower1`, …; the lowest first) in a directory.
+    fn spec_of(dir: &std::path::Path) -> OverlaySpec {
+        let names = std::iter::once("lower".to_owned()).chain((1..).map(|n| format!("lower{n}")));
+        let dirs = names.map(|name| dir.join(name)).take_while(|dir| dir.exists());
+        OverlaySpec {
+            layers: dirs.map(|dir| LayerSpec { dir, ..LayerSpec::default() }).collect(),
+            upper: Some(UpperSpec { dir: dir.join("upper"), work: dir.join("work"), ..UpperSpec::default() }),
+            squash: Some((0, 0)),
+            ..OverlaySpec::default()
+        }
+    }
+
     impl Scratch {
         pub(crate) fn new(name: &str) -> Self {
+            Self::with_layers(name, 1)
+        }
+
+        pub(crate) fn with_layers(name: &str, count: usize) -> Self {
             let dir = std::env::temp_dir().join(format!("fsoverlay-{name}-{}", std::process::id()));
             for part in ["lower", "upper", "work"] {
                 std::fs::create_dir_all(dir.join(part)).expect("a temporary directory");
             }
-            let layer = LayerSpec { dir: dir.join("lower"), ..LayerSpec::default() };
-            let upper = UpperSpec { dir: dir.join("upper"), work: dir.join("work"), ..UpperSpec::default() };
-            let engine = Engine::open(&OverlaySpec {
-                layers: vec![layer],
-                upper: Some(upper),
-                squash: Some((0, 0)),
-                ..OverlaySpec::default()
-            });
-            Self { dir, engine: engine.expect("an overlay") }
+            for n in 1..count {
+                std::fs::create_dir(dir.join(format!("lower{n}"))).expect("made");
+            }
+            let engine = Engine::open(&spec_of(&dir)).expect("an overlay");
+            Self { dir, engine }
         }
 
         /// The spec that the engine was opened with.
         pub(crate) fn spec(&self) -> OverlaySpec {
-            let layer = LayerSpec { dir: self.dir.join("lower"), ..LayerSpec::default() };
-            OverlaySpec {
-                layers: vec![layer],
-                upper: Some(UpperSpec {
-                    dir: self.dir.join("upper"),
-                    work: self.dir.join("work"),
-                    ..UpperSpec::default()
-                }),
-                squash: Some((0, 0)),
-                ..OverlaySpec::default()
-            }
+            spec_of(&self.dir)
         }
 
         /// Puts files, directories, links and hard links into the layer, four names in each of a few
