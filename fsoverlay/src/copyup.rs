@@ -196,7 +196,7 @@ impl Engine {
         };
         // Names that nobody knows yet will have to lead here.
         let entry = if from.nlink > 1 && (left > 1 || left > 0 && links.is_empty()) {
-            Some(self.add_entry(node, temp, left)?)
+            Some(self.add_entry(node, from, temp, left)?)
         } else {
             let number = self.numbers.describe(node.ino);
             match &temp.fd {
@@ -308,7 +308,7 @@ impl Engine {
         };
         drop(old);
         if entry {
-            self.upper()?.links.insert(node.ino, key.ino);
+            self.upper()?.links.insert(node.ino, key.ino, from);
         }
         if queue {
             self.tree.ring.push(Holder::File(Arc::downgrade(node)));
@@ -320,7 +320,7 @@ impl Engine {
         let upper = self.upper()?;
         let left = node.inner.lock().extra_links + i64::from(from.nlink);
         if entry && left > 0 {
-            return Ok(Place::Parked(Arc::new(self.entry_place(node)?)));
+            return Ok(Place::Parked(Arc::new(self.new_entry_place(node, from)?)));
         }
         let Some(fd) = &temp.fd else { return Ok(Place::Gone(Arc::new(Stat { nlink: 0, ..*from }))) };
         if let Ok(pinned) = self.pins.pin(fd.clone()) {

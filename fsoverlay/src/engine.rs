@@ -380,7 +380,10 @@ impl Engine {
         node: &Node,
         look: impl Fn(BorrowedFd<'_>, &[u8]) -> Res<Option<T>>,
     ) -> Res<Option<T>> {
-        let links = node.inner.lock().links.clone();
+        let (links, entry) = {
+            let inner = node.inner.lock();
+            (inner.links.clone(), inner.entry)
+        };
         for link in &links {
             let _still = link.parent.dir()?.state.read();
             if !node.has_link(&link.parent, &link.name) {
@@ -393,16 +396,17 @@ impl Engine {
                 return Ok(Some(found));
             }
         }
-        if node.inner.lock().entry {
-            let entry = self.entry_place(node)?;
-            if let Some(found) = missing_ok(look(entry.work.as_fd(), &entry.name))?.flatten() {
-                return Ok(Some(found));
-            }
+        if entry
+            && let Ok(entry) = self.entry_place(node)
+            && let Some(found) = missing_ok(look(entry.work.as_fd(), &entry.name))?.flatten()
+        {
+            return Ok(Some(found));
         }
         let unchanged = {
             let inner = node.inner.lock();
             let same = |(a, b): (&Link, &Link)| a.is(&b.parent, &b.name);
             matches!(inner.place, Place::Upper)
+                && inner.entry == entry
                 && inner.links.len() == links.len()
                 && inner.links.iter().zip(&links).all(same)
         };

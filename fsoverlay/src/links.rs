@@ -6,11 +6,14 @@
 //!
 //! | entry | is |
 //! |---|---|
-//! | `ORIGIN` | one more name of the copy of this object |
-//! | `ORIGIN-COUNT` | an empty file: the object is not copied up, COUNT of its names are covered |
+//! | `ORIGIN@BIRTH` | one more name of the copy of this object |
+//! | `ORIGIN@BIRTH-COUNT` | an empty file: the object is not copied up, COUNT of its names are covered |
 //!
-//! `ORIGIN` is the object's number as [`crate::numbers`] writes it down, which the copy goes on with. How
-//! many names in the layer are still to lead to the copy is noted with it ([`LINKS`]; of a symbolic link
+//! `ORIGIN` is the object's number as [`crate::numbers`] writes it down, which the copy goes on with. `BIRTH`
+//! is when the object was made, seconds and nanoseconds in hexadecimal: if the layer's object that has the
+//! number now was made at another time it is another one, which got the number after somebody changed the
+//! layer, and the entry goes. Entries without a birth time are of file systems that have none, and
+//! of earlier versions; then the number alone counts. How many names in the layer are still to lead to the copy is noted with it ([`LINKS`]; of a symbolic link
 //! in [`crate::sidecar`]): `st_nlink` counts them. When there is none any more the entry goes, and the
 //! number is written down as with any copy. Until then a copy that has lost all its names in the upper lives
 //! on in its entry.
@@ -31,13 +34,13 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use rustix::fs::{AtFlags, Mode, OFlags, XattrFlags};
 
-use crate::attr::Stat;
+use crate::attr::{Stat, Time};
 use crate::copyup::{Temp, make_placeholder};
 use crate::engine::{Engine, Upper};
 use crate::errno::{Errno, Res, missing_ok};
 use crate::handle::Fd;
 use crate::inode::{Inner, Node, Parked, Place};
-use crate::layer::{RealDir, UPPER, stat_fd};
+use crate::layer::{RealDir, UPPER, stat_at, stat_fd};
 use crate::lookup::{Probe, Seen};
 use crate::numbers::{InodeNumbers, Origin};
 use crate::readdir::for_each_entry;
@@ -47,11 +50,63 @@ use crate::xattr::{LINKS, ORIGIN};
 
 const NAME: &str = "links";
 
-#[derive(Debug, Clone, Copy)]
-enum Entry {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum What {
     /// The copy's inode number in the upper.
     Copy(u64),
     Covered(u32),
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    what: What,
+    /// When the layer's object was made, if that is known.
+    birth: Option<Time>,
+}
+
+impl Entry {
+    /// Whether it is about this object of a layer, which has the right number.
+    fn is_of(&self, object: &Stat) -> bool {
+        self.birth.zip(birth(object)).is_none_or(|(noted, now)| noted == now)
+    }
+
+    fn name(&self, origin: &str) -> String {
+        let name = entry_name(origin, self.birth);
+        match self.what {
+            What::Copy(_) => name,
+            What::Covered(count) => format!("{name}-{count}"),
+        }
+    }
+
+    /// The origin, and an entry without the copy's number.
+    fn parse(name: &[u8]) -> Option<(Origin, Self)> {
+        let text = std::str::from_utf8(name).ok()?;
+        let (name, what) = match text.split_once('-') {
+            Some((name, count)) => (name, What::Covered(count.parse().ok().filter(|&count| count > 0)?)),
+            None => (text, What::Copy(0)),
+        };
+        let (origin, birth) = match name.split_once('@') {
+            Some((origin, birth)) => {
+                let (sec, nsec) = birth.split_once('.')?;
+                let sec = u64::from_str_radix(sec, 16).ok()?.cast_signed();
+                (origin, Some(Time { sec, nsec: u32::from_str_radix(nsec, 16).ok()? }))
+            }
+            None => (name, None),
+        };
+        Some((Origin::parse(origin.as_bytes())?, Self { what, birth }))
+    }
+}
+
+fn entry_name(origin: &str, birth: Option<Time>) -> String {
+    match birth {
+        Some(Time { sec, nsec }) => format!("{origin}@{:x}.{nsec:x}", sec.cast_unsigned()),
+        None => origin.to_owned(),
+    }
+}
+
+/// When an object was made, if its file system says.
+fn birth(object: &Stat) -> Option<Time> {
+    (object.btime != Time::default()).then_some(object.btime)
 }
 
 #[derive(Debug, Default)]
@@ -142,19 +197,16 @@ impl Links {
         let Some(fd) = dir.slot.get(false) else { return Ok(()) };
         let mut entries = self.entries.write();
         for_each_entry(&crate::layer::open_for_reading(fd.as_fd())?, |name, _, ino| {
-            let (origin, covered) = match name.iter().position(|&b| b == b'-') {
-                Some(at) => {
-                    (&name[..at], std::str::from_utf8(&name[at + 1..]).ok().and_then(|n| n.parse().ok()))
-                }
-                None => (name, Some(0)),
-            };
-            if let (Some(origin), Some(covered)) = (Origin::parse(origin), covered) {
+            if let Some((origin, entry)) = Entry::parse(name) {
                 let number = numbers.of(origin);
-                if covered > 0 {
-                    entries.by_number.entry(number).or_insert(Entry::Covered(covered));
-                } else {
-                    entries.by_number.insert(number, Entry::Copy(ino));
-                    entries.by_copy.insert(ino, number);
+                match entry.what {
+                    What::Covered(_) => {
+                        entries.by_number.entry(number).or_insert(entry);
+                    }
+                    What::Copy(_) => {
+                        entries.by_number.insert(number, Entry { what: What::Copy(ino), ..entry });
+                        entries.by_copy.insert(ino, number);
+                    }
                 }
             }
             true
@@ -187,15 +239,15 @@ impl Links {
     /// How many names of a layer's object are covered.
     pub(crate) fn covered(&self, number: u64) -> u32 {
         match self.get(number) {
-            Some((Entry::Covered(count), _)) => count,
+            Some((Entry { what: What::Covered(count), .. }, _)) => count,
             _ => 0,
         }
     }
 
-    /// From here on the copy of this number is found.
-    pub(crate) fn insert(&self, number: u64, copy: u64) {
+    /// From here on the copy of this number, which is one of `from`, is found.
+    pub(crate) fn insert(&self, number: u64, copy: u64, from: &Stat) {
         let mut entries = self.entries.write();
-        entries.by_number.insert(number, Entry::Copy(copy));
+        entries.by_number.insert(number, Entry { what: What::Copy(copy), birth: birth(from) });
         entries.by_copy.insert(copy, number);
         self.any.store(true, Ordering::Release);
     }
@@ -215,16 +267,23 @@ impl Entries {
     }
 }
 
-fn covered_name(origin: &str, count: u32) -> String {
-    format!("{origin}-{count}")
-}
-
 impl Engine {
     /// The copy of a layer's object with several names that has this number.
-    pub(crate) fn copy_of(&self, number: u64) -> Res<Option<(Box<Seen>, Parked)>> {
+    pub(crate) fn copy_of(&self, number: u64, object: &Stat) -> Res<Option<(Box<Seen>, Parked)>> {
         let Some(upper) = &self.upper else { return Ok(None) };
-        let Some((Entry::Copy(ino), dir)) = upper.links.get(number) else { return Ok(None) };
-        let name = self.numbers.describe(number);
+        let Some((entry, _)) = upper.links.get(number) else { return Ok(None) };
+        if !entry.is_of(object) {
+            self.remove_entry_of_another(upper, number, object)?;
+            return Ok(None);
+        }
+        self.copy_at_entry(upper, number)
+    }
+
+    fn copy_at_entry(&self, upper: &Upper, number: u64) -> Res<Option<(Box<Seen>, Parked)>> {
+        let Some((entry @ Entry { what: What::Copy(ino), .. }, dir)) = upper.links.get(number) else {
+            return Ok(None);
+        };
+        let name = entry.name(&self.numbers.describe(number));
         match self.probe(&dir, name.as_bytes(), false)? {
             Probe::Found(seen) if seen.stat.key.ino == ino => {
                 let fd = dir.slot.get(false).ok_or(Errno::STALE)?;
@@ -238,6 +297,30 @@ impl Engine {
         }
     }
 
+    /// The number has come to another object of the layer: nothing leads to the copy any more but its names
+    /// in the upper.
+    fn remove_entry_of_another(&self, upper: &Upper, number: u64, object: &Stat) -> Res<()> {
+        let mut entries = upper.links.entries.write();
+        let Some(entry) = entries.by_number.get(&number).copied().filter(|entry| !entry.is_of(object)) else {
+            return Ok(());
+        };
+        let fd = entries.dir(upper)?;
+        missing_ok(rustix::fs::unlinkat(&fd, entry.name(&self.numbers.describe(number)), AtFlags::empty()))?;
+        entries.by_number.remove(&number);
+        if let What::Copy(ino) = entry.what {
+            entries.by_copy.remove(&ino);
+        }
+        drop(entries);
+        if let Some(node) = self.table.get(number) {
+            let mut inner = node.inner.lock();
+            // It keeps the number in this run, but is not what the number says.
+            if inner.entry {
+                (inner.entry, inner.extra_links, inner.origin) = (false, 0, None);
+            }
+        }
+        Ok(())
+    }
+
     /// What is known of the names of an object of the upper, if it has an entry.
     pub(crate) fn links_of(&self, seen: &Seen) -> Res<Option<Known>> {
         let Some(upper) = &self.upper else { return Ok(None) };
@@ -247,9 +330,9 @@ impl Engine {
     }
 
     /// Makes the entry of a copy that has no name yet, and notes how many names are to lead to it.
-    pub(crate) fn add_entry(&self, node: &Node, temp: &Temp<'_>, left: u32) -> Res<NewEntry> {
+    pub(crate) fn add_entry(&self, node: &Node, from: &Stat, temp: &Temp<'_>, left: u32) -> Res<NewEntry> {
         let upper = self.upper()?;
-        let name = self.numbers.describe(node.ino);
+        let name = entry_name(&self.numbers.describe(node.ino), birth(from));
         match &temp.fd {
             Some(fd) => set_left(At::Fd(fd.as_fd()), left)?,
             None => upper.sidecar.set_links(&temp.stat()?, left)?,
@@ -268,14 +351,19 @@ impl Engine {
 
     /// The place of a copy that has no name but its entry.
     pub(crate) fn entry_place(&self, node: &Node) -> Res<Parked> {
+        let (entry, _) = self.upper()?.links.get(node.ino).ok_or(Errno::STALE)?;
+        self.place_at_entry(entry.name(&self.numbers.describe(node.ino)))
+    }
+
+    /// The same of a copy of `from` whose entry was made just now.
+    pub(crate) fn new_entry_place(&self, node: &Node, from: &Stat) -> Res<Parked> {
+        self.place_at_entry(entry_name(&self.numbers.describe(node.ino), birth(from)))
+    }
+
+    fn place_at_entry(&self, name: String) -> Res<Parked> {
         let upper = self.upper()?;
         let work = upper.links.entries.write().dir(upper)?;
-        Ok(Parked {
-            work,
-            name: self.numbers.describe(node.ino).into_bytes().into(),
-            temporary: false,
-            quota: None,
-        })
+        Ok(Parked { work, name: name.into_bytes().into(), temporary: false, quota: None })
     }
 
     /// Writes down how many names are left after a change of them. What fails leaves a count too high.
@@ -291,7 +379,7 @@ impl Engine {
 
     fn write_links(&self, node: &Arc<Node>) -> Res<()> {
         let upper = self.upper()?;
-        let name = self.numbers.describe(node.ino);
+        let origin = self.numbers.describe(node.ino);
         let mut entries = upper.links.entries.write();
         // Looked at with the lock: of two who write, the later one has seen more.
         let (entry, left, covered, place) = {
@@ -301,35 +389,30 @@ impl Engine {
         };
         let fd = entries.dir(upper)?;
         if let Some(covered) = covered {
-            if !matches!(place, Place::Lower { .. }) {
-                return Ok(());
-            }
-            return self.write_covered(
-                node,
-                &mut entries,
-                &fd,
-                &name,
-                u32::try_from(covered).unwrap_or(u32::MAX),
-            );
+            let Place::Lower { dir, name } = &place else { return Ok(()) };
+            let covered = u32::try_from(covered).unwrap_or(u32::MAX);
+            let object = || stat_at(self.fd(dir)?.as_fd(), name);
+            return self.write_covered(node, &mut entries, &fd, &origin, covered, object);
         }
         if !entry {
             return Ok(());
         }
+        let name = entries.by_number.get(&node.ino).ok_or(Errno::STALE)?.name(&origin);
         let at = At::Name(fd.as_fd(), name.as_bytes());
-        let stat = crate::layer::stat_at(fd.as_fd(), name.as_bytes())?;
+        let stat = stat_at(fd.as_fd(), name.as_bytes())?;
         if left > 0 {
             return if is_needed(&stat) { upper.sidecar.set_links(&stat, left) } else { set_left(at, left) };
         }
         // Nobody else has the number any more.
         if is_needed(&stat) {
-            upper.sidecar.set_number(&stat, &name)?;
+            upper.sidecar.set_number(&stat, &origin)?;
         } else {
             // Without the count it is 0. Both together might need a block more.
             match sys::remove_xattr(at, LINKS) {
                 Ok(()) | Err(Errno::NODATA) => {}
                 Err(err) => return Err(err),
             }
-            sys::set_xattr(at, ORIGIN, name.as_bytes(), XattrFlags::empty())?;
+            sys::set_xattr(at, ORIGIN, origin.as_bytes(), XattrFlags::empty())?;
         }
         let _changing = node.names.begin();
         let alone = if let Place::Parked(parked) = &place
@@ -343,7 +426,7 @@ impl Engine {
             rustix::fs::unlinkat(&fd, &*name, AtFlags::empty())?;
             None
         };
-        if let Some(Entry::Copy(ino)) = entries.by_number.remove(&node.ino) {
+        if let Some(Entry { what: What::Copy(ino), .. }) = entries.by_number.remove(&node.ino) {
             entries.by_copy.remove(&ino);
         }
         let mut inner = node.inner.lock();
@@ -355,30 +438,42 @@ impl Engine {
         Ok(())
     }
 
-    fn write_covered(&self, node: &Node, entries: &mut Entries, fd: &Fd, name: &str, count: u32) -> Res<()> {
-        let old = match entries.by_number.get(&node.ino) {
-            Some(Entry::Covered(old)) => Some(covered_name(name, *old)),
-            Some(Entry::Copy(_)) => return Ok(()),
-            None => None,
-        };
+    /// `object` is the layer's.
+    fn write_covered(
+        &self,
+        node: &Node,
+        entries: &mut Entries,
+        fd: &Fd,
+        origin: &str,
+        count: u32,
+        object: impl FnOnce() -> Res<Stat>,
+    ) -> Res<()> {
+        let old = entries.by_number.get(&node.ino).copied();
+        if let Some(Entry { what: What::Copy(_), .. }) = old {
+            return Ok(());
+        }
         let below = node.inner.lock().below;
         if count == 0 || count >= below {
             // All are covered: nobody can ask for it again.
             if let Some(old) = old {
                 entries.by_number.remove(&node.ino);
-                rustix::fs::unlinkat(fd, old, AtFlags::empty())?;
+                rustix::fs::unlinkat(fd, old.name(origin), AtFlags::empty())?;
             }
             return Ok(());
         }
-        let new = covered_name(name, count);
+        let birth = match old {
+            Some(old) => old.birth,
+            None => birth(&object()?),
+        };
+        let new = Entry { what: What::Covered(count), birth };
         match old {
-            Some(old) => rustix::fs::renameat(fd, old, fd, new)?,
-            None => match make_placeholder(fd.as_fd(), new.as_bytes()) {
+            Some(old) => rustix::fs::renameat(fd, old.name(origin), fd, new.name(origin))?,
+            None => match make_placeholder(fd.as_fd(), new.name(origin).as_bytes()) {
                 Ok(()) | Err(Errno::EXIST) => {}
                 Err(err) => return Err(err),
             },
         }
-        entries.by_number.insert(node.ino, Entry::Covered(count));
+        entries.by_number.insert(node.ino, new);
         self.upper()?.links.any.store(true, Ordering::Release);
         Ok(())
     }
@@ -390,8 +485,12 @@ impl Engine {
             return;
         }
         let mut entries = upper.links.entries.write();
-        let Some(Entry::Covered(count)) = entries.by_number.remove(&node.ino) else { return };
-        let name = covered_name(&self.numbers.describe(node.ino), count);
+        let Some(entry @ Entry { what: What::Covered(_), .. }) = entries.by_number.get(&node.ino).copied()
+        else {
+            return;
+        };
+        entries.by_number.remove(&node.ino);
+        let name = entry.name(&self.numbers.describe(node.ino));
         let removed = entries.dir(upper).and_then(|fd| rustix::fs::unlinkat(fd, name, AtFlags::empty()));
         if let Err(err) = removed {
             tracing::debug!(?err, "cannot remove a count of covered names");
@@ -413,7 +512,7 @@ impl Engine {
             entries.by_copy.values().copied().collect()
         };
         for number in copies {
-            let Some((seen, place)) = self.copy_of(number)? else { continue };
+            let Some((seen, place)) = self.copy_at_entry(upper, number)? else { continue };
             let left = self.links_of(&Seen { stat: Stat { nlink: 2, ..seen.stat }, ..*seen })?;
             if seen.stat.nlink <= 1 && left.is_some_and(|known| known.left == 0) {
                 let mut entries = upper.links.entries.write();
@@ -435,4 +534,132 @@ impl Inner {
 
 fn set_left(at: At<'_>, left: u32) -> Res<()> {
     sys::set_xattr(at, LINKS, left.to_string().as_bytes(), XattrFlags::empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+    use crate::engine::tests::Scratch;
+
+    #[test]
+    fn entries_are_read_as_they_were_written() {
+        let origin = "fs=i12:ab";
+        let birth = Some(Time { sec: -3, nsec: 999_999_999 });
+        for entry in [
+            Entry { what: What::Copy(0), birth },
+            Entry { what: What::Copy(0), birth: None },
+            Entry { what: What::Covered(7), birth },
+            Entry { what: What::Covered(1), birth: None },
+        ] {
+            let (parsed, read) = Entry::parse(entry.name(origin).as_bytes()).expect("an entry");
+            assert_eq!(
+                (Some(parsed), read.what, read.birth),
+                (Origin::parse(b"fs=i12:ab"), entry.what, entry.birth)
+            );
+        }
+        for wrong in [
+            "",
+            "x",
+            "fs=i12:ab-",
+            "fs=i12:ab-0",
+            "fs=i12:ab@",
+            "fs=i12:ab@1",
+            "fs=i12:ab@x.1",
+            "fs=i12:ab@1.1-x",
+        ] {
+            assert!(Entry::parse(wrong.as_bytes()).is_none(), "{wrong}");
+        }
+    }
+
+    /// Two files with two names each in the layer, `a` and `b`; the upper has a copy of `a`, or a name of it is
+    /// covered, and the entry says so of what has the number of `b`.
+    fn renumbered(name: &str, covered: bool, with_birth: bool) -> Scratch {
+        let scratch = Scratch::new(name);
+        let lower = scratch.dir.join("lower");
+        let born = |file: &str| {
+            let stat = std::fs::metadata(lower.join(file)).expect("there");
+            stat.created().expect("ext4, tmpfs, xfs and btrfs note when a file was made")
+        };
+        std::fs::write(lower.join("a"), "a").expect("written");
+        loop {
+            std::fs::write(lower.join("b"), "b").expect("written");
+            // The clock of a file system ticks a few hundred times in a second.
+            if born("a") != born("b") {
+                break;
+            }
+            std::fs::remove_file(lower.join("b")).expect("removed");
+        }
+        for file in ["a", "b"] {
+            std::fs::hard_link(lower.join(file), lower.join(format!("{file}2"))).expect("linked");
+        }
+        let engine = &scratch.engine;
+        if covered {
+            assert_eq!(engine.unlink(engine.root(), b"a"), Ok(()));
+        } else {
+            let file = engine.lookup(engine.root(), b"a").expect("there");
+            assert_eq!(engine.write(&file, 0, b"A", false), Ok(1));
+        }
+        let links = scratch.dir.join("work/links");
+        let names: Vec<_> = std::fs::read_dir(&links).expect("there").flatten().collect();
+        assert_eq!(names.len(), 1);
+        let old = names[0].file_name().into_string().expect("text");
+        let ino = |name: &str| std::fs::metadata(lower.join(name)).expect("there").ino();
+        let (left, right) = (format!(":{:x}", ino("a")), format!(":{:x}", ino("b")));
+        let mut new = old.replace(&left, &right);
+        assert_ne!(new, old);
+        if !with_birth {
+            let (origin, rest) = new.split_once('@').expect("a birth time");
+            let count = rest.split_once('-').map_or(String::new(), |(_, count)| format!("-{count}"));
+            new = format!("{origin}{count}");
+        }
+        std::fs::rename(links.join(old), links.join(new)).expect("renamed");
+        scratch
+    }
+
+    /// The number, the first byte and the count of names of each in a later run, looked up in this order.
+    fn seen(scratch: &Scratch, names: &[&str]) -> Vec<(u64, u8, u32)> {
+        let engine = Engine::open(&scratch.spec()).expect("an overlay");
+        let nodes: Vec<_> =
+            names.iter().map(|name| engine.lookup(engine.root(), name.as_bytes()).expect("there")).collect();
+        let look = |node: &Arc<Node>| {
+            let mut byte = [0];
+            assert_eq!(engine.read(node, 0, &mut byte), Ok(1));
+            (node.ino, byte[0], engine.attr(node).map_or(0, |attr| attr.stat.nlink))
+        };
+        nodes.iter().map(look).collect()
+    }
+
+    #[test]
+    fn a_number_that_was_used_again_does_not_lead_to_the_copy() {
+        let scratch = renumbered("again", false, true);
+        // Whichever is asked for first, they are two.
+        let found = seen(&scratch, &["a", "b", "b2"]);
+        assert_eq!((found[0].1, found[1].1, found[2].1), (b'A', b'b', b'b'));
+        assert_eq!((found[0].2, found[1].2), (1, 2));
+        assert!(found[0].0 != found[1].0 && found[1].0 == found[2].0);
+        assert_eq!(std::fs::read_dir(scratch.dir.join("work/links")).map_or(9, Iterator::count), 0);
+        drop(scratch);
+        let scratch = renumbered("again", false, true);
+        let found = seen(&scratch, &["b2", "a", "b"]);
+        assert_eq!((found[0].1, found[1].1, found[2].1), (b'b', b'A', b'b'));
+        assert!(found[0].0 != found[1].0 && found[0].0 == found[2].0);
+    }
+
+    #[test]
+    fn entries_without_a_birth_time_count() {
+        let scratch = renumbered("old", false, false);
+        let found = seen(&scratch, &["b", "a"]);
+        assert_eq!((found[0].1, found[1].1), (b'A', b'A'));
+        assert_eq!(found[0].0, found[1].0);
+    }
+
+    #[test]
+    fn covered_names_of_another_object_are_not_counted() {
+        for (with_birth, count) in [(true, 2), (false, 1)] {
+            let scratch = renumbered("covered", true, with_birth);
+            assert_eq!(seen(&scratch, &["b"])[0].2, count);
+        }
+    }
 }

@@ -257,7 +257,7 @@ impl Engine {
                         self.number_at(parent, name, number, lower.repeats(descent.name()))
                     };
                     if below > 0
-                        && let Some((seen, place)) = self.copy_of(number)?
+                        && let Some((seen, place)) = self.copy_of(number, &stat)?
                     {
                         return self.found_by_entry(*seen, place, number).map(Some);
                     }
