@@ -91,6 +91,8 @@ impl Upper {
                     Ok(()) | Err(Errno::EXIST) => {}
                     Err(err) => return Err(err),
                 }
+                // Made now or before: who made it may have been killed before this.
+                rustix::fs::fsync(&at)?;
             }
             at = match open_dir(&at, name) {
                 // The kernel's overlayfs takes all rights from its directory, which root needs none of.
@@ -109,8 +111,9 @@ impl Upper {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(&mark, BOOT, flags, Mode::from_raw_mode(0o600))?;
         crate::copyup::write_all(fd.as_fd(), &boot_id()?, 0)?;
-        // The only thing of this run that must outlive a power failure.
-        rustix::fs::fsync(&fd)
+        // The only thing of this run that must outlive a power failure, with all names that lead to it.
+        rustix::fs::fsync(&fd)?;
+        rustix::fs::fsync(&mark)
     }
 
     fn remove_mark(&self, mark: &OwnedFd) -> Res<()> {

@@ -626,7 +626,6 @@ pub(crate) fn make_placeholder(dir: BorrowedFd<'_>, name: &[u8]) -> Res<()> {
 mod tests {
     use std::os::unix::fs::MetadataExt;
     use std::sync::Barrier;
-    use std::sync::atomic::AtomicBool;
 
     use super::*;
     use crate::engine::tests::Scratch;
@@ -687,18 +686,17 @@ mod tests {
         let (from, to) = (dir(b"from"), dir(b"to"));
         let file = engine.lookup(&from, b"file").expect("there");
         assert_eq!(engine.write(&file, 0, b"F", false), Ok(1));
-        let (over, mut moved) = (AtomicBool::new(false), false);
+        let mut moved = false;
         std::thread::scope(|scope| {
-            scope.spawn(|| {
+            let looking = scope.spawn(|| {
                 for n in 0..COUNT {
                     // As if there were too few descriptors to keep it.
                     drop(file.file.take());
                     let node = engine.lookup(&to, n.to_string().as_bytes());
                     assert_eq!(node.map(|node| node.ino), Ok(file.ino));
                 }
-                over.store(true, Ordering::Release);
             });
-            while !over.load(Ordering::Acquire) {
+            while !looking.is_finished() {
                 // One after another: the kernel lets nobody rename and link one object at once.
                 assert_eq!(engine.rename(&from, b"file", &from, b"other", How::Exchange), Ok(()));
                 moved ^= true;

@@ -5,14 +5,14 @@
 //! `data`. They speak of [`Node`]s and errno; FUSE is known to [`crate::fs`] only.
 
 use std::hash::RandomState;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{AtFlags, Mode, OFlags};
 
-use crate::attr::{Attr, Kind, Meta, Stat, Time};
+use crate::attr::{Attr, Key, Kind, Meta, Stat, Time};
 use crate::config::{Branch, OverlaySpec, Owners, Records};
 use crate::errno::{Errno, Res, missing_ok};
 use crate::far::{Far, MountTable, mounts_below};
@@ -96,6 +96,9 @@ pub(crate) struct Engine {
     pub(crate) hooks: Hooks,
     pub(crate) counts: Counts,
     pub(crate) journal: Journal,
+    /// Held while the mode of a file on disk changes, or is another one than it should be. The last of all
+    /// locks, held over small I/O.
+    pub(crate) modes: Mutex<()>,
     root: Arc<Node>,
 }
 
@@ -204,6 +207,7 @@ impl Engine {
             hooks: Hooks::default(),
             counts: Counts::default(),
             journal: Journal::default(),
+            modes: Mutex::default(),
             root,
         })
     }
@@ -527,11 +531,8 @@ impl Engine {
             };
             let (fd, can_write) = match place {
                 Place::Upper => {
-                    let open = |dir: BorrowedFd<'_>, name: &[u8]| match open_content(dir, name, writable) {
-                        Err(Errno::ACCESS) if self.owners.native => open_in_spite(dir, name),
-                        opened => opened,
-                    };
-                    let look = |dir: BorrowedFd<'_>, name: &[u8]| match open(dir, name) {
+                    let look = |dir: BorrowedFd<'_>, name: &[u8]| match open_content(dir, name, writable) {
+                        Err(Errno::ACCESS) if self.owners.native => self.open_in_spite(dir, name, key),
                         // O_NOFOLLOW met a link, or something else stands there now.
                         Err(Errno::LOOP | Errno::NXIO | Errno::NOTDIR) => Ok(None),
                         opened => checked(opened?),
@@ -540,7 +541,13 @@ impl Engine {
                     found
                 }
                 Place::Parked(parked) => {
-                    checked(open_content(&*parked.work, &parked.name, writable)?)?.ok_or(Errno::STALE)?
+                    let opened = match open_content(&*parked.work, &parked.name, writable) {
+                        Err(Errno::ACCESS) if self.owners.native => {
+                            self.open_in_spite(parked.work.as_fd(), &parked.name, key)?
+                        }
+                        opened => checked(opened?)?,
+                    };
+                    opened.ok_or(Errno::STALE)?
                 }
                 Place::Lower { .. } if writable => return Err(Errno::ROFS),
                 Place::Lower { dir, name } => {
@@ -569,6 +576,28 @@ impl Engine {
                 return Ok(Content::File(fd));
             }
         }
+    }
+}
+
+impl Engine {
+    /// Opens a file of the upper whose real mode forbids it to its owner, who is the server and has no
+    /// capability that would help. The kernel has decided who may, and may still hold what was written before
+    /// the mode was set. `None` if something else has the name by now.
+    fn open_in_spite(&self, dir: BorrowedFd<'_>, name: &[u8], key: Key) -> Res<Option<(OwnedFd, bool)>> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let object = rustix::fs::openat(dir, name, flags, Mode::empty())?;
+        let _nobody_else = self.modes.lock();
+        let stat = stat_fd(object.as_fd())?;
+        if stat.key != key || stat.kind() != Some(Kind::File) {
+            return Ok(None);
+        }
+        // The file, whatever has its name now.
+        let path = format!("/proc/self/fd/{}", object.as_raw_fd());
+        let perm = stat.mode & 0o7777;
+        rustix::fs::chmod(&path, Mode::from_raw_mode(perm | 0o600))?;
+        let opened = rustix::fs::open(&path, OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOCTTY, Mode::empty());
+        rustix::fs::chmod(&path, Mode::from_raw_mode(perm))?;
+        Ok(Some((opened?, true)))
     }
 }
 
@@ -601,17 +630,6 @@ fn open_content(dir: impl AsFd, name: &[u8], writable: bool) -> Res<(std::os::fd
         }
         other => Ok((other?, true)),
     }
-}
-
-/// Opens a file of the upper whose real mode forbids it to its owner, who is the server and has no
-/// capability that would help. The kernel has decided who may, and may still hold what was written before
-/// the mode was set.
-fn open_in_spite(dir: BorrowedFd<'_>, name: &[u8]) -> Res<(std::os::fd::OwnedFd, bool)> {
-    let perm = stat_at(dir, name)?.mode & 0o7777;
-    sys::chmod_special(dir, name, Mode::from_raw_mode(perm | 0o600))?;
-    let opened = open_content(dir, name, true);
-    sys::chmod_special(dir, name, Mode::from_raw_mode(perm))?;
-    opened
 }
 
 /// Opens a file of a layer; its access time stays what it is where that is allowed.
@@ -736,7 +754,8 @@ fn make_root(
     let root_error = |err| open_error(std::path::Path::new("/"), err);
     let marks_of = |dir: &Arc<RealDir>| -> Result<Marks, Error> {
         let fd = dir.slot.get(false).ok_or_else(|| root_error(Errno::STALE))?;
-        Marks::read(sys::At::Name(fd.as_fd(), b".")).map_err(root_error)
+        // What the caller may not read of a layer has no marks.
+        Marks::read_of_layer(sys::At::Name(fd.as_fd(), b"."), dir.layer).map_err(root_error)
     };
     let mut state =
         DirState { generated: (!generated.is_empty()).then_some(GENERATED_ROOT), ..DirState::default() };
@@ -1074,6 +1093,89 @@ pub(crate) mod tests {
         assert_eq!((entries(), links(&file)), (1, Ok(1)));
         assert_eq!(engine.unlink(engine.root(), b"removed2"), Ok(()));
         assert_eq!((entries(), links(&file)), (0, Ok(0)));
+    }
+
+    /// Root is kept from nothing: for it this shows nothing.
+    #[test]
+    fn a_file_that_its_mode_closes_is_opened_and_stays_closed() {
+        use std::os::unix::fs::PermissionsExt;
+        let scratch = Scratch::new("closed");
+        let spec =
+            OverlaySpec { owner_form: crate::config::OwnerForm::Native, squash: None, ..scratch.spec() };
+        let engine = &Engine::open(&spec).expect("an overlay");
+        let owner = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
+        let make = |name: &[u8]| {
+            let new = NewObject { kind: Kind::File, perm: 0, umask: 0, rdev: (0, 0), target: b"", owner };
+            engine.create(engine.root(), name, &new).expect("made")
+        };
+        let (file, other) = (make(b"file"), make(b"other"));
+        let chmod = |node: &Arc<Node>, perm| {
+            let set = SetAttr { perm: Some(perm), ..SetAttr::default() };
+            engine.set_attr(node, set).map(|attr| attr.meta.perm)
+        };
+        assert_eq!(chmod(&other, 0o140), Ok(0o140));
+        /// Ends the others in any case.
+        struct End<'a>(&'a AtomicBool);
+        impl Drop for End<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::Release);
+            }
+        }
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let _end = End(&over);
+                for i in 0..2000 {
+                    let perm = if i % 2 == 0 { 0o040 } else { 0 };
+                    assert_eq!(chmod(&file, perm), Ok(perm));
+                    let root = engine.root();
+                    assert_eq!(engine.rename(root, b"file", root, b"other", How::Exchange), Ok(()));
+                }
+            });
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !over.load(Ordering::Acquire) {
+                        // As if there were too few descriptors to keep it.
+                        drop(file.file.take());
+                        assert!(engine.open_file(&file, true).is_ok());
+                    }
+                });
+            }
+        });
+        let mode = |name: &str| {
+            let stat = std::fs::metadata(scratch.dir.join("upper").join(name)).expect("there");
+            stat.permissions().mode() & 0o7777
+        };
+        assert_eq!((mode("file"), mode("other")), (0, 0o140));
+    }
+
+    #[test]
+    fn the_root_of_a_layer_that_the_caller_may_not_read_is_empty() {
+        use std::os::unix::fs::PermissionsExt;
+        let scratch = Scratch::new("unread");
+        let lower = scratch.dir.join("lower");
+        std::fs::write(lower.join("file"), "x").expect("written");
+        let empty = rustix::fs::XattrFlags::empty();
+        rustix::fs::setxattr(&lower, "user.containers.override_stat", b"0:0:0700", empty).expect("set");
+        let close = |perm| std::fs::set_permissions(&lower, PermissionsExt::from_mode(perm)).expect("set");
+        close(0);
+        let opened = Engine::open(&scratch.spec());
+        let seen = opened.map(|engine| {
+            let root = engine.root().clone();
+            let found = engine.lookup(&root, b"file").map(drop);
+            let new =
+                NewObject { kind: Kind::File, perm: 0, umask: 0, rdev: (0, 0), target: b"", owner: (0, 0) };
+            let made = engine.create(&root, b"new", &new).map(drop);
+            (found, made, engine.read_dir(&root, 0, 9).map(|entries| entries.len()))
+        });
+        close(0o755);
+        let (found, made, listed) = seen.expect("an overlay");
+        assert_eq!(made, Ok(()));
+        if rustix::process::geteuid().is_root() {
+            assert_eq!((found, listed), (Ok(()), Ok(4)));
+        } else {
+            assert_eq!((found, listed), (Err(Errno::NOENT), Ok(3)));
+        }
     }
 
     #[test]

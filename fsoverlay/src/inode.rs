@@ -15,6 +15,7 @@
 //! | the entries of `links` | which names of a layer lead to a copy |
 //! | `Node::inner` | owner, mode, names, place; never held over I/O |
 //! | a shard of the table | counts of lookups |
+//! | `Engine::modes` | the mode of files on disk, where ownership is native; held over small I/O |
 
 use std::collections::{HashMap, HashSet, hash_map};
 use std::os::fd::AsFd;

@@ -3,6 +3,10 @@
 //! Whoever has CAP_SYS_ADMIN in the user namespace of the mount namespace calls mount(2). Anybody
 //! else needs `fusermount3`, which is set-user-ID root: it opens `/dev/fuse`, mounts, and passes the
 //! descriptor over a socket whose number is in the environment.
+//!
+//! The directory may belong to somebody whom root must not trust, and who can put a link in its place at any
+//! time: the path is resolved once, without links, and what comes then is done with that descriptor.
+//! (The helper takes a path; it is the user's own then, and it looks after itself.)
 
 use std::ffi::{CString, OsStr, OsString};
 use std::io::IoSliceMut;
@@ -12,8 +16,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
@@ -21,6 +26,8 @@ use crate::errno::{Errno, Res};
 use crate::{Error, Overlay, Server};
 
 const HELPER: &str = "fusermount3";
+/// `MS_NOSYMFOLLOW` of linux/mount.h.
+const NOSYMFOLLOW: MountFlags = MountFlags::from_bits_retain(1 << 8);
 
 /// How [`Overlay::mount`] mounts.
 #[derive(Debug, Clone)]
@@ -37,6 +44,8 @@ pub struct MountSpec {
     pub dev: bool,
     /// Execute programs.
     pub exec: bool,
+    /// Follow symbolic links. The kernel has known the opposite since Linux 5.10; `fusermount3` may not.
+    pub follow: bool,
     /// Write each change through at once.
     pub sync: bool,
     /// Let others than the mounting user in. `fusermount3` allows it to root, and to others where
@@ -50,6 +59,8 @@ pub struct MountSpec {
 #[derive(Debug, Clone)]
 pub struct Mounted {
     at: PathBuf,
+    /// The directory below the mount.
+    below: Arc<OwnedFd>,
     id: u64,
     by_helper: bool,
 }
@@ -61,32 +72,45 @@ impl Mounted {
     /// # Errors
     /// As umount2(2).
     pub fn detach(&self) -> Result<(), Error> {
-        let error = |source| Error::Unmount { path: self.at.clone(), source };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = match rustix::fs::open(&self.at, flags, Mode::empty()) {
-            Ok(root) if mount_id(&root, c"").is_ok_and(|id| id == self.id) => root,
+        let root = match open_mounted(&self.below, flags) {
+            Ok(root) if mount_id(&root).is_ok_and(|id| id == self.id) => root,
             _ => return Ok(()),
         };
         // What others hold open stays open when the mount goes, and what they wrote must not go with us.
         if let Err(err) = rustix::fs::syncfs(&root) {
             tracing::warn!(%err, "cannot write back before unmounting");
         }
-        drop(root);
         if self.by_helper {
-            return run_helper(&mut Command::new(HELPER), |c| c.args(["-u", "-z", "-q", "--"]).arg(&self.at));
+            drop(root);
+            return unmount_by_helper(&self.at);
         }
-        rustix::mount::unmount(&self.at, UnmountFlags::DETACH).map_err(|err| error(err.into()))
+        unmount(&root, &self.at)
+    }
+
+    /// Takes away a mount that is not served.
+    fn undo(&self) -> Result<(), Error> {
+        if self.by_helper {
+            return unmount_by_helper(&self.at);
+        }
+        let error = |err: Errno| Error::Unmount { path: self.at.clone(), source: err.into() };
+        let root = open_mounted(&self.below, OFlags::PATH | OFlags::CLOEXEC).map_err(error)?;
+        unmount(&root, &self.at)
     }
 }
 
 impl Overlay {
     /// Mounts at a directory and serves. The kernel has the answer to its first request when
-    /// this returns: the mount can be used. `at` should be absolute: it is needed again.
+    /// this returns: the mount can be used. `at` should be absolute, since it is needed again, and
+    /// must lead through no symbolic link ([`std::fs::canonicalize`]).
     ///
     /// # Errors
     /// If the mount is refused, or not served; it is not there then.
     pub fn mount(self, at: &Path, spec: &MountSpec) -> Result<(Server, Mounted), Error> {
-        let (fuse, by_helper) = match mount_self(at, spec) {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let below = rustix::fs::openat2(CWD, at, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS)
+            .map_err(|err| Error::Mount { path: at.to_owned(), source: err.into() })?;
+        let (fuse, by_helper) = match mount_self(at, &below, spec) {
             Err(Error::Mount { source, .. })
                 if source.kind() == std::io::ErrorKind::PermissionDenied
                     && !rustix::process::geteuid().is_root() =>
@@ -95,21 +119,16 @@ impl Overlay {
             }
             other => (other?, false),
         };
-        let mut mounted = Mounted { at: at.to_owned(), id: 0, by_helper };
+        let mut mounted = Mounted { at: at.to_owned(), below: Arc::new(below), id: 0, by_helper };
         let served = self.serve_with(fuse, true).and_then(|server| {
-            mounted.id = mount_id(CWD, at).map_err(|err| Error::Serve { source: err.into() })?;
+            let id = open_mounted(&mounted.below, OFlags::PATH | OFlags::CLOEXEC).and_then(mount_id);
+            mounted.id = id.map_err(|err| Error::Serve { source: err.into() })?;
             Ok(server)
         });
         match served {
             Ok(server) => Ok((server, mounted)),
             Err(err) => {
-                let undone = if by_helper {
-                    run_helper(&mut Command::new(HELPER), |c| c.args(["-u", "-z", "-q", "--"]).arg(at))
-                } else {
-                    rustix::mount::unmount(at, UnmountFlags::DETACH)
-                        .map_err(|err| Error::Unmount { path: at.to_owned(), source: err.into() })
-                };
-                if let Err(err) = undone {
+                if let Err(err) = mounted.undo() {
                     tracing::debug!(%err, "a mount that is not served was left");
                 }
                 Err(err)
@@ -118,18 +137,43 @@ impl Overlay {
     }
 }
 
-/// Which mount a path leads to.
-fn mount_id(dir: impl AsFd, path: impl rustix::path::Arg) -> Res<u64> {
+fn proc_path(fd: impl AsFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
+}
+
+/// Opens the root of what is mounted on a directory (or the directory itself). From the one above and
+/// with the name that it has now, since only a name leads into a mount.
+fn open_mounted(below: &OwnedFd, flags: OFlags) -> Res<OwnedFd> {
+    let path = rustix::fs::readlink(proc_path(below), Vec::new())?;
+    let path = Path::new(OsStr::from_bytes(path.as_bytes()));
+    let above = rustix::fs::openat(below, c"..", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    // (The root of all has no name, and nothing that is mounted on it is ever seen.)
+    let name = path.file_name().unwrap_or(OsStr::new("."));
+    rustix::fs::openat(above, name, flags | OFlags::NOFOLLOW, Mode::empty())
+}
+
+/// Which mount an object is in.
+fn mount_id(object: impl AsFd) -> Res<u64> {
     let flags = AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT;
-    rustix::fs::statx(dir, path, flags, StatxFlags::MNT_ID).map(|stat| stat.stx_mnt_id)
+    rustix::fs::statx(object, c"", flags, StatxFlags::MNT_ID).map(|stat| stat.stx_mnt_id)
+}
+
+/// Detaches the mount with this root.
+fn unmount(root: &OwnedFd, at: &Path) -> Result<(), Error> {
+    rustix::mount::unmount(proc_path(root), UnmountFlags::DETACH)
+        .map_err(|err| Error::Unmount { path: at.to_owned(), source: err.into() })
+}
+
+fn unmount_by_helper(at: &Path) -> Result<(), Error> {
+    run_helper(&mut Command::new(HELPER), |c| c.args(["-u", "-z", "-q", "--"]).arg(at))
 }
 
 fn c_string(text: &OsStr) -> Result<CString, std::io::Error> {
     CString::new(text.as_bytes()).map_err(|_| Errno::INVAL.into())
 }
 
-/// mount(2) by this process.
-fn mount_self(at: &Path, spec: &MountSpec) -> Result<OwnedFd, Error> {
+/// mount(2) by this process, on the open directory.
+fn mount_self(at: &Path, below: &OwnedFd, spec: &MountSpec) -> Result<OwnedFd, Error> {
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
     let fuse = rustix::fs::open("/dev/fuse", flags, Mode::empty())
         .map_err(|err| Error::Open { path: "/dev/fuse".into(), source: err.into() })?;
@@ -150,10 +194,11 @@ fn mount_self(at: &Path, spec: &MountSpec) -> Result<OwnedFd, Error> {
     flags.set(MountFlags::NODEV, !spec.dev);
     flags.set(MountFlags::NOEXEC, !spec.exec);
     flags.set(MountFlags::SYNCHRONOUS, spec.sync);
+    flags.set(NOSYMFOLLOW, !spec.follow);
     let fstype = spec.subtype.as_ref().map_or_else(|| "fuse".to_owned(), |subtype| format!("fuse.{subtype}"));
     let source = c_string(&spec.source).map_err(error)?;
     let data = CString::new(data).map_err(|_| error(Errno::INVAL.into()))?;
-    rustix::mount::mount(source.as_c_str(), at, &*fstype, flags, data.as_c_str())
+    rustix::mount::mount(source.as_c_str(), proc_path(below), &*fstype, flags, data.as_c_str())
         .map_err(|err| error(err.into()))?;
     Ok(fuse)
 }
@@ -179,6 +224,7 @@ fn mount_by_helper(at: &Path, spec: &MountSpec) -> Result<OwnedFd, Error> {
         (spec.allow_other, "allow_other"),
         (!spec.exec, "noexec"),
         (spec.sync, "sync"),
+        (!spec.follow, "nosymfollow"),
     ];
     for (_, word) in words.iter().filter(|(wanted, _)| *wanted) {
         options.push(",");

@@ -290,6 +290,7 @@ impl Engine {
         let (target, _) = self.target(node)?;
         let recorded = match target.at() {
             Some(at) if self.owners.native && !self.is_placeholder(node, at)? => {
+                let _settled = self.modes.lock();
                 self.store_real(node, at, meta)?
             }
             Some(_) => self.record_meta(node, &target, meta)?,

@@ -58,20 +58,22 @@ pub fn main(args: impl Iterator<Item = OsString>) -> u8 {
 
 fn dispatch(cli: Cli) -> Result<u8, Failure> {
     let mut level = cli.log_level.as_deref();
+    let mut file = cli.log_file.clone();
     if let Command::Overlay(args) = &cli.command {
         overlay::close_inherited();
         level = level.or(overlay::is_debug(args).then_some("debug"));
+        file = file.or_else(|| overlay::log_file(args));
     }
     let mut inherited = None;
     if let Command::Netstack(args) = &cli.command {
         inherited = Some(netstack::Inherited::take(args)?);
     }
-    log::init(level, cli.log_file.as_deref())
-        .map_err(|error| Failure::new(&error).code(WRONG_USAGE))
-        .map_err(|failure| match cli.command {
+    log::init(level, file.as_deref()).map_err(|error| Failure::new(&error).code(WRONG_USAGE)).map_err(
+        |failure| match cli.command {
             Command::Run(_) => failure.code(RUN_FAILED),
             _ => failure,
-        })?;
+        },
+    )?;
     match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Diff(args) => diff::diff(&args),

@@ -46,7 +46,7 @@ pub(super) fn main_by_name(args: &[OsString]) -> u8 {
     };
     close_inherited();
     let level = is_debug(&args).then_some("debug");
-    let done = log::init(level, None).map_err(|error| Failure::new(&error));
+    let done = log::init(level, log_file(&args).as_deref()).map_err(|error| Failure::new(&error));
     match done.and_then(|()| overlay(&args, FUSE_OVERLAYFS)) {
         Ok(code) => code,
         Err(failure) => {
@@ -66,6 +66,11 @@ pub(super) fn close_inherited() {
 /// Whether the options ask for a log.
 pub(super) fn is_debug(args: &OverlayArgs) -> bool {
     args.debug || parse(&args.options).is_ok_and(|spec| spec.debug)
+}
+
+/// The file that the options want the log in.
+pub(super) fn log_file(args: &OverlayArgs) -> Option<PathBuf> {
+    parse(&args.options).ok().and_then(|spec| spec.log)
 }
 
 /// Mounts and serves; in the background, gives the status once the mount can be used.
@@ -285,6 +290,7 @@ fn mount_spec(spec: &OverlayMountSpec, source: OsString, subtype: String) -> Mou
         suid: spec.suid.unwrap_or(is_root),
         dev: spec.dev,
         exec: !spec.no_exec,
+        follow: !spec.no_follow,
         sync: spec.sync,
         allow_other: spec.allow_other || is_root,
         data: if takes_contexts() { spec.contexts.clone() } else { Vec::new() },

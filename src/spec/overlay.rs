@@ -30,6 +30,8 @@ pub struct OverlayMountSpec {
     pub dev: bool,
     /// `noexec`.
     pub no_exec: bool,
+    /// `nosymfollow`: symbolic links are shown, and lead nowhere.
+    pub no_follow: bool,
     /// `sync`.
     pub sync: bool,
     /// `allow_other`.
@@ -66,6 +68,8 @@ pub struct OverlayMountSpec {
     pub oci_whiteouts: Option<bool>,
     /// SELinux contexts, as mount(2) takes them.
     pub contexts: Vec<String>,
+    /// `log`: where the process in the background writes what it has to say.
+    pub log: Option<PathBuf>,
     /// `debug`: log, and stay in the foreground.
     pub debug: bool,
 }
@@ -121,6 +125,8 @@ const WITHOUT_EFFECT: &[&str] = &[
     // mount(8) and fstab(5).
     "defaults", "atime", "noatime", "diratime", "nodiratime", "relatime", "norelatime", "strictatime",
     "nostrictatime", "lazytime", "nolazytime", "auto", "noauto", "_netdev", "nofail", "nonempty", "silent", "loud",
+    // Who may mount: mount(8) has looked, and says `nosuid`, `nodev` and `noexec` itself.
+    "user", "nouser", "users", "nousers", "owner", "noowner", "group", "nogroup",
     // What the kernel always does for this file system.
     "default_permissions", "kernel_cache", "big_writes", "async_read", "clone_fd",
     // How bytes travel between the kernel and the server.
@@ -129,13 +135,16 @@ const WITHOUT_EFFECT: &[&str] = &[
     "userxattr",
 ];
 
-/// The same, for options with a value.
+/// The same, for options whose value is a number.
 #[rustfmt::skip]
-const VALUES_WITHOUT_EFFECT: &[&str] = &[
+const NUMBERS_WITHOUT_EFFECT: &[&str] = &[
     "max_write", "max_read", "max_readahead", "max_background", "congestion_threshold", "max_idle_threads",
-    // Of fuse-overlayfs and the kernel's overlayfs.
-    "fast_ino", "fast_ino_check", "index", "metacopy",
+    // Of fuse-overlayfs.
+    "fast_ino", "fast_ino_check",
 ];
+
+/// The same, for options of the kernel's overlayfs that are `on` or `off`.
+const SWITCHES_WITHOUT_EFFECT: &[&str] = &["index", "metacopy"];
 
 /// Reads the arguments of `-o`, in order; later ones win.
 ///
@@ -145,7 +154,7 @@ pub fn parse(arguments: &[OsString]) -> Result<OverlayMountSpec, OverlayOptionEr
     let mut spec = OverlayMountSpec::default();
     let mut to_root = false;
     for argument in arguments {
-        for option in split(argument.as_bytes(), b',', true) {
+        for option in split(argument.as_bytes(), b',', true).into_iter().filter(|option| !option.is_empty()) {
             to_root |= option == b"squash_to_root";
             one(&mut spec, &option)?;
         }
@@ -174,10 +183,11 @@ fn one(spec: &mut OverlayMountSpec, option: &[u8]) -> Result<(), OverlayOptionEr
     let name = String::from_utf8_lossy(name).into_owned();
     let text = || String::from_utf8_lossy(value.unwrap_or_default()).into_owned();
     let wrong = |reason| OverlayOptionError::Value { name: name.clone(), value: text(), reason };
-    let path = || -> Result<PathBuf, OverlayOptionError> {
+    let path_of = |wanted| -> Result<PathBuf, OverlayOptionError> {
         let path = value.map(|value| unescaped(unquoted(value))).filter(|path| !path.is_empty());
-        path.map(|path| OsString::from_vec(path).into()).ok_or_else(|| wrong("a directory is wanted"))
+        path.map(|path| OsString::from_vec(path).into()).ok_or_else(|| wrong(wanted))
     };
+    let path = || path_of("a directory is wanted");
     let number = || text().parse::<u32>().map_err(|_| wrong("a number is wanted"));
     // The largest number says "no id" to the kernel.
     let id = || text().parse().ok().filter(|&id| id < u32::MAX).ok_or_else(|| wrong("an id is wanted"));
@@ -188,15 +198,23 @@ fn one(spec: &mut OverlayMountSpec, option: &[u8]) -> Result<(), OverlayOptionEr
     match name.as_str() {
         "lowerdir" => {
             let value = value.map(unquoted).unwrap_or_default();
-            let dirs = split(value, b':', false);
-            spec.lowers = dirs.iter().map(|dir| OsString::from_vec(unescaped(dir)).into()).collect();
-            if spec.lowers.is_empty() {
+            if value.is_empty() {
                 return Err(wrong("directories are wanted, the topmost first, with : between them"));
             }
+            let dirs = split(value, b':', false);
+            if dirs.iter().any(Vec::is_empty) {
+                // The kernel's overlayfs has layers with data alone after `::`.
+                return Err(wrong("there is nothing before, after or between colons"));
+            }
+            spec.lowers = dirs.iter().map(|dir| OsString::from_vec(unescaped(dir)).into()).collect();
         }
         "upperdir" => spec.upper = Some(path()?),
         "workdir" => spec.work = Some(path()?),
-        "fsname" => spec.source = Some(OsString::from_vec(unescaped(value.unwrap_or_default()))),
+        "log" => spec.log = Some(path_of("a file is wanted")?),
+        "fsname" => match value {
+            Some(name) if !name.is_empty() => spec.source = Some(OsString::from_vec(unescaped(name))),
+            _ => return Err(wrong("a name is wanted")),
+        },
         "subtype" => match text() {
             name if name.is_empty() => return Err(wrong("a name is wanted")),
             name => spec.subtype = Some(name),
@@ -280,8 +298,16 @@ fn one(spec: &mut OverlayMountSpec, option: &[u8]) -> Result<(), OverlayOptionEr
         "ino32_t" => return refused("inode numbers have 64 bits"),
         "allow_root" => return refused("use allow_other, or nothing for the caller alone"),
         "auto_unmount" => return refused("the mount ends when it is unmounted or the server gets SIGTERM"),
-        _ if name.is_empty() => {}
-        _ if VALUES_WITHOUT_EFFECT.contains(&&*name) || name.starts_with("x-") => {}
+        _ if NUMBERS_WITHOUT_EFFECT.contains(&&*name) => {
+            number()?;
+        }
+        _ if SWITCHES_WITHOUT_EFFECT.contains(&&*name) => match text().as_str() {
+            "on" | "off" => {}
+            _ => return Err(wrong("on or off is wanted")),
+        },
+        // With a value: who mounts, and what somebody noted in fstab.
+        "user" | "comment" if value.is_some() => {}
+        _ if name.starts_with("x-") => {}
         _ if value.is_some() => {
             return if is_known(&name) { Err(wrong("it takes no value")) } else { Err(unknown(name)) };
         }
@@ -300,6 +326,8 @@ fn one(spec: &mut OverlayMountSpec, option: &[u8]) -> Result<(), OverlayOptionEr
         "nodev" => spec.dev = false,
         "exec" => spec.no_exec = false,
         "noexec" => spec.no_exec = true,
+        "symfollow" => spec.no_follow = false,
+        "nosymfollow" => spec.no_follow = true,
         "sync" | "dirsync" => spec.sync = true,
         "async" => spec.sync = false,
         _ if WITHOUT_EFFECT.contains(&&*name) => {}
@@ -329,12 +357,13 @@ fn unknown(name: String) -> OverlayOptionError {
 #[rustfmt::skip]
 fn is_known(name: &str) -> bool {
     const SWITCHES: &[&str] = &[
-        "debug", "squash_to_root", "static_nlink", "noacl", "volatile", "passthrough", "allow_other", "ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync", "dirsync", "async",
+        "debug", "squash_to_root", "static_nlink", "noacl", "volatile", "passthrough", "allow_other", "ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "symfollow", "nosymfollow",
+        "sync", "dirsync", "async",
     ];
     SWITCHES.contains(&name) || WITHOUT_EFFECT.contains(&name)
 }
 
-/// Parts between separators, empty ones left out. A backslash takes the meaning from the byte after
+/// Parts between separators. A backslash takes the meaning from the byte after
 /// it, and stays for [`unescaped`]; with `quotes`, so do quotation marks.
 fn split(text: &[u8], separator: u8, quotes: bool) -> Vec<Vec<u8>> {
     let mut parts = vec![Vec::new()];
@@ -348,7 +377,6 @@ fn split(text: &[u8], separator: u8, quotes: bool) -> Vec<Vec<u8>> {
         escaped = byte == b'\\' && !escaped;
         parts.last_mut().expect("one at least").push(byte);
     }
-    parts.retain(|part| !part.is_empty());
     parts
 }
 
@@ -411,7 +439,10 @@ mod tests {
         );
         assert_eq!(lowers(b"lowerdir=\"/a,b:/c\""), ["/a,b", "/c"].map(PathBuf::from));
         assert_eq!(lowers(b"lowerdir=/\xff")[0].as_os_str().as_bytes(), b"/\xff");
-        assert_eq!(lowers(b"lowerdir=:/a::/b:"), ["/a", "/b"].map(PathBuf::from));
+        for text in ["lowerdir=:/a", "lowerdir=/a::/b", "lowerdir=/a:", "lowerdir=:"] {
+            let refused = read(text).expect_err(text).to_string();
+            assert!(refused.ends_with("there is nothing before, after or between colons"), "{refused}");
+        }
         assert_eq!(read(r"upperdir=/a\,\:b,workdir=/w").expect("read").upper, Some("/a,:b".into()));
     }
 
@@ -511,6 +542,7 @@ mod tests {
             assert!(refusal(text).starts_with(&format!("the option {text} is not supported: ")), "{text}");
         }
         assert!(read("upperdir=/u").is_err() && read("").is_err() && read("lowerdir=").is_err());
+        assert_eq!(refusal("=x"), "unknown option ");
     }
 
     #[test]
@@ -519,9 +551,37 @@ mod tests {
         for option in WITHOUT_EFFECT {
             assert_eq!(read(&format!("lowerdir=/l,{option}")), plain, "{option}");
         }
-        for option in VALUES_WITHOUT_EFFECT {
-            assert_eq!(read(&format!("lowerdir=/l,{option}=off")), plain, "{option}");
+        for option in NUMBERS_WITHOUT_EFFECT {
+            assert_eq!(read(&format!("lowerdir=/l,{option}=7")), plain, "{option}");
+            for wrong in ["", "=", "=hello", "=-1", "=1k", "=4294967296"] {
+                assert!(
+                    refusal(&format!("{option}{wrong}")).ends_with("a number is wanted"),
+                    "{option}{wrong}"
+                );
+            }
+        }
+        for option in SWITCHES_WITHOUT_EFFECT {
+            assert_eq!(read(&format!("lowerdir=/l,{option}=off,{option}=on")), plain, "{option}");
+            for wrong in ["", "=", "=yes"] {
+                assert!(
+                    refusal(&format!("{option}{wrong}")).ends_with("on or off is wanted"),
+                    "{option}{wrong}"
+                );
+            }
         }
         assert_eq!(read("lowerdir=/l,,x-systemd.automount,xino=off,noxattrs=0"), plain);
+        // As libmount hands it over.
+        let fstab = "rw,nosuid,nodev,user,user=me,nofail,_netdev,exec,comment=two words,noauto,x-a=b";
+        let spec = read(&format!("lowerdir=/l,{fstab}"));
+        assert_eq!(spec, plain.map(|plain| OverlayMountSpec { suid: Some(false), ..plain }));
+        assert!(
+            refusal("users=me").ends_with("it takes no value") && refusal("nouser=1").contains("no value")
+        );
+        let follow = |text: &str| read(&format!("lowerdir=/l,{text}")).map(|spec| spec.no_follow);
+        assert_eq!((follow("nosymfollow"), follow("nosymfollow,symfollow")), (Ok(true), Ok(false)));
+        assert_eq!(read("lowerdir=/l,log=a/b").map(|spec| spec.log), Ok(Some("a/b".into())));
+        assert!(
+            refusal("log").contains("a file is wanted") && refusal("fsname=").contains("a name is wanted")
+        );
     }
 }

@@ -198,6 +198,52 @@ wait $strace; grep -c \" $PWD/m \" /proc/mounts";
 }
 
 #[test]
+fn a_link_in_the_place_of_the_mount_point_is_not_followed() {
+    need!("strace");
+    let home = Home::new();
+    prepared(&home);
+    // The server stops before it opens the mount point again, and goes on when somebody has put a link there.
+    let script = "
+strace -f -qq -o log -e trace=setsid -e inject=setsid:signal=STOP $R overlay -o $O m & strace=$!
+until grep -q 'stopped by SIGSTOP' log 2>/dev/null; do kill -0 $strace || exit 3; done
+mv m moved; ln -s b m
+kill -CONT $(awk '/stopped by SIGSTOP/ { print $1 }' log)
+wait $strace; echo $?; grep -c \" $PWD/b \" /proc/mounts; grep -c \" $PWD/moved \" /proc/mounts";
+    let out = inside(&home, script).run();
+    assert!(out.text() == "1\n0\n0" && out.errors().contains("ELOOP"), "{out}");
+}
+
+#[test]
+fn links_are_not_followed_if_that_is_asked_for() {
+    let home = Home::new();
+    prepared(&home);
+    let script = "
+set -e
+ln -s both a/link
+$R overlay -o $O,nosymfollow m; readlink m/link; cat m/link 2>/dev/null || echo refused; umount m
+$R overlay -o $O,nosymfollow,symfollow m; cat m/link; umount m";
+    inside(&home, script).run().ok().prints("both\nrefused\na");
+}
+
+#[test]
+fn the_server_in_the_background_has_a_log() {
+    let home = Home::new();
+    prepared(&home);
+    let script = "
+set -e
+for program in \"$R overlay\" \"$F\"; do
+  RUST_LOG=trace $program -o $O,log=log m; touch m/f; umount m
+  grep -c . log | sed 's/^[1-9][0-9]*$/some/'; rm log
+done
+$R overlay -o $O,log=none/log m || echo $?";
+    let out = inside(&home, script).run();
+    assert!(
+        out.text() == "some\nsome\n2" && out.errors().contains("cannot open the log file none/log"),
+        "{out}"
+    );
+}
+
+#[test]
 fn errors_say_what_can_be_done() {
     let home = Home::new();
     prepared(&home);
