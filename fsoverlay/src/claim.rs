@@ -91,8 +91,6 @@ impl Upper {
                     Ok(()) | Err(Errno::EXIST) => {}
                     Err(err) => return Err(err),
                 }
-                // Made now or before: who made it may have been killed before this.
-                rustix::fs::fsync(&at)?;
             }
             at = match open_dir(&at, name) {
                 // The kernel's overlayfs takes all rights from its directory, which root needs none of.
@@ -111,8 +109,14 @@ impl Upper {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(&mark, BOOT, flags, Mode::from_raw_mode(0o600))?;
         crate::copyup::write_all(fd.as_fd(), &boot_id()?, 0)?;
-        // The only thing of this run that must outlive a power failure, with all names that lead to it.
+        // The only thing of this run that must outlive a power failure, with all names that lead to it, whoever
+        // made them. A journal has written the directories with the file.
         rustix::fs::fsync(&fd)?;
+        let mut at = open_dir(&self.work, ".")?;
+        for name in MARK {
+            rustix::fs::fsync(&at)?;
+            at = open_dir(&at, name)?;
+        }
         rustix::fs::fsync(&mark)
     }
 

@@ -91,8 +91,8 @@ impl Drop for Temp<'_> {
     }
 }
 
-/// Gives an open object a name, whether it has one or not; `O_PATH` is enough. Without CAP_DAC_READ_SEARCH the direct way is
-/// open since Linux 6.10; before, the descriptor's name in procfs is the way.
+/// Gives an open object a name, whether it has one or not; `O_PATH` is enough. Without CAP_DAC_READ_SEARCH the
+/// direct way is open since Linux 6.10; before, the descriptor's name in procfs is the way.
 pub(crate) fn link_fd(fd: BorrowedFd<'_>, dir: BorrowedFd<'_>, name: &[u8]) -> Res<()> {
     match rustix::fs::linkat(fd, c"", dir, name, AtFlags::EMPTY_PATH) {
         Err(Errno::NOENT | Errno::PERM) => {
