@@ -246,11 +246,12 @@ impl Running {
         let ask = || -> std::io::Result<String> {
             let mut stream = std::os::unix::net::UnixStream::connect(&path)?;
             let port = self.published;
-            write!(
-                stream,
+            // In one piece: it reads once.
+            let question = format!(
                 "{{\"execute\":\"add_hostfwd\",\"arguments\":{{\"proto\":\"tcp\",\"host_addr\":\"0.0.0.0\",\
                  \"host_port\":{port},\"guest_port\":{INSIDE_PORT}}}}}"
-            )?;
+            );
+            stream.write_all(question.as_bytes())?;
             stream.shutdown(std::net::Shutdown::Write)?;
             let mut answer = String::new();
             stream.read_to_string(&mut answer)?;
