@@ -176,6 +176,8 @@ struct Flow {
     /// receive ring may hold segments behind a gap.
     farthest: Option<TcpSeqNumber>,
     acknowledged: Option<TcpSeqNumber>,
+    /// What the guest acknowledged last.
+    heard_ack: Option<TcpSeqNumber>,
 }
 
 /// Whether smoltcp may hold data from the guest that cannot be delivered yet: what reached farthest is not acknowledged.
@@ -343,6 +345,13 @@ impl Tcp {
                 if flow.guest_fin.is_some_and(|fin| end > fin) && !segment.payload().is_empty() {
                     // smoltcp would take it; the host must not see anything behind what it was told was the end.
                     sh.stats.dropped_malformed.one();
+                    return;
+                }
+                let again = flow.heard_ack.replace(segment.ack_number()) == Some(segment.ack_number());
+                if again
+                    && flow.acknowledged == Some(segment.seq_number())
+                    && only_fin_is_missing(socket, &segment)
+                {
                     return;
                 }
                 let rx = widened.as_deref().unwrap_or(&plain);
@@ -596,6 +605,7 @@ impl Tcp {
             released: 0,
             farthest: None,
             acknowledged: None,
+            heard_ack: None,
         });
         self.by_key.insert(key, id);
         sh.stats.tcp_flows.set(self.flows.len());
@@ -958,6 +968,16 @@ fn send_segments(
     // when the FIN was acknowledged, since that does not stop its timer for window probes.
     let most = if socket.state() == State::FinWait2 { 1 } else { TURN_SEGMENTS };
     (0..most).take_while(|_| socket.poll_egress(iface, now, device)).count()
+}
+
+/// Whether `segment` says nothing but that it still waits for our FIN, if its acknowledgement is not a new one. After three
+/// of them smoltcp 0.14 looks for the first data to send again. There is none, and the timer that would have brought the
+/// FIN again has been stopped: it would never come. Without them, it comes when its time is up.
+fn only_fin_is_missing(socket: &RingSocket, segment: &TcpPacket<&[u8]>) -> bool {
+    matches!(socket.state(), State::FinWait1 | State::Closing | State::LastAck)
+        && socket.send_queue() == 0
+        && segment.payload().is_empty()
+        && !(segment.syn() || segment.fin() || segment.rst())
 }
 
 /// Whether something of ours is on its way to the guest, which it has to acknowledge.

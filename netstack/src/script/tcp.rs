@@ -116,6 +116,27 @@ fn a_fin_that_comes_again_is_acknowledged_again() {
 }
 
 #[test]
+fn a_fin_that_was_lost_comes_again_whatever_is_acknowledged_meanwhile() {
+    let mut open = open();
+    open.server.write_all(b"data").expect("write");
+    open.server.shutdown(Shutdown::Write).expect("shutdown");
+    open.script.expect_tcp("FIN", |segment| segment.fin());
+    // It got the data and not the FIN.
+    open.peer.ack = open.peer.ack.wrapping_add(4);
+    for _ in 0..5 {
+        open.send(TcpControl::None, b"");
+    }
+    while open.script.try_recv().is_some() {}
+    open.script.advance_millis(3_000);
+    let fin = open.script.expect_tcp("FIN again", |segment| segment.fin());
+    assert_eq!(fin.tcp().seq_number(), TcpSeqNumber(open.peer.ack));
+    open.peer.ack = open.peer.ack.wrapping_add(1);
+    open.send(TcpControl::Fin, b"");
+    assert_eq!(open.server_reads(), b"");
+    open.expect_gone();
+}
+
+#[test]
 fn a_fin_waits_for_the_data_before_it() {
     let mut open = open();
     let start = open.peer.seq;
