@@ -7,6 +7,7 @@ use smoltcp::time::Duration;
 use crate::flowlog::FlowLog;
 use crate::pcap::Capture;
 use crate::policy::PolicySpec;
+use crate::rate::Rates;
 
 /// Everything the stack needs to know.
 #[derive(Debug, Clone)]
@@ -27,6 +28,8 @@ pub struct StackSpec {
     pub flow_log: Option<FlowLog>,
     /// Gets every frame that crosses the TAP; `None` costs nothing.
     pub capture: Option<Capture>,
+    /// How fast data may go.
+    pub rates: Rates,
     /// Addresses of the host that the sockets of flows use.
     pub outbound: Outbound,
 }
@@ -327,6 +330,7 @@ pub(crate) mod tests {
             policy: PolicySpec::default(),
             flow_log: None,
             capture: None,
+            rates: Rates::default(),
             outbound: Outbound::default(),
         }
     }

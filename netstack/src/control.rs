@@ -23,6 +23,7 @@ use crate::config::{Error, Publish};
 use crate::engine::{Engine, Turn};
 use crate::forward::{self, PortId, PublishedPort};
 use crate::policy::PolicySpec;
+use crate::rate::Rates;
 use crate::stats::{Counters, Stats};
 
 type Command = Box<dyn FnOnce(&mut Engine, Instant) -> Turn + Send>;
@@ -121,6 +122,24 @@ impl Control {
     /// [`Error::Stopped`].
     pub fn set_policy(&self, policy: PolicySpec) -> Result<(), Error> {
         self.ask(move |engine, _| engine.set_policy(policy))
+    }
+
+    /// How fast data may go.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Stopped`].
+    pub fn rates(&self) -> Result<Rates, Error> {
+        self.ask(|engine, _| engine.rates())
+    }
+
+    /// Replaces how fast data may go, from now on, with full bursts.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Stopped`].
+    pub fn set_rates(&self, rates: Rates) -> Result<(), Error> {
+        self.ask(move |engine, now| engine.set_rates(now, rates))
     }
 
     /// Has the engine run `command`, and waits for what it gives.

@@ -42,6 +42,7 @@ use crate::ndp;
 use crate::netlink::Routes;
 use crate::policy::hello::Hello;
 use crate::policy::{self, DNS_PORT, PolicySpec, Reason, RouteKind, Rules, Transport, Verdict};
+use crate::rate::{Bucket, Rates};
 use crate::stats::{Counters, Stats};
 use crate::sys;
 use crate::tcp::Tcp;
@@ -161,6 +162,9 @@ pub(crate) struct Shared {
     /// When this turn began to do things.
     pub(crate) now: Instant,
     refusals: Refusals,
+    /// What may still go from the guest to the world, and the other way.
+    pub(crate) sent: Bucket,
+    pub(crate) received: Bucket,
 }
 
 impl Shared {
@@ -260,8 +264,8 @@ pub(crate) struct Engine {
     commands: Commands,
     /// Where frames are read into.
     buffer: Box<[u8]>,
-    /// The TAP is watched for room, since frames wait.
-    watching_room: bool,
+    /// What the TAP is watched for.
+    watching: EpollFlags,
     /// There may be more frames than one turn takes.
     more_frames: bool,
     /// Flows have more to do than one turn takes.
@@ -303,6 +307,8 @@ impl Engine {
             descriptor_freed: false,
             now,
             refusals: Refusals::new(now),
+            sent: Bucket::new(spec.rates.sent, now),
+            received: Bucket::new(spec.rates.received, now),
         };
         sh.watch(sh.tap.as_fd(), Token::Tap, EpollFlags::EPOLLIN)?;
         sh.watch(commands.as_fd(), Token::Command, EpollFlags::EPOLLIN)?;
@@ -316,7 +322,7 @@ impl Engine {
             reassembly: Reassembly::default(),
             commands,
             buffer: device::frame_buffer(),
-            watching_room: false,
+            watching: EpollFlags::EPOLLIN,
             more_frames: false,
             more_work: false,
             sh,
@@ -348,6 +354,18 @@ impl Engine {
         self.sh.spec.policy.clone()
     }
 
+    /// See [`Control::set_rates`].
+    pub(crate) fn set_rates(&mut self, now: Instant, rates: Rates) {
+        self.sh.spec.rates = rates;
+        self.sh.sent = Bucket::new(rates.sent, now);
+        self.sh.received = Bucket::new(rates.received, now);
+    }
+
+    /// See [`Control::rates`].
+    pub(crate) fn rates(&self) -> Rates {
+        self.sh.spec.rates
+    }
+
     /// Tells of the end of every flow that is still there.
     fn tell_the_rest(&self) {
         if self.sh.spec.flow_log.is_some() {
@@ -374,7 +392,9 @@ impl Engine {
 
     /// Time until the next timer; `None`: until something happens.
     fn patience(&self, now: Instant) -> Option<Duration> {
-        let more = self.more_frames || self.more_work || !self.sh.unread.queue.is_empty();
+        let frames = self.more_frames && !self.sh.sent.is_in_debt();
+        let unread = !self.sh.unread.queue.is_empty() && !self.sh.received.is_dry();
+        let more = frames || self.more_work || unread;
         if self.forward.is_eager() || more && !self.sh.tap.is_blocked() {
             return Some(Duration::ZERO);
         }
@@ -406,11 +426,13 @@ impl Engine {
         };
         let now = clock();
         self.sh.now = now;
+        self.sh.sent.fill(now);
+        self.sh.received.fill(now);
         let mut frames = self.more_frames;
         let mut obeyed = Turn::Goes;
         // As many as wait now: who is not done comes again the next turn.
         for _ in 0..self.sh.unread.queue.len() {
-            if self.sh.tap.is_blocked() {
+            if self.sh.tap.is_blocked() || self.sh.received.is_dry() {
                 break;
             }
             if let Some(token) = self.sh.unread.pop().and_then(Token::unpack) {
@@ -449,6 +471,7 @@ impl Engine {
             return Turn::Ends;
         }
         self.fire_timers(now);
+        self.tcp.resume(&self.sh);
         // A query may be answered at once, and the answer let its flow take the next query.
         loop {
             self.more_work = self.tcp.run(&mut self.sh, now);
@@ -468,7 +491,8 @@ impl Engine {
             }
         }
         self.sh.tap.end_run();
-        self.watch_room();
+        self.watch_tap();
+        self.await_tokens();
         Turn::Goes
     }
 
@@ -491,17 +515,31 @@ impl Engine {
         !answers.is_empty()
     }
 
-    /// Watches the TAP for room while frames wait, and only then.
-    fn watch_room(&mut self) {
-        let blocked = self.sh.tap.is_blocked();
-        if blocked != self.watching_room {
+    /// Watches the TAP for room while frames wait, and only then; for nothing while the guest has sent more than it may.
+    fn watch_tap(&mut self) {
+        let flags = match (self.sh.tap.is_blocked(), self.sh.sent.is_in_debt()) {
             // Nothing is read meanwhile, so frames of the guest must not wake us.
-            let flags = if blocked { EpollFlags::EPOLLOUT } else { EpollFlags::EPOLLIN };
+            (true, _) => EpollFlags::EPOLLOUT,
+            (false, true) => EpollFlags::empty(),
+            (false, false) => EpollFlags::EPOLLIN,
+        };
+        if flags != self.watching {
             let mut event = EpollEvent::new(flags, Token::Tap.pack());
             if let Err(errno) = self.sh.epoll.modify(self.sh.tap.as_fd(), &mut event) {
                 tracing::error!(%errno, "cannot watch the TAP");
             }
-            self.watching_room = blocked;
+            self.watching = flags;
+        }
+    }
+
+    /// Sets the timer for whoever waits until more data may go.
+    fn await_tokens(&mut self) {
+        let [sent, received] = self.tcp.waits_for_tokens();
+        let sent = sent || self.sh.sent.is_in_debt();
+        let received = received || !self.sh.unread.queue.is_empty();
+        let at = [self.sh.sent.ready_at().filter(|_| sent), self.sh.received.ready_at().filter(|_| received)];
+        if let Some(at) = at.into_iter().flatten().min() {
+            self.sh.timers.set(at, TimerKey::Rate);
         }
     }
 
@@ -509,7 +547,7 @@ impl Engine {
         let mut buffer = std::mem::take(&mut self.buffer);
         self.more_frames = true;
         for _ in 0..TURN_FRAMES {
-            if self.sh.tap.is_blocked() {
+            if self.sh.tap.is_blocked() || self.sh.sent.is_in_debt() {
                 break;
             }
             match self.sh.tap.read(&mut buffer) {
@@ -620,6 +658,7 @@ impl Engine {
                 if packet.is_v6() {
                     ndp::neighbour(&mut self.sh, now, packet, None);
                 }
+                self.sh.sent.take(packet.payload().len());
                 self.icmp.ingress(&mut self.sh, now, packet);
             }
             // Protocols that a host socket cannot carry.
@@ -652,6 +691,7 @@ impl Engine {
             let error = emit::IcmpError::time_exceeded(packet.is_v6());
             return emit::icmp_error(&mut self.sh.tap, from, packet.src, error, packet.bytes);
         }
+        self.sh.sent.take(packet.payload().len().saturating_sub(8));
         self.udp.ingress(&mut self.sh, now, packet, &self.forward);
     }
 
@@ -662,6 +702,8 @@ impl Engine {
                 TimerKey::Udp => self.udp.timer(&mut self.sh, now),
                 TimerKey::Ping => self.icmp.timer(&mut self.sh, now),
                 TimerKey::Dns(id) => self.dns.timer(&mut self.sh, now, id),
+                // It has brought us here: buckets are filled each turn.
+                TimerKey::Rate => {}
                 TimerKey::Accept => self.sh.descriptor_freed = true,
                 TimerKey::Router => ndp::advertise_router(&mut self.sh, now, ndp::ALL_NODES),
                 TimerKey::Reassembly => {
@@ -723,7 +765,7 @@ impl Engine {
         self.reassembly.check_bounds();
         self.sh.tap.check_bounds();
         let flows = self.sh.stats.snapshot().tcp_flows + u64::try_from(self.dns.under_way()).unwrap_or(0);
-        assert!(u64::try_from(self.sh.timers.len()).is_ok_and(|timers| timers <= flows + 5));
+        assert!(u64::try_from(self.sh.timers.len()).is_ok_and(|timers| timers <= flows + 6));
     }
 }
 

@@ -147,6 +147,7 @@ pub(crate) enum TimerKey {
     Reassembly,
     Accept,
     Router,
+    Rate,
 }
 
 impl TimerKey {
@@ -158,6 +159,7 @@ impl TimerKey {
             Self::Reassembly => Some(2),
             Self::Accept => Some(3),
             Self::Router => Some(4),
+            Self::Rate => Some(5),
             Self::Tcp(_) | Self::Dns(_) => None,
         }
     }
@@ -172,7 +174,7 @@ impl TimerKey {
 #[derive(Debug, Default)]
 pub(crate) struct Timers {
     queue: BTreeSet<(Instant, TimerKey)>,
-    tables: [Option<Instant>; 5],
+    tables: [Option<Instant>; 6],
 }
 
 impl Timers {

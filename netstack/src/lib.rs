@@ -25,7 +25,7 @@
 //!
 //! ```no_run
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! use netstack::{DnsSpec, Link, Outbound, PolicySpec, Published, Stack, StackSpec, open_tap};
+//! use netstack::{DnsSpec, Link, Outbound, PolicySpec, Published, Rates, Stack, StackSpec, open_tap};
 //! // In the guest's network namespace; the descriptor may then be sent elsewhere.
 //! let tap = open_tap("tap0")?;
 //! let spec = StackSpec {
@@ -45,6 +45,7 @@
 //!     policy: PolicySpec::default(),
 //!     flow_log: None,
 //!     capture: None,
+//!     rates: Rates::default(),
 //!     outbound: Outbound::default(),
 //! };
 //! // In the host's.
@@ -76,6 +77,7 @@ mod ndp;
 mod netlink;
 mod pcap;
 mod policy;
+mod rate;
 #[cfg(test)]
 mod script;
 mod stats;
@@ -91,6 +93,7 @@ pub use forward::{PortId, Published, PublishedPort};
 pub use ndp::slaac_address;
 pub use pcap::{Capture, Captured};
 pub use policy::{HostLoopback, NamePattern, PolicySpec, Rule, RuleError, Transport};
+pub use rate::{Rate, Rates};
 pub use stats::Stats;
 
 use std::os::fd::OwnedFd;

@@ -139,6 +139,8 @@ struct Flow {
     mss: u16,
     /// In the list of dirty flows.
     dirty: bool,
+    /// In the lists of those that wait until more may go.
+    held: [bool; 2],
     /// Where the guest's FIN is, once smoltcp has accepted it.
     guest_fin: Option<TcpSeqNumber>,
     /// The smoltcp socket has begun to close its sending half.
@@ -185,6 +187,25 @@ fn has_gap(farthest: Option<TcpSeqNumber>, acknowledged: Option<TcpSeqNumber>) -
     farthest.is_some_and(|end| acknowledged.is_none_or(|acknowledged| acknowledged < end))
 }
 
+/// Flows that wait until more data may go one way.
+#[derive(Debug, Default)]
+struct Held {
+    /// The last time it was not for them: they come first.
+    hungry: Vec<FlowId>,
+    served: Vec<FlowId>,
+    /// How many came back the last time, who share what there is.
+    sharers: usize,
+}
+
+/// What may be moved for a flow now.
+#[derive(Debug, Clone, Copy)]
+struct Allowance {
+    sent: usize,
+    received: usize,
+    /// More was there, from the guest and for it.
+    wanted: [bool; 2],
+}
+
 /// A query that came over TCP.
 #[derive(Debug)]
 pub(crate) struct DnsQuery {
@@ -205,6 +226,8 @@ pub(crate) struct Tcp {
     /// Flows that have begun to connect, oldest first; some are connected or gone by now.
     connecting: VecDeque<FlowId>,
     dirty: Vec<FlowId>,
+    /// Flows with data for the world, and for the guest, that may not go yet.
+    held: [Held; 2],
     pool: Vec<Rings>,
     /// Queries to be fetched by the engine.
     pub(crate) dns_queries: Vec<DnsQuery>,
@@ -224,6 +247,12 @@ fn timestamp_clock() -> u32 {
     u32::try_from(millis & i64::from(u32::MAX)).unwrap_or_default()
 }
 
+impl Held {
+    fn len(&self) -> usize {
+        self.hungry.len() + self.served.len()
+    }
+}
+
 impl Tcp {
     pub(crate) fn new(sh: &mut Shared, now: Instant) -> Self {
         let mut config = smoltcp::iface::Config::new(smoltcp::wire::HardwareAddress::Ip);
@@ -241,6 +270,7 @@ impl Tcp {
             dns_flows: 0,
             connecting: VecDeque::new(),
             dirty: Vec::new(),
+            held: Default::default(),
             pool: Vec::new(),
             dns_queries: Vec::new(),
         }
@@ -586,6 +616,7 @@ impl Tcp {
             far,
             mss: 536,
             dirty: false,
+            held: [false; 2],
             guest_fin: None,
             closed: false,
             finished: false,
@@ -737,6 +768,49 @@ impl Tcp {
         }
     }
 
+    /// Whether flows have data for the world, or for the guest, that may not go yet.
+    pub(crate) fn waits_for_tokens(&self) -> [bool; 2] {
+        self.held.each_ref().map(|held| !held.hungry.is_empty() || !held.served.is_empty())
+    }
+
+    /// Marks the flows whose data may go on.
+    pub(crate) fn resume(&mut self, sh: &Shared) {
+        for (way, dry) in [sh.sent.is_dry(), sh.received.is_dry()].into_iter().enumerate() {
+            let Some(held) = self.held.get_mut(way).filter(|held| !dry && held.len() > 0) else { continue };
+            let mut list = std::mem::take(&mut held.hungry);
+            list.append(&mut held.served);
+            held.sharers = list.len();
+            for id in list {
+                if let Some(flow) = self.flows.get_mut(id) {
+                    flow.held[way] = false;
+                    self.mark(id);
+                }
+            }
+        }
+    }
+
+    /// Lets a flow wait until more data may go.
+    fn hold(&mut self, id: FlowId, way: usize, served: bool) {
+        let flows = &self.flows;
+        let (Some(held), Some(flow)) = (self.held.get_mut(way), flows.get(id)) else { return };
+        if flow.held[way] {
+            return;
+        }
+        if held.len() > 2 * MAX_TCP_FLOWS {
+            // Most of them are gone.
+            held.hungry.retain(|&id| flows.get(id).is_some());
+            held.served.retain(|&id| flows.get(id).is_some());
+        }
+        if served {
+            held.served.push(id)
+        } else {
+            held.hungry.push(id)
+        }
+        if let Some(flow) = self.flows.get_mut(id) {
+            flow.held[way] = true;
+        }
+    }
+
     /// Looks after every dirty flow once; whether some still have work to do.
     pub(crate) fn run(&mut self, sh: &mut Shared, now: Instant) -> bool {
         let list = std::mem::take(&mut self.dirty);
@@ -782,10 +856,26 @@ impl Tcp {
             }
         }
         let before = flow.moved;
+        let share = Allowance {
+            sent: sh.sent.share(self.held[0].sharers),
+            received: sh.received.share(self.held[1].sharers),
+            wanted: [false; 2],
+        };
+        let mut allowance = share;
         let mut fate = match &mut flow.far {
             Far::Host(host) => {
-                let fate =
-                    move_host(socket, host, &mut flow.moved, &mut flow.account, flow.closed, flow.peek);
+                let hold = flow.peek;
+                let fate = move_host(
+                    socket,
+                    host,
+                    &mut flow.moved,
+                    &mut flow.account,
+                    &mut allowance,
+                    flow.closed,
+                    hold,
+                );
+                sh.sent.take(share.sent - allowance.sent);
+                sh.received.take(share.received - allowance.received);
                 // An end of the host's stream is passed on at once: the flow's last word often comes with it.
                 if host.eof && !flow.closed {
                     flow.closed = true;
@@ -865,9 +955,20 @@ impl Tcp {
             }
             _ => {}
         }
-        if flow.moved - before >= TURN_BUDGET || sent >= TURN_SEGMENTS {
+        let mut again = flow.moved - before >= TURN_BUDGET || sent >= TURN_SEGMENTS;
+        let served = [share.sent > 0, share.received > 0];
+        for (way, bucket) in [&sh.sent, &sh.received].into_iter().enumerate() {
+            if allowance.wanted[way] && bucket.is_dry() {
+                self.hold(id, way, served[way]);
+            } else {
+                again |= allowance.wanted[way];
+            }
+        }
+        if again {
             return self.mark(id);
         }
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        let Phase::Open(socket) = &mut flow.phase else { return };
         // The retransmission timer outlives the data it was set for: a good moment to see whether the flow rests.
         let rested = std::mem::take(&mut flow.rested) && flow.moved == before;
         let warm = if many { 0 } else { KEEP_WARM };
@@ -1014,12 +1115,18 @@ fn move_host(
     host: &mut HostSide,
     moved: &mut usize,
     account: &mut Account,
+    allowance: &mut Allowance,
     closed: bool,
     hold: bool,
 ) -> Fate {
     let raw = host.fd.as_raw_fd();
     while host.writable && !hold && socket.can_recv() {
+        if allowance.sent == 0 {
+            allowance.wanted[0] = true;
+            break;
+        }
         let sent = socket.recv(|data| {
+            let data = &data[..data.len().min(allowance.sent)];
             let sent = retry(|| send(raw, data, MsgFlags::MSG_NOSIGNAL));
             (sent.unwrap_or(0), (sent, data.len()))
         });
@@ -1027,6 +1134,7 @@ fn move_host(
             Ok((Ok(n), len)) => {
                 *moved += n;
                 account.sent.add_bytes(n);
+                allowance.sent -= n;
                 host.writable = n == len;
             }
             Ok((Err(Errno::EAGAIN), _)) => host.writable = false,
@@ -1040,7 +1148,13 @@ fn move_host(
     }
     let limit = *moved + TURN_BUDGET;
     while host.readable && !closed && !host.eof && socket.can_send() && *moved < limit {
+        if allowance.received == 0 {
+            allowance.wanted[1] = true;
+            break;
+        }
         let got = socket.send(|room| {
+            let most = room.len().min(allowance.received);
+            let room = &mut room[..most];
             let got = retry(|| recv(raw, room, MsgFlags::empty()));
             (got.unwrap_or(0), (got, room.len()))
         });
@@ -1050,6 +1164,7 @@ fn move_host(
             Ok((Ok(n), room)) => {
                 *moved += n;
                 account.received.add_bytes(n);
+                allowance.received -= n;
                 host.readable = n == room || host.more_behind;
             }
             Ok((Err(Errno::EAGAIN), _)) => host.readable = false,

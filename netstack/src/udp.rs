@@ -701,12 +701,13 @@ pub(crate) fn read_all(
     let mut buffer = std::mem::take(&mut sh.datagram);
     let mut failures = 0;
     for count in 0.. {
-        if sh.tap.is_blocked() || count >= TURN_DATAGRAMS {
+        if sh.tap.is_blocked() || sh.received.is_dry() || count >= TURN_DATAGRAMS {
             sh.come_back(token);
             break;
         }
         match receive(fd, &mut buffer) {
             Ok(Received { len, size, from: Some(from), local }) => {
+                sh.received.take(len);
                 let all = buffer.get_mut(..len).unwrap_or_default();
                 let size = size.unwrap_or(len).max(1);
                 if all.is_empty() {

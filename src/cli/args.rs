@@ -169,6 +169,9 @@ pub(super) struct RunArgs {
     /// Do not reach this, whatever is allowed (repeatable)
     #[arg(long, value_name = "[tcp:|udp:|icmp:]ADDR[/N][:PORTS]", help_heading = "Network")]
     pub(super) deny: Vec<String>,
+    /// Let all data together be no faster (repeatable, once for each way): 10mbit, or bytes per second as 2m
+    #[arg(long, value_name = "[in:|out:]RATE[,burst=SIZE]", help_heading = "Network")]
+    pub(super) network_rate: Vec<String>,
     /// Ask this resolver instead of the host's (repeatable): IP[:PORT]
     #[arg(long, value_name = "IP", help_heading = "Network")]
     pub(super) dns: Vec<String>,

@@ -6,14 +6,14 @@ use std::os::fd::OwnedFd;
 
 use fsoverlay::Overlay;
 use netstack::{
-    Capture, DnsSpec, HostLoopback, Link, Outbound, PolicySpec, Protocol, Publish, Published, Stack,
-    StackSpec,
+    Capture, DnsSpec, HostLoopback, Link, Outbound, PolicySpec, Protocol, Publish, Published, Rate, Rates,
+    Stack, StackSpec,
 };
 
 use super::LaunchError;
 use crate::plan::{NetPlan, Plan, StackPlan};
 use crate::report::{NetworkLog, NetworkRecords, PublishedPort};
-use crate::spec::LoopbackSpec;
+use crate::spec::{LoopbackSpec, RateSpec};
 
 /// Threads that serve the overlay. At least two, because a request that waits for the disk must not
 /// hold up the others; each costs start-up time, and more than four serve no faster.
@@ -168,8 +168,13 @@ fn stack_spec(plan: &StackPlan, hostname: &str) -> StackSpec {
         },
         flow_log: None,
         capture: None,
+        rates: Rates { sent: plan.rate_out.map(rate), received: plan.rate_in.map(rate) },
         outbound: Outbound::default(),
     }
+}
+
+fn rate(RateSpec { bytes_per_second, burst }: RateSpec) -> Rate {
+    Rate { bytes_per_second, burst }
 }
 
 fn publish(plan: &StackPlan) -> Vec<Publish> {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::{MapWriter, MountStep, NetPlan, Plan, SeccompPlan};
 use crate::log::{escape, escape_os};
-use crate::spec::{IdExtent, LoopbackSpec};
+use crate::spec::{IdExtent, LoopbackSpec, RateSpec};
 
 /// The plan as text: one thing a line, in the order in which it is done. Names are escaped
 /// for terminals, and values of variables are not shown.
@@ -159,6 +159,12 @@ impl Lines {
         }
         for rule in &stack.deny {
             self.line("deny", rule)?;
+        }
+        for (way, rate) in [("in", stack.rate_in), ("out", stack.rate_out)] {
+            if let Some(RateSpec { bytes_per_second, burst }) = rate {
+                let burst = burst.map(|burst| format!(", {burst} bytes at once")).unwrap_or_default();
+                self.line("rate", format_args!("{way}: {bytes_per_second} bytes per second{burst}"))?;
+            }
         }
         if !stack.dns.is_empty() {
             let servers: Vec<String> = stack.dns.iter().map(ToString::to_string).collect();

@@ -24,7 +24,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::host::layers::RootFacts;
-use crate::spec::{IdExtent, LoopbackSpec, PublishSpec, TimeSpec, UserSpec};
+use crate::spec::{IdExtent, LoopbackSpec, PublishSpec, RateSpec, TimeSpec, UserSpec};
 
 /// Where a box is kept and what its root is made of: found before planning.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -264,6 +264,10 @@ pub struct StackPlan {
     /// Not reached, whatever is allowed.
     #[serde(with = "crate::spec::text_list")]
     pub deny: Vec<netstack::Rule>,
+    /// How fast data may come.
+    pub rate_in: Option<RateSpec>,
+    /// How fast data may go.
+    pub rate_out: Option<RateSpec>,
 }
 
 impl StackPlan {

@@ -64,6 +64,8 @@ pub(super) fn plan_net(
                 host_loopback: spec.net.host_loopback.clone(),
                 allow: spec.net.allow.clone(),
                 deny: spec.net.deny.clone(),
+                rate_in: spec.net.rate_in,
+                rate_out: spec.net.rate_out,
             })))
         }
     }

@@ -161,6 +161,7 @@ fn layers_with_everything() {
     spec.net.host_loopback = crate::spec::LoopbackSpec::Ports([5432, 8000, 8001, 8002].into());
     spec.net.allow = vec!["tcp:192.0.2.0/24:443".parse().unwrap(), "[2001:db8::/32]".parse().unwrap()];
     spec.net.deny = vec!["any:25".parse().unwrap()];
+    [spec.net.rate_in, spec.net.rate_out] = crate::spec::parse::network_rate("out:10mbit,burst=1m").unwrap();
     spec.remove = true;
     let mut place = place(&[("/l/base", 1000), ("/l/top", 0)]);
     place.root.places[1].kind = None;

@@ -207,6 +207,19 @@ pub struct NetSpec {
     /// Not reached, whatever is allowed.
     #[serde(with = "text_list")]
     pub deny: Vec<Rule>,
+    /// How fast data may go from the sandbox to the world.
+    pub rate_out: Option<RateSpec>,
+    /// The other way.
+    pub rate_in: Option<RateSpec>,
+}
+
+/// `--network-rate`: how fast all flows together may be one way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RateSpec {
+    /// In the long run.
+    pub bytes_per_second: u64,
+    /// Bytes that may go at once; `None`: those of a tenth of a second.
+    pub burst: Option<u64>,
 }
 
 /// `--allow-host-loopback[=PORT[,PORT...]]`: whether the gateway's address stands for the host's

@@ -12,7 +12,9 @@ use std::time::Duration;
 
 use netstack::{Rule, RuleError};
 
-use super::{AddHostSpec, IdExtent, LoopbackSpec, PublishSpec, SpecError, TmpfsSpec, UserSpec, VolumeSpec};
+use super::{
+    AddHostSpec, IdExtent, LoopbackSpec, PublishSpec, RateSpec, SpecError, TmpfsSpec, UserSpec, VolumeSpec,
+};
 
 fn invalid(field: &'static str, value: impl AsRef<OsStr>, reason: impl Into<String>) -> SpecError {
     SpecError::Invalid { field, value: value.as_ref().to_string_lossy().into_owned(), reason: reason.into() }
@@ -241,6 +243,50 @@ fn size(text: &str) -> Option<u64> {
     };
     decimal::<u64>(digits)?.checked_mul(1 << shift).filter(|size| *size > 0)
 }
+
+/// `[in:|out:]RATE[,burst=SIZE]`: the rates that it sets, that of what comes in first
+pub fn network_rate(text: &str) -> Result<[Option<RateSpec>; 2], SpecError> {
+    let bad = |reason: &str| invalid("network-rate", text, reason);
+    let (ways, rest) = match text.split_once(':') {
+        Some(("in", rest)) => ([true, false], rest),
+        Some(("out", rest)) => ([false, true], rest),
+        Some(_) => return Err(bad("before the colon stands in or out")),
+        None => ([true; 2], text),
+    };
+    let (rate, burst) = match rest.split_once(",burst=") {
+        Some((rate, burst)) => (rate, Some(burst)),
+        None => (rest, None),
+    };
+    let digits = rate.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let bits = match rate[digits.len()..].to_ascii_lowercase().as_str() {
+        "kbit" => Some(1_000),
+        "mbit" => Some(1_000_000),
+        "gbit" => Some(1_000_000_000),
+        _ => None,
+    };
+    let bytes_per_second = match bits {
+        Some(unit) => decimal::<u64>(digits).and_then(|n| n.checked_mul(unit)).map(|bits| bits / 8),
+        None => size(rate),
+    };
+    let bytes_per_second = bytes_per_second.ok_or_else(|| {
+        bad("write the rate as 10mbit (also kbit, gbit), or in bytes per second as 500k, 2m or 1g")
+    })?;
+    if bytes_per_second < LEAST_RATE {
+        return Err(bad("less than 8kbit is not a network"));
+    }
+    let burst = burst
+        .map(|burst| {
+            size(burst).filter(|burst| *burst >= LEAST_BURST).ok_or_else(|| {
+                bad("write the burst in bytes as 64k, 2m or 1g; no less than 64k, which is one frame")
+            })
+        })
+        .transpose()?;
+    Ok(ways.map(|way| way.then_some(RateSpec { bytes_per_second, burst })))
+}
+
+/// Bytes per second; the stack takes no less.
+const LEAST_RATE: u64 = 1_000;
+const LEAST_BURST: u64 = 64 << 10;
 
 /// `USER[:GROUP]`
 pub fn user(text: &str) -> Result<UserSpec, SpecError> {
@@ -479,6 +525,32 @@ mod tests {
         assert_eq!(size("99999999999999999999"), None);
         assert_eq!(size("18446744073709551615g"), None);
         assert_eq!(size("k"), None);
+    }
+
+    #[test]
+    fn network_rates() {
+        let rate = |bytes_per_second, burst| Some(RateSpec { bytes_per_second, burst });
+        let ten = rate(1_250_000, None);
+        assert_eq!(network_rate("10mbit").unwrap(), [ten, ten]);
+        assert_eq!(network_rate("in:10Mbit").unwrap(), [ten, None]);
+        assert_eq!(network_rate("out:500k,burst=1m").unwrap(), [None, rate(512_000, Some(1 << 20))]);
+        assert_eq!(network_rate("8kbit").unwrap(), [rate(1_000, None); 2]);
+        for bad in [
+            "",
+            "10",
+            "mbit",
+            "up:1m",
+            "1m,burst",
+            "1m,burst=",
+            "1m,burst=1k",
+            "7kbit",
+            "1tbit",
+            "in:",
+            "99999999999g",
+            "in:out:1m",
+        ] {
+            assert!(network_rate(bad).unwrap_err().to_string().starts_with("network-rate: "), "{bad}");
+        }
     }
 
     #[test]

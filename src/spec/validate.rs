@@ -196,6 +196,8 @@ impl SandboxSpec {
                 "allow"
             } else if !net.deny.is_empty() {
                 "deny"
+            } else if net.rate_in.or(net.rate_out).is_some() {
+                "network-rate"
             } else if !net.publish.is_empty() {
                 "publish"
             } else if !net.dns.is_empty() {

@@ -651,6 +651,35 @@ fn the_network_log_has_a_line_for_each_flow() {
 }
 
 #[test]
+fn rates_hold_and_nonsense_is_refused_before_anything_happens() {
+    let lab = lab!();
+    need!("nc", "bash");
+    let home = Home::new();
+    let bytes = 1 << 20;
+    let script = format!(
+        "nc -d {} {} 2>/dev/null | head -c {bytes} | wc -c; cat /proc/uptime",
+        lab.world,
+        Lab::SOURCE
+    );
+    let script = format!("cut -d' ' -f1 /proc/uptime; {script}");
+    let text = home.sh(["--network-rate=in:8mbit,burst=64k"], &script).run().text();
+    let lines: Vec<&str> = text.lines().collect();
+    let seconds = |line: &str| line.split(' ').next().unwrap().parse::<f64>().unwrap();
+    assert_eq!(lines[1], bytes.to_string(), "{text}");
+    // The burst goes at once, everything else at the rate.
+    let least = f64::from(bytes - (64 << 10)) / 1e6;
+    assert!(seconds(lines[2]) - seconds(lines[0]) >= least - 0.02, "{text}");
+    for (options, part) in [
+        (&["--network-rate=fast"][..], "10mbit"),
+        (&["--network-rate=1m", "--network-rate=in:2m"], "each way has one rate"),
+        (&["--network-rate=1m", "--network=none"], "network-rate and network none"),
+        (&["--network-rate=1m", "--network=host"], "network-rate and network host"),
+    ] {
+        home.run(options, ["true"]).run().exits(125).says(part);
+    }
+}
+
+#[test]
 fn a_network_capture_can_be_read_by_other_programs() {
     let _lab = lab!();
     need!("curl", "tcpdump");

@@ -154,6 +154,7 @@ pub(crate) fn spec() -> StackSpec {
         policy: PolicySpec::default(),
         flow_log: None,
         capture: None,
+        rates: netstack::Rates::default(),
         outbound: Outbound::default(),
     }
 }

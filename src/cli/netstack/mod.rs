@@ -242,6 +242,7 @@ fn stack_spec(args: &NetstackArgs, wanted: &Wanted, mac: [u8; 6]) -> StackSpec {
         outbound: wanted.outbound,
         flow_log: None,
         capture: None,
+        rates: netstack::Rates::default(),
     }
 }
 

@@ -1,0 +1,203 @@
+//! How fast data may go: a token bucket for each way, shared by all flows.
+//!
+//! Nothing is ever dropped for it. Towards the guest the stack does not read the host's sockets while the bucket is empty:
+//! TCP peers find their window closed, datagrams wait in the host's queues. From the guest a TCP connection's ring is not
+//! emptied, which closes the window that the guest's kernel sees. Datagrams and echo requests have no window: they go,
+//! the bucket is in debt for them, and nothing is read from the TAP until that is paid, so that the guest's kernel finds
+//! its link busy.
+//!
+//! What counts is what the flows carry: the payload of TCP, UDP and echo messages that leave for the world or come from
+//! it. What the stack answers itself is free.
+
+use smoltcp::time::{Duration, Instant};
+
+/// Least rate, in bytes per second: the longest frame is paid for in about a minute.
+const LEAST: u64 = 1_000;
+/// Greatest rate and burst; beyond any machine, and far from overflow.
+const MOST: u64 = 1 << 40;
+/// Shortest burst: a super-segment.
+const LEAST_BURST: u64 = 64 * 1024;
+
+/// A rate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rate {
+    /// In the long run. Taken for 1,000 if it is less.
+    pub bytes_per_second: u64,
+    /// What may go at once after a time of rest; `None`: what goes in a tenth of a second. At least 64 KiB.
+    pub burst: Option<u64>,
+}
+
+/// Rates of all flows together; `None`: as fast as it goes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Rates {
+    /// From the guest to the world.
+    pub sent: Option<Rate>,
+    /// From the world to the guest.
+    pub received: Option<Rate>,
+}
+
+/// What may go one way now.
+#[derive(Debug)]
+pub(crate) struct Bucket {
+    /// Bytes per second, and at once.
+    limit: Option<(u64, u64)>,
+    tokens: i64,
+    /// Millionths of a token.
+    spare: u64,
+    /// Until when tokens have been added.
+    filled: Instant,
+    /// It was emptied, and has not got enough yet to be worth a turn.
+    dry: bool,
+}
+
+impl Bucket {
+    /// A full one.
+    pub(crate) fn new(rate: Option<Rate>, now: Instant) -> Self {
+        let limit = rate.map(|Rate { bytes_per_second, burst }| {
+            let rate = bytes_per_second.clamp(LEAST, MOST);
+            (rate, burst.unwrap_or(rate / 10).clamp(LEAST_BURST, MOST))
+        });
+        let tokens = limit.map_or(0, |(_, burst)| signed(burst));
+        Self { limit, tokens, spare: 0, filled: now, dry: false }
+    }
+
+    /// Puts in what time has brought.
+    pub(crate) fn fill(&mut self, now: Instant) {
+        let Some((rate, burst)) = self.limit else { return };
+        if now <= self.filled {
+            return;
+        }
+        let new = u128::from(rate) * u128::from((now - self.filled).total_micros()) + u128::from(self.spare);
+        self.filled = now;
+        self.tokens = self.tokens.saturating_add(i64::try_from(new / 1_000_000).unwrap_or(i64::MAX));
+        self.spare = u64::try_from(new % 1_000_000).unwrap_or(0);
+        if self.tokens >= signed(burst) {
+            (self.tokens, self.spare) = (signed(burst), 0);
+        }
+        self.dry &= self.tokens < self.turn();
+    }
+
+    /// A hundredth of a second's worth: less is not worth waking up for.
+    fn turn(&self) -> i64 {
+        self.limit.map_or(0, |(rate, burst)| signed((rate / 100).clamp(1, burst)))
+    }
+
+    /// Bytes that may go now.
+    pub(crate) fn left(&self) -> usize {
+        match self.limit {
+            None => usize::MAX,
+            Some(_) if self.dry => 0,
+            Some(_) => usize::try_from(self.tokens).unwrap_or(0),
+        }
+    }
+
+    /// The part of one of `many` flows of that. Never so little that only small segments would go.
+    pub(crate) fn share(&self, many: usize) -> usize {
+        let left = self.left();
+        if left == usize::MAX { left } else { (left / many.max(1)).max(1_500).min(left) }
+    }
+
+    pub(crate) fn take(&mut self, bytes: usize) {
+        if self.limit.is_some() && bytes > 0 {
+            self.tokens = self.tokens.saturating_sub(i64::try_from(bytes).unwrap_or(i64::MAX));
+            self.dry |= self.tokens <= 0;
+        }
+    }
+
+    /// Whether nothing may go now.
+    pub(crate) fn is_dry(&self) -> bool {
+        self.dry
+    }
+
+    /// Whether more has gone than may.
+    pub(crate) fn is_in_debt(&self) -> bool {
+        self.tokens < 0
+    }
+
+    /// When it will not be dry any more.
+    pub(crate) fn ready_at(&self) -> Option<Instant> {
+        let (rate, _) = self.limit.filter(|_| self.dry)?;
+        let missing = u64::try_from(self.turn().saturating_sub(self.tokens)).unwrap_or(0);
+        let micros = missing.saturating_mul(1_000_000).saturating_sub(self.spare).div_ceil(rate);
+        Some(self.filled + Duration::from_micros(micros))
+    }
+}
+
+fn signed(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(micros: u64) -> Instant {
+        Instant::from_secs(100) + Duration::from_micros(micros)
+    }
+
+    fn bucket(bytes_per_second: u64, burst: Option<u64>) -> Bucket {
+        Bucket::new(Some(Rate { bytes_per_second, burst }), at(0))
+    }
+
+    #[test]
+    fn without_a_rate_everything_may_go() {
+        let mut bucket = Bucket::new(None, at(0));
+        bucket.take(usize::MAX);
+        bucket.fill(at(1));
+        assert_eq!((bucket.left(), bucket.share(9), bucket.ready_at()), (usize::MAX, usize::MAX, None));
+        assert!(!bucket.is_dry() && !bucket.is_in_debt());
+    }
+
+    #[test]
+    fn a_burst_may_go_and_then_the_rate() {
+        let mut bucket = bucket(1_000_000, Some(200_000));
+        assert_eq!(bucket.left(), 200_000);
+        bucket.take(200_000);
+        assert!(bucket.is_dry() && !bucket.is_in_debt());
+        // A hundredth of a second at once, and not before.
+        assert_eq!(bucket.ready_at(), Some(at(10_000)));
+        bucket.fill(at(9_999));
+        assert_eq!(bucket.left(), 0);
+        bucket.fill(at(10_000));
+        assert_eq!(bucket.left(), 10_000);
+        // However long it rests, no more than the burst.
+        bucket.fill(at(90_000_000));
+        assert_eq!((bucket.left(), bucket.share(4), bucket.share(1_000)), (200_000, 50_000, 1_500));
+    }
+
+    #[test]
+    fn debt_is_paid_first() {
+        let mut bucket = bucket(1_000_000, None);
+        assert_eq!(bucket.left(), 100_000);
+        bucket.take(130_000);
+        assert!(bucket.is_dry() && bucket.is_in_debt());
+        assert_eq!(bucket.ready_at(), Some(at(40_000)));
+        bucket.fill(at(30_000));
+        assert!(bucket.is_dry() && !bucket.is_in_debt());
+    }
+
+    #[test]
+    fn looking_often_brings_neither_more_nor_less() {
+        let mut bucket = bucket(12_345, Some(LEAST_BURST));
+        bucket.take(usize::try_from(2 * LEAST_BURST).expect("small"));
+        let debt = bucket.tokens;
+        for micros in (0..1_000_000).step_by(7) {
+            bucket.fill(at(micros));
+        }
+        bucket.fill(at(1_000_000));
+        assert_eq!(bucket.tokens - debt, 12_345);
+    }
+
+    #[test]
+    fn rates_and_bursts_that_make_no_sense_are_bounded() {
+        for rate in [0, u64::MAX] {
+            for burst in [None, Some(0), Some(u64::MAX)] {
+                let mut bucket = bucket(rate, burst);
+                bucket.take(usize::MAX);
+                bucket.take(1 << 20);
+                assert!(bucket.ready_at() > Some(at(0)));
+                bucket.fill(at(u64::MAX / 4));
+            }
+        }
+    }
+}

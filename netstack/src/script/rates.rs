@@ -1,0 +1,203 @@
+//! Data that may not go as fast as it comes. Virtual time alone says how much may go.
+
+use super::*;
+use crate::rate::{Rate, Rates};
+
+const RATE: u64 = 100_000;
+const BURST: usize = 64 * 1024;
+const LIMIT: Option<Rate> = Some(Rate { bytes_per_second: RATE, burst: Some(BURST as u64) });
+
+fn script(sent: Option<Rate>, received: Option<Rate>) -> Script {
+    Script::new(&StackSpec { rates: Rates { sent, received }, ..spec() }, true)
+}
+
+/// Payload of data that the guest gets until it has `wanted` bytes, and that no more comes.
+fn takes(script: &mut Script, peer: &mut Peer, wanted: usize) {
+    let mut taken = 0;
+    while taken < wanted {
+        let frame = script.expect_tcp("data", |segment| !segment.payload().is_empty());
+        taken += peer.take(script, &frame);
+    }
+    assert_eq!(taken, wanted);
+    rests(script);
+}
+
+/// Nothing comes, and nothing but a timer would wake the stack.
+fn rests(script: &mut Script) {
+    script.settle();
+    while let Some(frame) = script.try_recv() {
+        assert!(frame.packet().protocol == ingress::TCP && frame.tcp().payload().is_empty(), "{frame:?}");
+    }
+    assert!(script.engine.is_quiet(script.now), "it spins");
+}
+
+/// Bytes that have come to a socket of the host's, and no more come.
+fn came(script: &mut Script, server: &mut TcpStream, wanted: usize) {
+    let mut buffer = vec![0; wanted];
+    script.settle();
+    server.set_nonblocking(false).expect("blocking");
+    server.read_exact(&mut buffer).expect("data");
+    server.set_nonblocking(true).expect("non-blocking");
+    script.settle();
+    assert!(!matches!(server.read(&mut buffer), Ok(1..)), "more than may go");
+}
+
+fn open(script: &mut Script) -> (Peer, TcpStream) {
+    let (listener, port) = listener(false);
+    let mut peer = Peer::new(false, port);
+    peer.open(script);
+    (peer, accept(&listener))
+}
+
+#[test]
+fn a_connection_gets_its_burst_and_then_the_rate() {
+    let mut script = script(None, LIMIT);
+    let (mut peer, mut server) = open(&mut script);
+    server.write_all(&[7; 300_000]).expect("write");
+    takes(&mut script, &mut peer, BURST);
+    script.advance(Duration::from_micros(9_000));
+    rests(&mut script);
+    script.advance(Duration::from_micros(1_000));
+    takes(&mut script, &mut peer, 1_000);
+    script.advance_millis(400);
+    takes(&mut script, &mut peer, 40_000);
+    // What is left fits into several bursts; the end comes behind it.
+    drop(server);
+    let mut left = 300_000 - BURST - 41_000;
+    while left > 0 {
+        script.advance_millis(2_000);
+        let next = left.min(BURST);
+        if next < left {
+            takes(&mut script, &mut peer, next);
+        } else {
+            let mut taken = 0;
+            while taken < next {
+                let frame = script.expect_tcp("data", |segment| !segment.payload().is_empty());
+                taken += peer.take(&mut script, &frame);
+            }
+        }
+        left -= next;
+    }
+    script.advance_millis(2_000);
+    // The FIN has come with the last data or after it.
+    peer.ack = peer.ack.wrapping_add(1);
+    peer.send(&mut script, TcpControl::Fin, b"");
+    script.advance_millis(2_000);
+    assert_eq!(script.stats().tcp_flows, 0);
+}
+
+#[test]
+fn what_the_guest_sends_waits_behind_its_window() {
+    let mut script = script(LIMIT, None);
+    let (mut peer, mut server) = open(&mut script);
+    for _ in 0..200 {
+        peer.send(&mut script, TcpControl::Psh, &[8; 1_000]);
+    }
+    came(&mut script, &mut server, BURST);
+    // All of it was acknowledged; the rest fills the ring, which is what closes the window.
+    let mut last = None;
+    while let Some(frame) = script.try_recv() {
+        last = Some(frame);
+    }
+    let last = last.expect("an acknowledgement");
+    assert_eq!(last.tcp().ack_number(), TcpSeqNumber(peer.seq));
+    assert!(usize::from(last.tcp().window_len()) << 3 <= 524_280 - (200_000 - BURST));
+    rests(&mut script);
+    script.advance_millis(1_000);
+    came(&mut script, &mut server, BURST);
+    peer.send(&mut script, TcpControl::Fin, b"");
+    script.advance_millis(1_000);
+    // Faster from now on, or not limited at all.
+    script.engine.set_rates(script.now, Rates::default());
+    came(&mut script, &mut server, 200_000 - 2 * BURST);
+}
+
+#[test]
+fn datagrams_of_the_guest_wait_in_the_tap() {
+    let mut script = script(LIMIT, None);
+    let server = UdpSocket::bind("127.0.0.1:0").expect("socket");
+    let port = server.local_addr().expect("address").port();
+    server.set_nonblocking(true).expect("non-blocking");
+    let count = |server: &UdpSocket| std::iter::from_fn(|| server.recv(&mut [0; 2_000]).ok()).count();
+    for _ in 0..80 {
+        script.send_ip(&udp((GUEST_V4, 5_000), (GATEWAY_V4, port), &[9; 1_000]));
+    }
+    script.settle();
+    // The one that the burst did not suffice for is the last.
+    assert_eq!(count(&server), BURST / 1_000 + 1);
+    assert!(script.engine.is_quiet(script.now), "it spins");
+    script.advance_millis(1);
+    assert_eq!(count(&server), 0);
+    script.advance_millis(5_000);
+    assert_eq!(count(&server), 80 - (BURST / 1_000 + 1), "none is lost");
+    assert_eq!(script.stats().dropped_datagrams, 0);
+}
+
+#[test]
+fn datagrams_for_the_guest_wait_in_the_hosts_queue() {
+    let mut script = script(None, LIMIT);
+    let server = UdpSocket::bind("127.0.0.1:0").expect("socket");
+    let port = server.local_addr().expect("address").port();
+    script.send_ip(&udp((GUEST_V4, 5_000), (GATEWAY_V4, port), b"hello"));
+    script.settle();
+    let guest = server.recv_from(&mut [0; 10]).expect("hello").1;
+    let bytes = |script: &mut Script| {
+        script.settle();
+        let payload = |frame: Out| frame.packet().payload().len() - 8;
+        let all: usize = std::iter::from_fn(|| script.try_recv()).map(payload).sum();
+        assert!(script.engine.is_quiet(script.now), "it spins");
+        all
+    };
+    for _ in 0..80 {
+        server.send_to(&[9; 1_000], guest).expect("send");
+    }
+    assert_eq!(bytes(&mut script), (BURST / 1_000 + 1) * 1_000);
+    script.advance_millis(1);
+    assert_eq!(bytes(&mut script), 0);
+    script.advance_millis(1_000);
+    assert_eq!(bytes(&mut script), (80 - BURST / 1_000 - 1) * 1_000);
+}
+
+#[test]
+fn connections_share_what_there_is() {
+    let mut script = script(None, LIMIT);
+    let mut ends: Vec<(Peer, TcpStream)> = (0..4).map(|_| open(&mut script)).collect();
+    let ports: Vec<u16> = ends.iter().map(|(peer, _)| peer.remote.1).collect();
+    for (_, server) in &mut ends {
+        server.write_all(&[7; 200_000]).expect("write");
+    }
+    let mut got = [0; 4];
+    for _ in 0..100 {
+        script.advance_millis(60);
+        while let Some(frame) = script.try_recv() {
+            let from = frame.tcp().src_port();
+            let which = ports.iter().position(|port| *port == from).expect("one of ours");
+            if !frame.tcp().payload().is_empty() {
+                got[which] += ends[which].0.take(&mut script, &frame);
+            }
+        }
+    }
+    let all: usize = got.iter().sum();
+    // Six seconds and a burst; the last part may be on its way.
+    assert!((600_000..=600_000 + BURST).contains(&all), "{got:?}");
+    assert!(got.iter().all(|got| (120_000..=200_000).contains(got)), "{got:?}");
+}
+
+#[test]
+fn a_thousand_flows_that_come_and_go_leave_nothing_waiting() {
+    let mut script = script(None, Some(Rate { bytes_per_second: 1_000, burst: None }));
+    let (listener, port) = listener(false);
+    for n in 0..1_000 {
+        let mut peer = Peer::new(false, port);
+        peer.guest.1 = 10_000 + n;
+        peer.open(&mut script);
+        accept(&listener).write_all(&[7; 2_000]).expect("write");
+        script.settle();
+        peer.send(&mut script, TcpControl::Rst, b"");
+        while script.try_recv().is_some() {}
+    }
+    script.engine.check_bounds();
+    assert_eq!(script.stats().tcp_flows, 0);
+    script.advance_millis(3_600_000);
+    assert_eq!(script.engine.timers(), 0);
+}
