@@ -21,6 +21,7 @@ use smoltcp::time::Instant;
 
 use crate::config::{Error, Publish};
 use crate::engine::{Engine, Turn};
+use crate::flowlog::FlowState;
 use crate::forward::{self, PortId, PublishedPort};
 use crate::policy::PolicySpec;
 use crate::rate::Rates;
@@ -122,6 +123,15 @@ impl Control {
     /// [`Error::Stopped`].
     pub fn set_policy(&self, policy: PolicySpec) -> Result<(), Error> {
         self.ask(move |engine, _| engine.set_policy(policy))
+    }
+
+    /// The flows that there are, `most` of them at most, with what each has carried.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Stopped`].
+    pub fn flows(&self, most: usize) -> Result<Vec<FlowState>, Error> {
+        self.ask(move |engine, _| engine.flows(most))
     }
 
     /// How fast data may go.

@@ -32,7 +32,7 @@ use crate::dns::pins::Pins;
 use crate::dns::{Dns, Origin};
 use crate::emit;
 use crate::flow::{Endpoint, FlowId, FlowKey, TimerKey, Timers};
-use crate::flowlog::{FlowEvent, FlowEventKind, Refusals};
+use crate::flowlog::{EachFlow, FlowEvent, FlowEventKind, FlowState, Refusals};
 use crate::forward::{self, BoundPort, Forward, PortId, Published, PublishedPort};
 use crate::fragment::Reassembly;
 use crate::host::Budget;
@@ -369,10 +369,36 @@ impl Engine {
     /// Tells of the end of every flow that is still there.
     fn tell_the_rest(&self) {
         if self.sh.spec.flow_log.is_some() {
-            self.tcp.tell_the_rest(&self.sh);
-            self.udp.tell_the_rest(&self.sh);
-            self.icmp.tell_the_rest(&self.sh);
+            self.each_flow(&mut |transport, inbound, key, account| {
+                self.sh.tell(transport, inbound, key, account.closed(self.sh.now, "stopped"));
+            });
         }
+    }
+
+    fn each_flow(&self, each: &mut EachFlow<'_>) {
+        self.tcp.each_flow(each);
+        self.udp.each_flow(each);
+        self.icmp.each_flow(each);
+    }
+
+    /// See [`Control::flows`].
+    pub(crate) fn flows(&self, most: usize) -> Vec<FlowState> {
+        let mut flows = Vec::new();
+        self.each_flow(&mut |transport, inbound, key, account| {
+            if flows.len() < most {
+                flows.push(FlowState {
+                    transport,
+                    inbound,
+                    guest: key.guest.into(),
+                    remote: key.remote.into(),
+                    name: self.sh.pins.names(self.sh.now, key.remote.ip).next().map(String::from),
+                    sent: account.sent,
+                    received: account.received,
+                    lasted: account.lasted(self.sh.now),
+                });
+            }
+        });
+        flows
     }
 
     /// See [`Control::publish`].

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use smoltcp::time::{Duration, Instant};
 
 use crate::config::{REFUSALS_TOLD, REFUSALS_TOLD_PER_SECOND};
+use crate::flow::FlowKey;
 use crate::policy::Transport;
 
 /// A function that is told of flows.
@@ -102,6 +103,31 @@ impl Traffic {
     }
 }
 
+/// A flow that exists, and what it has carried so far.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FlowState {
+    /// Protocol.
+    pub transport: Transport,
+    /// It came from outside, to a published port.
+    pub inbound: bool,
+    /// Its end inside. The port of an echo request is its identifier.
+    pub guest: SocketAddr,
+    /// Its other end, as the guest sees it.
+    pub remote: SocketAddr,
+    /// A name by which the guest knows that address, if it asked our name server.
+    pub name: Option<String>,
+    /// What went from the guest to the world.
+    pub sent: Traffic,
+    /// What came from the world to the guest.
+    pub received: Traffic,
+    /// For how long it has been there.
+    pub lasted: std::time::Duration,
+}
+
+/// Takes flows one by one: protocol, whether it came from outside, its ends, what is counted.
+pub(crate) type EachFlow<'a> = dyn FnMut(Transport, bool, FlowKey, &Account) + 'a;
+
 /// What is counted of a flow.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Account {
@@ -115,9 +141,13 @@ impl Account {
         Self { opened: now, sent: Traffic::default(), received: Traffic::default() }
     }
 
+    pub(crate) fn lasted(&self, now: Instant) -> std::time::Duration {
+        if now > self.opened { (now - self.opened).into() } else { std::time::Duration::ZERO }
+    }
+
     pub(crate) fn closed(&self, now: Instant, reason: &'static str) -> FlowEventKind<'static> {
-        let lasted = if now > self.opened { now - self.opened } else { Duration::ZERO };
-        FlowEventKind::Closed { reason, sent: self.sent, received: self.received, lasted: lasted.into() }
+        let lasted = self.lasted(now);
+        FlowEventKind::Closed { reason, sent: self.sent, received: self.received, lasted }
     }
 }
 

@@ -21,7 +21,7 @@ use crate::config::{MAX_PINGS, PING_IDLE};
 use crate::emit::{self, Unreachable};
 use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
-use crate::flowlog::{Account, FlowEventKind};
+use crate::flowlog::{Account, EachFlow, FlowEventKind};
 use crate::host::{self, HostFd};
 use crate::ingress::{ICMP, ICMPV6, Packet};
 use crate::policy::{Transport, Verdict};
@@ -213,10 +213,12 @@ impl Icmp {
         }
     }
 
-    /// Tells of the end of everything that is still there.
-    pub(crate) fn tell_the_rest(&self, sh: &Shared) {
+    /// Everything that is there.
+    pub(crate) fn each_flow(&self, each: &mut EachFlow<'_>) {
         for (_, ping) in self.pings.iter() {
-            ping.destinations.iter().for_each(|destination| ping.tell_closed(sh, destination, "stopped"));
+            for destination in &ping.destinations {
+                each(Transport::Ping, false, ping.key(destination.ip), &destination.account);
+            }
         }
     }
 

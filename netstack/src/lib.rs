@@ -88,7 +88,7 @@ mod udp;
 pub use config::{DnsAt, DnsSpec, Error, Link, Outbound, Protocol, Publish, StackSpec};
 pub use control::Control;
 pub use engine::Stack;
-pub use flowlog::{FlowEvent, FlowEventKind, FlowLog, Traffic};
+pub use flowlog::{FlowEvent, FlowEventKind, FlowLog, FlowState, Traffic};
 pub use forward::{PortId, Published, PublishedPort};
 pub use ndp::slaac_address;
 pub use pcap::{Capture, Captured};

@@ -43,7 +43,7 @@ use crate::device::FlowDevice;
 use crate::emit::{self, IcmpError, Unreachable};
 use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
-use crate::flowlog::{Account, FlowEventKind};
+use crate::flowlog::{Account, EachFlow, FlowEventKind};
 use crate::host::{self, HostFd};
 use crate::ingress::{self, Packet};
 use crate::policy::hello::{self, Hello, MAX_HELLO};
@@ -561,10 +561,10 @@ impl Tcp {
         }
     }
 
-    /// Tells of the end of everything that is still there.
-    pub(crate) fn tell_the_rest(&self, sh: &Shared) {
+    /// Everything that is there.
+    pub(crate) fn each_flow(&self, each: &mut EachFlow<'_>) {
         for (_, flow) in self.flows.iter().filter(|(_, flow)| flow.told) {
-            sh.tell(Transport::Tcp, flow.inbound, flow.key, flow.account.closed(sh.now, "stopped"));
+            each(Transport::Tcp, flow.inbound, flow.key, &flow.account);
         }
     }
 

@@ -41,7 +41,7 @@ use crate::device::{MAX_RUN, MAX_RUN_BYTES};
 use crate::emit::{self, IcmpError, Unreachable};
 use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
-use crate::flowlog::{Account, FlowEventKind};
+use crate::flowlog::{Account, EachFlow, FlowEventKind};
 use crate::forward::Forward;
 use crate::host::{self, HostFd};
 use crate::ingress::{self, Packet};
@@ -439,13 +439,16 @@ impl Udp {
         }
     }
 
-    /// Tells of the end of everything that is still there.
-    pub(crate) fn tell_the_rest(&self, sh: &Shared) {
+    /// Everything that is there.
+    pub(crate) fn each_flow(&self, each: &mut EachFlow<'_>) {
         for (_, flow) in self.flows.iter() {
-            flow.peers.iter().for_each(|peer| flow.tell_closed(sh, peer, "stopped"));
+            for peer in &flow.peers {
+                let key = FlowKey { guest: flow.guest, remote: peer.seen };
+                each(Transport::Udp, false, key, &peer.account);
+            }
         }
         for (key, flow) in &self.inbound {
-            sh.tell(Transport::Udp, true, *key, flow.account.closed(sh.now, "stopped"));
+            each(Transport::Udp, true, *key, &flow.account);
         }
     }
 
