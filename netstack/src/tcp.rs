@@ -178,7 +178,7 @@ struct Flow {
     /// receive ring may hold segments behind a gap.
     farthest: Option<TcpSeqNumber>,
     acknowledged: Option<TcpSeqNumber>,
-    /// What the guest acknowledged last.
+    /// The most that the guest has acknowledged.
     heard_ack: Option<TcpSeqNumber>,
 }
 
@@ -377,11 +377,15 @@ impl Tcp {
                     sh.stats.dropped_malformed.one();
                     return;
                 }
-                let again = flow.heard_ack.replace(segment.ack_number()) == Some(segment.ack_number());
-                if again
-                    && flow.acknowledged == Some(segment.seq_number())
-                    && only_fin_is_missing(socket, &segment)
-                {
+                // Older ones may come late, and what the guest sent before one may be lost. A probe of the guest's, which
+                // wants an answer, is before what we have acknowledged.
+                let ack = segment.ack_number();
+                let again = flow.heard_ack.is_some_and(|heard| ack <= heard);
+                if !again {
+                    flow.heard_ack = Some(ack);
+                }
+                let probe = flow.acknowledged.is_none_or(|acknowledged| segment.seq_number() < acknowledged);
+                if again && !probe && only_fin_is_missing(socket, &segment) {
                     return;
                 }
                 let rx = widened.as_deref().unwrap_or(&plain);

@@ -123,8 +123,12 @@ fn a_fin_that_was_lost_comes_again_whatever_is_acknowledged_meanwhile() {
     open.script.expect_tcp("FIN", |segment| segment.fin());
     // It got the data and not the FIN.
     open.peer.ack = open.peer.ack.wrapping_add(4);
-    for _ in 0..5 {
+    for (late, behind) in [(0, 0), (0, 0), (4, 0), (0, 0), (0, 7), (4, 0), (0, 0), (0, 7), (0, 7)] {
+        open.peer.ack -= late;
+        open.peer.seq += behind;
         open.send(TcpControl::None, b"");
+        open.peer.ack += late;
+        open.peer.seq -= behind;
     }
     while open.script.try_recv().is_some() {}
     open.script.advance_millis(3_000);
