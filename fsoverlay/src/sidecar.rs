@@ -20,7 +20,9 @@
 //!
 //! A link that is removed takes its lines back with a last one, `INO BTIME x x`. When most of the file says
 //! nothing any more it is written anew beside itself, synced, and renamed into its place: at any moment one of
-//! the two is there, whole. So the file and the memory that it takes are bounded by how many links there
+//! the two is there, whole. Whoever writes the line with which that begins waits for it, and so does whoever asks
+//! for a link meanwhile; but between two such times at least half as many lines are written as the second
+//! of them reads. So the file and the memory that it takes are bounded by how many links there
 //! are; by [`MAX_SIZE`] and [`MAX_LINKS`] besides, beyond which a new link gets no record (`ENOSPC`), and an upper
 //! with such a file is refused. Its blocks count for a [`Quota`].
 
@@ -45,9 +47,9 @@ const NAME: &str = "owners";
 /// ([`crate::engine::Upper::temp_name`]).
 const NEW_NAME: &str = "#0";
 /// A file larger than this is not used.
-const MAX_SIZE: u64 = 256 << 20;
-/// Nor is one that knows more links.
-const MAX_LINKS: usize = 4 << 20;
+const MAX_SIZE: u64 = 128 << 20;
+/// Nor is one that knows more links. Each takes up to 150 bytes of memory.
+const MAX_LINKS: usize = 1 << 20;
 /// A file of this size may know more than [`MAX_LINKS`]: no line of ours is shorter.
 const MANY: u64 = MAX_LINKS as u64 * SHORTEST;
 const SHORTEST: u64 = 10;
@@ -134,6 +136,8 @@ struct Index {
     written: u64,
     /// It could not be written anew when so many of them said nothing.
     stuck_at: u64,
+    /// Links of which the file still tells, since there was no room for the line that they are gone.
+    unwritten: usize,
     file: Option<File>,
 }
 
@@ -174,11 +178,15 @@ pub(crate) struct Sidecar {
     loaded: Mutex<Option<Index>>,
     /// Lines were written since the last sync.
     unsynced: AtomicBool,
+    /// Held while they are synced: nobody takes for done what another one has only begun.
+    syncing: Mutex<()>,
     /// There is something to forget.
     any: AtomicBool,
     volatile: bool,
     /// [`MAX_SIZE`].
     most: u64,
+    /// [`MAX_LINKS`].
+    most_links: usize,
     /// Is told how much the file takes.
     pub(crate) quota: OnceLock<Arc<dyn Quota>>,
 }
@@ -192,9 +200,11 @@ impl Sidecar {
             work,
             loaded: Mutex::new(None),
             unsynced: AtomicBool::new(false),
+            syncing: Mutex::new(()),
             any: AtomicBool::new(found.is_some()),
             volatile,
             most: MAX_SIZE,
+            most_links: MAX_LINKS,
             quota: OnceLock::new(),
         };
         match found {
@@ -215,7 +225,7 @@ impl Sidecar {
         };
         index.written = read_lines(fd.as_fd(), |ino, birth, line| {
             index.learn(ino, birth, line);
-            if index.said.len() > MAX_LINKS { Err(Errno::FBIG) } else { Ok(()) }
+            if index.said.len() > self.most_links { Err(Errno::FBIG) } else { Ok(()) }
         })?;
         Ok(index)
     }
@@ -249,6 +259,7 @@ impl Sidecar {
 
     /// Brings what was written to the disk.
     pub(crate) fn sync(&self) -> Res<()> {
+        let _nobody_else = self.syncing.lock();
         if !self.unsynced.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
@@ -293,8 +304,11 @@ impl Sidecar {
                 return Ok(());
             }
             let done = self.append(index, link, "x x");
-            // It is not written anew at least.
-            index.learn(link.key.ino, (link.btime.sec, link.btime.nsec), Line::Gone);
+            if done.is_err() {
+                // It is not written anew at least; until then the file tells of it.
+                index.learn(link.key.ino, (link.btime.sec, link.btime.nsec), Line::Gone);
+                index.unwritten += 1;
+            }
             self.tidy(index);
             done
         });
@@ -312,7 +326,8 @@ impl Sidecar {
     fn add(&self, link: &Stat, text: &str) -> Res<()> {
         self.any.store(true, Ordering::Release);
         self.with(|index| {
-            if index.said.len() >= MAX_LINKS && !index.said.contains_key(&link.key.ino) {
+            let known = index.said.len() + index.unwritten;
+            if known >= self.most_links && !index.said.contains_key(&link.key.ino) {
                 return Err(Errno::NOSPC);
             }
             self.append(index, link, text)
@@ -335,8 +350,9 @@ impl Sidecar {
         }
         let frees = text == "x x";
         let room = self.reserve(file, length, frees)?;
-        self.unsynced.store(true, Ordering::Release);
         let written = write_all(file.fd.as_fd(), line.as_bytes(), file.length);
+        // Afterwards: who syncs takes it back before what was written until then goes to the disk.
+        self.unsynced.store(true, Ordering::Release);
         if let Err(err) = written {
             // What came of it is written over, or cut off.
             file.torn = rustix::fs::ftruncate(&file.fd, file.length).is_err();
@@ -379,6 +395,7 @@ impl Sidecar {
                     quota.settle(Usage::default(), Growth { bytes, objects: 0 });
                 }
                 (index.file, index.written, index.stuck_at) = (Some(new), index.lines, 0);
+                index.unwritten = 0;
             }
             Err(err) => {
                 tracing::debug!(?err, "the owners of links cannot be written anew");
@@ -697,6 +714,63 @@ mod tests {
         assert_eq!(again.owner(&link(first / 2, 1)), Ok(Some((5, 6))));
         assert_eq!(again.owner(&link(first + second - 1, 1)), Ok(Some((5, 6))));
         assert_eq!(again.owner(&link(0, 1)), Ok(None));
+    }
+
+    #[test]
+    fn removals_that_are_not_written_count_for_the_limit() {
+        let work = Work::new("unwritten");
+        let open = || {
+            let mut sidecar = work.open().expect("opened");
+            sidecar.most_links = 10;
+            sidecar
+        };
+        let mut sidecar = open();
+        let make = |sidecar: &Sidecar, ino| sidecar.set_owner(&link(ino, 1), Some((5, 6)));
+        (0..10).for_each(|ino| assert_eq!(make(&sidecar, ino), Ok(())));
+        sidecar.forget(&link(0, 1));
+        assert_eq!((make(&sidecar, 10), make(&sidecar, 11)), (Ok(()), Err(Errno::NOSPC)));
+        // No room for what says that these are gone.
+        sidecar.most = work.length();
+        (1..6).for_each(|ino| sidecar.forget(&link(ino, 1)));
+        sidecar.most = MAX_SIZE;
+        let refused: Vec<_> = (20..25).map(|ino| make(&sidecar, ino)).collect();
+        // However many were let in, the next run takes the file.
+        assert_eq!(open().owner(&link(6, 1)), Ok(Some((5, 6))));
+        assert_eq!(refused, [Err(Errno::NOSPC); 5]);
+    }
+
+    #[test]
+    fn nobody_takes_for_synced_what_another_one_has_begun_to_sync() {
+        let work = Work::new("sync");
+        let sidecar = work.open().expect("opened");
+        assert_eq!(sidecar.set_owner(&link(1, 1), Some((5, 6))), Ok(()));
+        // One that nobody can sync, and that can be opened only when somebody opens it for writing.
+        std::fs::remove_file(work.file()).expect("removed");
+        rustix::fs::mkfifoat(rustix::fs::CWD, work.file(), Mode::RWXU).expect("a fifo");
+        let asks = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let first = scope.spawn(|| sidecar.sync());
+            while sidecar.unsynced.load(Ordering::Acquire) && !first.is_finished() {
+                std::thread::yield_now();
+            }
+            let second = scope.spawn(|| {
+                asks.store(true, Ordering::Release);
+                sidecar.sync()
+            });
+            // So many that it has its answer, if it does not wait for the first.
+            for _ in 0..10_000 {
+                std::thread::yield_now();
+            }
+            while !asks.load(Ordering::Acquire) {
+                std::thread::yield_now();
+            }
+            // (Opened for both, it waits for nobody.)
+            let writer = std::fs::File::options().read(true).write(true).open(work.file()).expect("opened");
+            assert_eq!(first.join().expect("no panic"), Err(Errno::INVAL));
+            assert_eq!(second.join().expect("no panic"), Err(Errno::INVAL));
+            assert_eq!(sidecar.sync(), Err(Errno::INVAL));
+            drop(writer);
+        });
     }
 
     #[test]
