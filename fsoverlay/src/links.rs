@@ -57,7 +57,7 @@ enum What {
     Covered(u32),
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Entry {
     what: What,
     /// When the layer's object was made, if that is known.
@@ -268,13 +268,27 @@ impl Entries {
 }
 
 impl Engine {
-    /// The copy of a layer's object with several names that has this number.
-    pub(crate) fn copy_of(&self, number: u64, object: &Stat) -> Res<Option<(Box<Seen>, Parked)>> {
+    /// The copy of a layer's object with several names that has this number. `again` looks at the object
+    /// another time.
+    pub(crate) fn copy_of(
+        &self,
+        number: u64,
+        object: &Stat,
+        again: impl FnOnce() -> Res<Stat>,
+    ) -> Res<Option<(Box<Seen>, Parked)>> {
         let Some(upper) = &self.upper else { return Ok(None) };
         let Some((entry, _)) = upper.links.get(number) else { return Ok(None) };
         if !entry.is_of(object) {
-            self.remove_entry_of_another(upper, number, object)?;
-            return Ok(None);
+            // The entry may be of what came to have the number after `object` was seen. What is seen now is not
+            // older than the entry.
+            let now = again()?;
+            if now.key != object.key {
+                return Err(Errno::STALE);
+            }
+            if !entry.is_of(&now) {
+                self.remove_entry_of_another(upper, number, entry)?;
+                return Ok(None);
+            }
         }
         self.copy_at_entry(upper, number)
     }
@@ -298,26 +312,42 @@ impl Engine {
     }
 
     /// The number has come to another object of the layer: nothing leads to the copy any more but its names
-    /// in the upper.
-    fn remove_entry_of_another(&self, upper: &Upper, number: u64, object: &Stat) -> Res<()> {
+    /// in the upper, and whoever has it open.
+    fn remove_entry_of_another(&self, upper: &Upper, number: u64, entry: Entry) -> Res<()> {
+        let node = self.table.get(number);
         let mut entries = upper.links.entries.write();
-        let Some(entry) = entries.by_number.get(&number).copied().filter(|entry| !entry.is_of(object)) else {
+        if entries.by_number.get(&number) != Some(&entry) {
             return Ok(());
-        };
+        }
         let fd = entries.dir(upper)?;
-        missing_ok(rustix::fs::unlinkat(&fd, entry.name(&self.numbers.describe(number)), AtFlags::empty()))?;
+        let name = entry.name(&self.numbers.describe(number));
+        let _changing = node.as_ref().map(|node| node.names.begin());
+        // With the lock nobody else takes the entry from a node.
+        let parked = node.as_ref().is_some_and(|node| match &node.inner.lock().place {
+            Place::Parked(parked) => !parked.temporary && *parked.name == *name.as_bytes(),
+            _ => false,
+        });
+        let alone = if parked {
+            let moved = |temp: &[u8]| rustix::fs::renameat(&fd, &*name, &upper.work, temp);
+            let moved = missing_ok(upper.make_temp(moved))?;
+            moved.map(|((), temp)| Place::Parked(Arc::new(self.parked(upper, temp))))
+        } else {
+            missing_ok(rustix::fs::unlinkat(&fd, &*name, AtFlags::empty()))?;
+            None
+        };
         entries.by_number.remove(&number);
         if let What::Copy(ino) = entry.what {
             entries.by_copy.remove(&ino);
         }
-        drop(entries);
-        if let Some(node) = self.table.get(number) {
-            let mut inner = node.inner.lock();
-            // It keeps the number in this run, but is not what the number says.
-            if inner.entry {
-                (inner.entry, inner.extra_links, inner.origin) = (false, 0, None);
-            }
+        let Some(node) = &node else { return Ok(()) };
+        let mut inner = node.inner.lock();
+        // It keeps the number in this run, but is not what the number says.
+        if inner.entry {
+            (inner.entry, inner.extra_links, inner.origin) = (false, 0, None);
         }
+        let before = alone.map(|alone| std::mem::replace(&mut inner.place, alone));
+        drop(inner);
+        drop(before);
         Ok(())
     }
 
@@ -645,6 +675,56 @@ mod tests {
         let found = seen(&scratch, &["b2", "a", "b"]);
         assert_eq!((found[0].1, found[1].1, found[2].1), (b'b', b'A', b'b'));
         assert!(found[0].0 != found[1].0 && found[0].0 == found[2].0);
+    }
+
+    /// A copy whose name in the upper is gone; one of a layer's is left.
+    fn at_its_entry(name: &str) -> (Scratch, Arc<Node>, Stat) {
+        let scratch = Scratch::new(name);
+        let lower = scratch.dir.join("lower");
+        std::fs::write(lower.join("a"), "a").expect("written");
+        std::fs::hard_link(lower.join("a"), lower.join("a2")).expect("linked");
+        let engine = &scratch.engine;
+        let object = stat_at(rustix::fs::CWD, lower.join("a").as_os_str().as_encoded_bytes()).expect("there");
+        let node = engine.lookup(engine.root(), b"a").expect("there");
+        assert_eq!(engine.write(&node, 0, b"A", false), Ok(1));
+        assert_eq!(engine.unlink(engine.root(), b"a"), Ok(()));
+        (scratch, node, object)
+    }
+
+    #[test]
+    fn an_entry_goes_only_if_the_object_is_another_one_still() {
+        let (scratch, node, object) = at_its_entry("seen-before");
+        let other = Stat { btime: Time { sec: 1, nsec: 1 }, ..object };
+        // It was seen before it made room for the one that was copied up.
+        let found = scratch.engine.copy_of(node.ino, &other, || Ok(object));
+        assert!(found.is_ok_and(|found| found.is_some()));
+        assert_eq!(std::fs::read_dir(scratch.dir.join("work/links")).map_or(0, Iterator::count), 1);
+        let elsewhere = Stat { key: crate::attr::Key { ino: object.key.ino + 1, ..object.key }, ..other };
+        let found = scratch.engine.copy_of(node.ino, &other, || Ok(elsewhere));
+        assert_eq!(found.map(|found| found.is_some()), Err(Errno::STALE));
+    }
+
+    #[test]
+    fn what_is_open_outlives_its_entry() {
+        let (scratch, node, object) = at_its_entry("outlives");
+        let engine = &scratch.engine;
+        assert!(matches!(&node.inner.lock().place, Place::Parked(parked) if !parked.temporary));
+        let other = Stat { btime: Time { sec: 1, nsec: 1 }, ..object };
+        let found = engine.copy_of(node.ino, &other, || Ok(other));
+        assert_eq!(found.map(|found| found.is_some()), Ok(false));
+        assert_eq!(std::fs::read_dir(scratch.dir.join("work/links")).map_or(9, Iterator::count), 0);
+        // The descriptor is not what keeps it.
+        drop(node.file.take());
+        let mut byte = [0];
+        assert_eq!((engine.read(&node, 0, &mut byte), byte), (Ok(1), *b"A"));
+        assert_eq!(engine.attr(&node).map(|attr| attr.stat.nlink), Ok(0));
+        let left = || {
+            let work = std::fs::read_dir(scratch.dir.join("work")).expect("there").flatten();
+            work.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"#")).count()
+        };
+        assert_eq!(left(), 1);
+        drop(node);
+        assert_eq!(left(), 0);
     }
 
     #[test]

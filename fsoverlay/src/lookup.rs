@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, RwLockReadGuard};
 
 use crate::attr::{Attr, Key, Kind, Meta, Stat};
-use crate::engine::{Engine, gone_below};
+use crate::engine::{Engine, changed_below, gone_below};
 use crate::errno::{Errno, Res};
 use crate::far::Far;
 use crate::generated::GenBody;
@@ -257,7 +257,9 @@ impl Engine {
                         self.number_at(parent, name, number, lower.repeats(descent.name()))
                     };
                     if below > 0
-                        && let Some((seen, place)) = self.copy_of(number, &stat)?
+                        && let Some((seen, place)) = self.copy_of(number, &stat, || {
+                            changed_below(stat_at(self.fd(lower)?.as_fd(), name))
+                        })?
                     {
                         return self.found_by_entry(*seen, place, number).map(Some);
                     }
