@@ -52,7 +52,7 @@ pub(crate) fn said(name: &[u8], kind: Option<Kind>) -> Said<'_> {
 #[derive(Debug)]
 pub(crate) enum Gone {
     Names(HashSet<Box<[u8]>>),
-    /// Too much to keep, or to read for the sake of one name: whoever wants to know looks for the whiteout.
+    /// Too much to keep, or to read for the sake of one name, or nothing that may be read: whoever wants to know looks for the whiteout.
     Many,
 }
 
@@ -90,7 +90,8 @@ fn is_gone_by_name(dir: BorrowedFd<'_>, name: &[u8]) -> Res<bool> {
 fn read_gone(dir: BorrowedFd<'_>) -> Res<Option<Arc<Gone>>> {
     let fd = match open_for_reading(dir) {
         Ok(fd) => fd,
-        Err(Errno::ACCESS | Errno::PERM) => return Ok(None),
+        // It may be one to search, where names say the same as in any other.
+        Err(Errno::ACCESS | Errno::PERM) => return Ok(Some(Arc::new(Gone::Many))),
         Err(err) if gone_below(err) => return Ok(None),
         Err(err) => return Err(err),
     };
@@ -261,6 +262,29 @@ mod tests {
             let known = real.gone.get().and_then(|gone| gone.clone()).expect("some are gone");
             assert_eq!(matches!(&*known, Gone::Many), dir != "few", "{dir}");
         }
+    }
+
+    #[test]
+    fn whiteouts_in_a_directory_that_can_only_be_searched_count() {
+        use std::os::unix::fs::PermissionsExt;
+
+        let scratch = Scratch::new("searched");
+        let (lower, high) = (scratch.dir.join("lower/dir"), scratch.dir.join("high"));
+        std::fs::create_dir_all(&lower).expect("made");
+        std::fs::create_dir_all(high.join("dir")).expect("made");
+        for name in [lower.join("gone"), lower.join("there"), high.join("dir/.wh.gone")] {
+            std::fs::write(name, "").expect("written");
+        }
+        let allow = |perm| std::fs::set_permissions(high.join("dir"), PermissionsExt::from_mode(perm));
+        // (Root reads it all the same.)
+        allow(0o311).expect("allowed");
+        let mut spec = scratch.spec();
+        spec.layers.push(LayerSpec { dir: high.clone(), oci_whiteouts: true, ..LayerSpec::default() });
+        let engine = Engine::open(&spec).expect("an overlay");
+        let dir = engine.lookup(engine.root(), b"dir").expect("found");
+        let found = |name: &[u8]| engine.lookup(&dir, name).is_ok();
+        assert_eq!([&b"gone"[..], b"there", b".wh.gone"].map(found), [false, true, false]);
+        allow(0o755).expect("allowed");
     }
 
     #[test]
