@@ -114,10 +114,10 @@ impl Upper {
         rustix::fs::fsync(&fd)?;
         let mut at = open_dir(&self.work, ".")?;
         for name in MARK {
-            rustix::fs::fsync(&at)?;
+            sync_dir(&at)?;
             at = open_dir(&at, name)?;
         }
-        rustix::fs::fsync(&mark)
+        sync_dir(&mark)
     }
 
     fn remove_mark(&self, mark: &OwnedFd) -> Res<()> {
@@ -129,6 +129,15 @@ impl Upper {
     }
 }
 
+/// Brings the names in a directory to the disk, as far as its file system has a way for that.
+fn sync_dir(dir: &OwnedFd) -> Res<()> {
+    match rustix::fs::fsync(dir) {
+        // It syncs files only.
+        Err(Errno::INVAL | Errno::ROFS) => Ok(()),
+        synced => synced,
+    }
+}
+
 fn read(mark: &OwnedFd) -> Res<Vec<u8>> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let fd = rustix::fs::openat(mark, BOOT, flags, Mode::empty())?;
@@ -136,4 +145,20 @@ fn read(mark: &OwnedFd) -> Res<Vec<u8>> {
     let n = rustix::io::read(&fd, &mut text)?;
     text.truncate(n);
     Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directories_that_cannot_be_synced_are_none_to_fail_for() {
+        // As there.
+        let proc = open_dir(rustix::fs::CWD, "/proc").expect("a directory");
+        assert_eq!(rustix::fs::fsync(&proc), Err(Errno::INVAL));
+        assert_eq!(sync_dir(&proc), Ok(()));
+        let file =
+            rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::PATH, Mode::empty()).expect("opened");
+        assert_eq!(sync_dir(&file), Err(Errno::BADF));
+    }
 }
