@@ -88,13 +88,16 @@ impl Mounted {
         unmount(&root, &self.at)
     }
 
-    /// Takes away a mount that is not served.
+    /// Takes away a mount that is not served, unless it is gone already.
     fn undo(&self) -> Result<(), Error> {
+        let root = match open_mounted(&self.below, OFlags::PATH | OFlags::CLOEXEC) {
+            Ok(root) if mount_id(&root).is_ok_and(|id| id == self.id) => root,
+            _ => return Ok(()),
+        };
         if self.by_helper {
+            drop(root);
             return unmount_by_helper(&self.at);
         }
-        let error = |err: Errno| Error::Unmount { path: self.at.clone(), source: err.into() };
-        let root = open_mounted(&self.below, OFlags::PATH | OFlags::CLOEXEC).map_err(error)?;
         unmount(&root, &self.at)
     }
 }
@@ -119,13 +122,12 @@ impl Overlay {
             }
             other => (other?, false),
         };
-        let mut mounted = Mounted { at: at.to_owned(), below: Arc::new(below), id: 0, by_helper };
-        let served = self.serve_with(fuse, true).and_then(|server| {
-            let id = open_mounted(&mounted.below, OFlags::PATH | OFlags::CLOEXEC).and_then(mount_id);
-            mounted.id = id.map_err(|err| Error::Serve { source: err.into() })?;
-            Ok(server)
-        });
-        match served {
+        // At once: what has the name when this is undone may be somebody else's.
+        let id = open_mounted(&below, OFlags::PATH | OFlags::CLOEXEC)
+            .and_then(mount_id)
+            .map_err(|err| Error::Serve { source: err.into() })?;
+        let mounted = Mounted { at: at.to_owned(), below: Arc::new(below), id, by_helper };
+        match self.serve_with(fuse, true) {
             Ok(server) => Ok((server, mounted)),
             Err(err) => {
                 if let Err(err) = mounted.undo() {
@@ -152,9 +154,9 @@ fn open_mounted(below: &OwnedFd, flags: OFlags) -> Res<OwnedFd> {
     rustix::fs::openat(above, name, flags | OFlags::NOFOLLOW, Mode::empty())
 }
 
-/// Which mount an object is in.
+/// Which mount an object is in. The mount is not asked, which nobody may serve yet.
 fn mount_id(object: impl AsFd) -> Res<u64> {
-    let flags = AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT;
+    let flags = AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
     rustix::fs::statx(object, c"", flags, StatxFlags::MNT_ID).map(|stat| stat.stx_mnt_id)
 }
 
