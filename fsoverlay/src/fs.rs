@@ -44,7 +44,7 @@ use crate::errno::{Errno, FAR, LONG, Res, hurried};
 use crate::hooks::{Direction, Opcode, add};
 use crate::inode::Node;
 use crate::listing::Entry;
-use crate::passthrough::{CAPABILITY, Opened, Wanted};
+use crate::passthrough::{CAPABILITY, Opened, Privilege, Wanted};
 use crate::rename::How;
 use crate::setattr::{SetAttr, SetTime};
 
@@ -252,6 +252,23 @@ impl FuseFs {
         Ok(node.clone())
     }
 
+    /// Does that on whichever thread it may be done on. Only what is to be written may have to be copied, which
+    /// may take its time.
+    fn get_ready<R: Send + 'static>(
+        &self,
+        ino: INodeNo,
+        wanted: Wanted,
+        reply: R,
+        send: impl Fn(Res<Arc<Node>>, R) + Copy + Send + Sync + 'static,
+    ) {
+        let ready = move |fs: &Self| fs.on(ino, |node| fs.prepare(node, wanted));
+        if wanted.write {
+            self.answer(Opcode::Open, ino, reply, send, ready);
+        } else {
+            self.serve(Opcode::Open, ino, reply, send, ready, || ready);
+        }
+    }
+
     /// Opens a file that is ready and says so.
     fn send_opened(&self, node: Res<Arc<Node>>, wanted: Wanted, reply: ReplyOpen) {
         let node = match node {
@@ -259,7 +276,10 @@ impl FuseFs {
             Err(err) => return reply.error(errno(err)),
         };
         let Some(files) = &self.engine().passthrough else { return reply.error(fuser::Errno::ENOSYS) };
-        let opened = files.open(self.engine(), &node, wanted, |fd| reply.open_backing(fd));
+        let opened = match files.open(self.engine(), &node, wanted, |fd| reply.open_backing(fd)) {
+            Ok(opened) => opened,
+            Err(err) => return reply.error(errno(err)),
+        };
         if let Some(backing) = opened.through {
             if wanted.write {
                 self.forget_attributes(INodeNo(node.ino));
@@ -280,8 +300,15 @@ impl FuseFs {
             return reply.error(fuser::Errno::EIO);
         };
         let opened = files.open(self.engine(), node, wanted, |fd| reply.open_backing(fd));
+        let Opened { handle, flags, through } = match opened {
+            Ok(opened) => opened,
+            Err(err) => {
+                // Somebody else was faster. The kernel still believes that there is no such name.
+                self.shared.forget_names(node);
+                return reply.error(errno(err));
+            }
+        };
         node.remember();
-        let Opened { handle, flags, through } = opened;
         // This reply has one time for the name and the attributes. These end with the file's first bytes, or with
         // the change of its size without which there is nothing to map.
         match through {
@@ -452,9 +479,11 @@ impl Filesystem for FuseFs {
         };
         self.answer(Opcode::SetAttr, ino, reply, send, move |fs| {
             fs.on(ino, |node| {
-                if mode.is_some_and(|mode| mode & 0o6000 != 0) {
-                    fs.engine().check_unwritten(node, false)?;
-                }
+                // Until it is done.
+                let _grant = match mode {
+                    Some(mode) if mode & 0o6000 != 0 => fs.engine().grant(node, Privilege::SetIds)?,
+                    _ => None,
+                };
                 let attr = fs.engine().set_attr(node, set)?;
                 Ok((attr, fs.attr_ttl(node)))
             })
@@ -566,8 +595,7 @@ impl Filesystem for FuseFs {
             return reply.error(fuser::Errno::ENOSYS);
         }
         let wanted = wanted(req, flags.0);
-        let open = move |fs: &Self| fs.on(ino, |node| fs.prepare(node, wanted));
-        self.answer(Opcode::Open, ino, (self.clone(), reply), send_opened(wanted), open);
+        self.get_ready(ino, wanted, (self.clone(), reply), send_opened(wanted));
     }
 
     fn create(
@@ -840,9 +868,10 @@ impl Filesystem for FuseFs {
         let (name, value) = (name.to_owned(), value.to_vec());
         self.answer(Opcode::SetXattr, ino, reply, done, move |fs| {
             fs.on(ino, |n| {
-                if bytes_of(&name) == CAPABILITY {
-                    fs.engine().check_unwritten(n, true)?;
-                }
+                let _grant = match bytes_of(&name) {
+                    CAPABILITY => fs.engine().grant(n, Privilege::Capabilities)?,
+                    _ => None,
+                };
                 fs.engine().set_xattr(n, bytes_of(&name), &value, flags, caller)
             })
         });
@@ -971,7 +1000,9 @@ impl FuseFs {
         let name: &OsStr = std::os::unix::ffi::OsStrExt::from_bytes(&entry.name);
         match found {
             Ok((node, attr)) => {
-                let ttl = node.map_or(TTL, |node| self.ttl(&node));
+                let (ttl, attr_ttl) = node.map_or((TTL, TTL), |node| (self.ttl(&node), self.attr_ttl(&node)));
+                // An entry has one time for its name and its attributes.
+                let ttl = ttl.min(attr_ttl);
                 let full = reply.add(INodeNo(attr.ino), next, name, &ttl, &file_attr(&attr), GENERATION);
                 if full {
                     self.engine().table.forget(attr.ino, 1);
@@ -1115,7 +1146,12 @@ mod tests {
             std::fs::write(lower.join("far/file"), "").expect("written");
             let table = format!("25 22 0:45 / {}/far rw - fuse.sshfs me@phone: rw", lower.display());
             let layer = LayerSpec { dir: lower, ..LayerSpec::default() };
-            let spec = OverlaySpec { layers: vec![layer], patience: Some(HOUR), ..OverlaySpec::default() };
+            let spec = OverlaySpec {
+                layers: vec![layer],
+                passthrough: true,
+                patience: Some(HOUR),
+                ..OverlaySpec::default()
+            };
             let mut engine =
                 Engine::open_among(&MountTable::parse(table.as_bytes()), &spec).expect("an overlay");
             let ((tell, found), (go_on, wait)) = (channel(), channel());
@@ -1159,6 +1195,30 @@ mod tests {
         let engine = beside.fs.engine();
         let ino = engine.lookup(&beside.dir, b"file").expect("found").ino;
         assert!(engine.table.get(ino).is_none(), "nobody would ever forget it");
+    }
+
+    #[test]
+    fn a_reader_of_a_far_file_is_not_kept_waiting() {
+        let beside = BesideFar::new("open-far");
+        let _ = beside.go_on.send(());
+        let file = beside.fs.engine().lookup(&beside.dir, b"file").expect("found");
+        let (release, gate) = channel::<()>();
+        let gate = Arc::new(Mutex::new(gate));
+        for _ in 0..MAX_THREADS {
+            let gate = gate.clone();
+            assert!(beside.far.run(move || {
+                let _ = gate.lock().recv();
+            }));
+        }
+        let (reply, replied) = channel();
+        let send = |ready: Res<Arc<Node>>, reply: Sender<_>| {
+            let _ = reply.send(ready.map(drop));
+        };
+        beside.fs.get_ready(INodeNo(file.ino), Wanted { write: false, uid: 0 }, reply, send);
+        assert!(replied.try_recv().is_err(), "it does not wait for the far mount");
+        beside.far.give_up_late(Instant::now() + 2 * HOUR);
+        assert_eq!(replied.try_recv(), Ok(Err(Errno::IO)));
+        drop(release);
     }
 
     #[test]

@@ -9,19 +9,23 @@
 //! | a file of the upper | *passed through* to it |
 //! | a file of a layer, to be written | copied up, then passed through |
 //! | a file of a layer, to be read | *cached*: read through us, into the kernel's pages, which all descriptors share. One that writes does it through us as well, and the copy-up at its first write is seen by those that read |
-//! | a file that a write could take set*id bits or capabilities from, to be written | cached: we take them |
+//! | a file that a write could take set*id bits or capabilities from, to be read as well | cached: we take them |
+//! | a file that is being given such, or by somebody else than uid 0 to be written | cached |
 //!
 //! A layer's file is never passed through, not even to be read: a descriptor that writes would then have to be
 //! answered with the same file, and the kernel would open the layer's for writing.
 //!
-//! Writes that are passed through are done with our credentials, which keep set*id bits. So only descriptors of
-//! uid 0, who keeps them anyway, are passed through to be written to when they come first; and such bits are not
-//! given to a file that somebody else writes to, nor capabilities to one that anybody does (`ETXTBSY`).
+//! Writes that are passed through are done with our credentials, which keep set*id bits. So no file has at a time
+//! such bits and a descriptor past us that somebody else than uid 0, who keeps them anyway, opened for writing;
+//! nor capabilities and one that anybody did. Whichever comes second is refused (`ETXTBSY`): to give the bits, or
+//! to open for writing a file that was passed through before it was given them. Giving counts from the check
+//! until it is done ([`Grant`]); the mode that an open looks at is the one under the lock it is counted under.
 //!
 //! The kernel does not tell us of a mapping that is written to. While a file is passed through to be written, and
 //! once more when that ends, the kernel has to ask for its attributes.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -44,30 +48,67 @@ const WRITER: u64 = 1;
 /// One of somebody else than uid 0.
 const FOREIGN: u64 = 2;
 
-/// The files that are open.
-#[derive(Debug, Default)]
-pub(crate) struct Passthrough {
-    /// By number.
-    open: Mutex<HashMap<u64, Open>>,
+/// The files that are open. `B` is what the kernel knows a file by that it was told of.
+#[derive(Debug)]
+pub(crate) struct Passthrough<B = BackingId> {
+    /// Before all other locks: the first open of a file finds it on disk under this one.
+    files: Mutex<Files<B>>,
     /// The kernel has said that it can.
     pub(crate) offered: AtomicBool,
 }
 
+#[derive(Debug)]
+struct Files<B> {
+    /// By number.
+    open: HashMap<u64, Open<B>>,
+    /// How many are giving a file what.
+    granting: HashMap<(u64, Privilege), usize>,
+}
+
 /// What is open of one file.
 #[derive(Debug)]
-struct Open {
+struct Open<B> {
     descriptors: usize,
     foreign_writers: usize,
     /// `None`: cached.
-    through: Option<Arc<BackingId>>,
+    through: Option<Arc<B>>,
     writers: usize,
 }
 
+/// What a write takes away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Privilege {
+    /// Set*id bits: by a write of others than uid 0.
+    SetIds,
+    /// By everybody's.
+    Capabilities,
+}
+
+/// A file is being given a privilege as long as this is there.
+#[derive(Debug)]
+pub(crate) struct Grant<'a, B = BackingId> {
+    passthrough: &'a Passthrough<B>,
+    of: (u64, Privilege),
+}
+
+impl<B> Drop for Grant<'_, B> {
+    fn drop(&mut self) {
+        let mut files = self.passthrough.files.lock();
+        if let Some(count) = files.granting.get_mut(&self.of) {
+            *count -= 1;
+            if *count == 0 {
+                files.granting.remove(&self.of);
+            }
+        }
+    }
+}
+
 /// The answer to an open.
-pub(crate) struct Opened {
+#[derive(Debug)]
+pub(crate) struct Opened<B = BackingId> {
     pub(crate) handle: FileHandle,
     pub(crate) flags: FopenFlags,
-    pub(crate) through: Option<Arc<BackingId>>,
+    pub(crate) through: Option<Arc<B>>,
 }
 
 /// Who opens what for.
@@ -84,6 +125,18 @@ impl Wanted {
             (true, 0) => WRITER,
             (true, _) => WRITER | FOREIGN,
         }
+    }
+
+    /// Whether its writes would take a privilege away.
+    fn takes(self, privilege: Privilege) -> bool {
+        self.write && (privilege == Privilege::Capabilities || self.uid != 0)
+    }
+}
+
+impl<B> Default for Passthrough<B> {
+    fn default() -> Self {
+        let files = Files { open: HashMap::new(), granting: HashMap::new() };
+        Self { files: Mutex::new(files), offered: AtomicBool::default() }
     }
 }
 
@@ -112,29 +165,44 @@ impl Passthrough {
         if !wanted.write || engine.upper.is_none() {
             return Ok(());
         }
-        let is_open = self.open.lock().contains_key(&node.ino);
+        let is_open = self.files.lock().open.contains_key(&node.ino);
         if !is_open && node.kind == Kind::File {
             engine.copy_up(node)?;
         }
         engine.touch()?;
         engine.note_object(node)
     }
+}
 
+impl<B> Passthrough<B> {
     /// Opens a file. `register` makes the kernel know a descriptor.
     pub(crate) fn open(
         &self,
         engine: &Engine,
         node: &Arc<Node>,
         wanted: Wanted,
-        register: impl FnOnce(&OwnedFd) -> std::io::Result<BackingId>,
-    ) -> Opened {
-        let mut files = self.open.lock();
-        let file = files.entry(node.ino).or_insert_with(|| Open {
-            descriptors: 0,
-            foreign_writers: 0,
-            through: decide(engine, node, wanted, register),
-            writers: 0,
-        });
+        register: impl FnOnce(&OwnedFd) -> std::io::Result<B>,
+    ) -> Res<Opened<B>> {
+        let mut files = self.files.lock();
+        let Files { open, granting } = &mut *files;
+        // What the file has, or is about to have.
+        let has = |privilege| granting.contains_key(&(node.ino, privilege)) || privilege.is_of(engine, node);
+        let file = match open.entry(node.ino) {
+            Entry::Occupied(file) => {
+                let file = file.into_mut();
+                let takes = |privilege| wanted.takes(privilege) && has(privilege);
+                if file.through.is_some() && Privilege::ALL.into_iter().any(takes) {
+                    return Err(Errno::TXTBSY);
+                }
+                file
+            }
+            Entry::Vacant(room) => {
+                let foreign = wanted.takes(Privilege::SetIds);
+                let cached = foreign || !node.is_upper() || Privilege::ALL.into_iter().any(has);
+                let through = if cached { None } else { pass(engine, node, register) };
+                room.insert(Open { descriptors: 0, foreign_writers: 0, through, writers: 0 })
+            }
+        };
         file.descriptors += 1;
         file.writers += usize::from(wanted.write);
         file.foreign_writers += usize::from(wanted.handle() & FOREIGN != 0);
@@ -143,19 +211,34 @@ impl Passthrough {
         // Pages of an earlier time: of a file of the upper they may be older than what went past them.
         let keep = through.is_none() && !node.is_upper();
         let flags = if keep { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() };
-        Opened { handle: FileHandle(wanted.handle()), flags, through }
+        Ok(Opened { handle: FileHandle(wanted.handle()), flags, through })
+    }
+
+    /// Begins to give a file a privilege: refused while somebody may write to it past us whose writes would take
+    /// it away, and nobody can begin to as long as the answer is there.
+    pub(crate) fn grant(&self, ino: u64, privilege: Privilege) -> Res<Grant<'_, B>> {
+        let mut files = self.files.lock();
+        let writers = files.open.get(&ino).filter(|file| file.through.is_some()).map_or(0, |file| {
+            if privilege == Privilege::SetIds { file.foreign_writers } else { file.writers }
+        });
+        if writers > 0 {
+            return Err(Errno::TXTBSY);
+        }
+        *files.granting.entry((ino, privilege)).or_default() += 1;
+        drop(files);
+        Ok(Grant { passthrough: self, of: (ino, privilege) })
     }
 
     /// A descriptor is closed. True if what the kernel knows of the file's attributes may be old.
     pub(crate) fn release(&self, ino: u64, handle: FileHandle) -> bool {
-        let mut files = self.open.lock();
-        let Some(file) = files.get_mut(&ino) else { return false };
+        let mut files = self.files.lock();
+        let Some(file) = files.open.get_mut(&ino) else { return false };
         file.descriptors -= 1;
         let writer = handle.0 & WRITER != 0;
         file.writers -= usize::from(writer);
         file.foreign_writers -= usize::from(handle.0 & FOREIGN != 0);
         let through = file.through.is_some();
-        let gone = if file.descriptors == 0 { files.remove(&ino) } else { None };
+        let gone = if file.descriptors == 0 { files.open.remove(&ino) } else { None };
         drop(files);
         // The kernel is told outside of the lock.
         drop(gone);
@@ -164,52 +247,44 @@ impl Passthrough {
 
     /// Whether the kernel must ask for a file's attributes each time.
     pub(crate) fn changes_unseen(&self, ino: u64) -> bool {
-        self.unseen_writers(ino).0 > 0
-    }
-
-    /// How many descriptors may write to a file past us, and how many of them are not of uid 0.
-    fn unseen_writers(&self, ino: u64) -> (usize, usize) {
-        let files = self.open.lock();
-        files
-            .get(&ino)
-            .filter(|file| file.through.is_some())
-            .map_or((0, 0), |f| (f.writers, f.foreign_writers))
+        let files = self.files.lock();
+        files.open.get(&ino).is_some_and(|file| file.through.is_some() && file.writers > 0)
     }
 }
 
-impl Engine {
-    /// Refuses set*id bits (or capabilities, which go with everybody's writes) for a file that is written to
-    /// past us.
-    pub(crate) fn check_unwritten(&self, node: &Node, capabilities: bool) -> Res<()> {
-        let Some(files) = &self.passthrough else { return Ok(()) };
-        let (writers, foreign) = files.unseen_writers(node.ino);
-        let count = if capabilities { writers } else { foreign };
-        if count > 0 { Err(Errno::TXTBSY) } else { Ok(()) }
-    }
-}
+impl Privilege {
+    const ALL: [Self; 2] = [Self::SetIds, Self::Capabilities];
 
-/// Whether a file that nobody has open is passed through.
-fn decide(
-    engine: &Engine,
-    node: &Arc<Node>,
-    wanted: Wanted,
-    register: impl FnOnce(&OwnedFd) -> std::io::Result<BackingId>,
-) -> Option<Arc<BackingId>> {
-    if node.kind != Kind::File || !node.is_upper() {
-        return None;
-    }
-    if wanted.write {
+    /// Whether a file has it. What cannot be told counts as one.
+    fn is_of(self, engine: &Engine, node: &Arc<Node>) -> bool {
         let (perm, no_capability) = {
             let inner = node.inner.lock();
             (inner.meta.perm, inner.no_capability)
         };
-        if wanted.uid != 0
-            || perm & 0o6000 != 0
-            || !no_capability && engine.get_xattr(node, CAPABILITY).is_ok()
-        {
-            return None;
+        match self {
+            Self::SetIds => perm & 0o6000 != 0,
+            Self::Capabilities => {
+                let found = || engine.get_xattr(node, CAPABILITY);
+                !no_capability && !matches!(found(), Err(Errno::NODATA | Errno::OPNOTSUPP))
+            }
         }
     }
+}
+
+impl Engine {
+    /// See [`Passthrough::grant`].
+    pub(crate) fn grant(&self, node: &Node, privilege: Privilege) -> Res<Option<Grant<'_>>> {
+        let files = self.passthrough.as_ref().filter(|_| node.kind == Kind::File);
+        files.map(|files| files.grant(node.ino, privilege)).transpose()
+    }
+}
+
+/// Makes the kernel know a file of the upper that nobody has open, if it can be.
+fn pass<B>(
+    engine: &Engine,
+    node: &Arc<Node>,
+    register: impl FnOnce(&OwnedFd) -> std::io::Result<B>,
+) -> Option<Arc<B>> {
     let Ok(Content::File(fd)) = engine.open_file(node, false) else { return None };
     match register(&fd) {
         Ok(id) => Some(Arc::new(id)),
@@ -217,5 +292,113 @@ fn decide(
             tracing::debug!(%err, ino = node.ino, "a file is not passed through");
             None
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::XattrFlags;
+
+    use super::*;
+    use crate::create::NewObject;
+    use crate::engine::tests::Scratch;
+    use crate::setattr::SetAttr;
+
+    const READ: Wanted = Wanted { write: false, uid: 0 };
+    const ROOT: Wanted = Wanted { write: true, uid: 0 };
+    const OTHER: Wanted = Wanted { write: true, uid: 1000 };
+
+    /// A file of an upper, and a kernel that takes whatever it is told of.
+    struct World {
+        scratch: Scratch,
+        node: Arc<Node>,
+        files: Passthrough<()>,
+    }
+
+    impl World {
+        fn new(name: &str, perm: u32) -> Self {
+            let scratch = Scratch::new(name);
+            let new =
+                NewObject { kind: Kind::File, perm, umask: 0, rdev: (0, 0), target: b"", owner: (0, 0) };
+            let node = scratch.engine.create(scratch.engine.root(), b"file", &new).expect("made");
+            Self { scratch, node, files: Passthrough::default() }
+        }
+
+        /// Opens it; whether it is passed through.
+        fn open(&self, wanted: Wanted) -> Res<bool> {
+            let opened = self.files.open(&self.scratch.engine, &self.node, wanted, |_| Ok(()));
+            opened.map(|file| file.through.is_some())
+        }
+
+        fn close(&self, wanted: Wanted) {
+            self.files.release(self.node.ino, FileHandle(wanted.handle()));
+        }
+
+        fn chmod(&self, perm: u32) {
+            let set = SetAttr { perm: Some(perm), ..SetAttr::default() };
+            self.scratch.engine.set_attr(&self.node, set).expect("set");
+        }
+    }
+
+    #[test]
+    fn a_file_with_set_ids_is_cached_for_its_readers_so_that_others_may_write() {
+        let world = World::new("set-ids", 0o4775);
+        assert_eq!(world.open(READ), Ok(false));
+        assert_eq!(world.open(OTHER), Ok(false));
+        world.close(OTHER);
+        world.close(READ);
+        world.chmod(0o775);
+        assert_eq!(world.open(READ), Ok(true));
+        assert_eq!(world.open(OTHER), Ok(true));
+        assert!(world.files.grant(world.node.ino, Privilege::SetIds).is_err());
+    }
+
+    #[test]
+    fn others_cannot_write_to_a_file_that_was_given_set_ids_while_it_is_passed_through() {
+        let world = World::new("given-set-ids", 0o777);
+        assert_eq!(world.open(READ), Ok(true));
+        world.chmod(0o4777);
+        assert_eq!(world.open(OTHER), Err(Errno::TXTBSY));
+        assert_eq!(world.open(ROOT), Ok(true), "who keeps them may");
+        world.close(ROOT);
+        world.close(READ);
+        assert_eq!(world.open(OTHER), Ok(false), "the one that was refused is not counted");
+    }
+
+    #[test]
+    fn nobody_begins_to_write_while_a_privilege_is_given() {
+        let world = World::new("grant", 0o777);
+        let set_ids = world.files.grant(world.node.ino, Privilege::SetIds).expect("nobody writes");
+        assert_eq!(world.open(READ), Ok(false), "it may have the bits when the next one writes");
+        world.close(READ);
+        drop(set_ids);
+        assert_eq!(world.open(READ), Ok(true));
+        let set_ids = world.files.grant(world.node.ino, Privilege::SetIds).expect("nobody writes");
+        let again = world.files.grant(world.node.ino, Privilege::SetIds).expect("nobody writes");
+        drop(again);
+        assert_eq!(world.open(OTHER), Err(Errno::TXTBSY));
+        assert_eq!(world.open(ROOT), Ok(true));
+        assert!(world.files.grant(world.node.ino, Privilege::Capabilities).is_err(), "root writes");
+        drop(set_ids);
+        world.close(ROOT);
+        let capabilities = world.files.grant(world.node.ino, Privilege::Capabilities).expect("nobody writes");
+        assert_eq!(world.open(ROOT), Err(Errno::TXTBSY));
+        drop(capabilities);
+        assert_eq!(world.open(OTHER), Ok(true));
+    }
+
+    #[test]
+    fn nobody_begins_to_write_past_us_to_a_file_with_capabilities() {
+        let world = World::new("capabilities", 0o777);
+        assert_eq!(world.open(READ), Ok(true));
+        // One of version 2 that allows nothing, as the kernel asks for it.
+        let value = [&[0, 0, 0, 2][..], &[0; 16]].concat();
+        let set =
+            world.scratch.engine.set_xattr(&world.node, CAPABILITY, &value, XattrFlags::empty(), (0, 0));
+        assert_eq!(set, Ok(()));
+        assert_eq!(world.open(ROOT), Err(Errno::TXTBSY));
+        world.close(READ);
+        assert_eq!(world.open(READ), Ok(false));
+        assert_eq!(world.open(ROOT), Ok(false));
     }
 }

@@ -15,6 +15,7 @@ pub(crate) const CASES: &[Case] = &[
     Case { name: "what_is_passed_through_costs_no_request", outside: counted, inside: read_and_write },
     Case { name: "a_layers_file_that_is_open_stays_one_file", outside: layered, inside: copy_up_while_open },
     Case { name: "a_thousand_files_are_passed_through", outside: thousand, inside: open_thousand },
+    Case { name: "a_listing_does_not_say_that_times_are_known", outside: listed, inside: list_while_mapped },
     Case { name: "privileges_go_with_writes_that_pass_us", outside: owned, inside: write_as_others },
 ];
 
@@ -67,8 +68,14 @@ fn counted(world: &mut World) -> Check {
     Ok(())
 }
 
-/// Looks at a file through a mapping, and puts a byte at its start if there is one.
-fn map<T>(file: &File, put: Option<u8>, look: impl FnOnce(&[u8]) -> T) -> Result<T, Failure> {
+/// Looks at a file through a mapping, and puts a byte at its start if there is one; `before` that it does what
+/// makes the kernel ask for the attributes.
+fn map_after<T>(
+    file: &File,
+    put: Option<u8>,
+    before: impl FnOnce() -> Check,
+    look: impl FnOnce(&[u8]) -> T,
+) -> Result<T, Failure> {
     let length = usize::try_from(file.metadata()?.len())?;
     let writing = if put.is_some() { ProtFlags::PROT_WRITE } else { ProtFlags::empty() };
     let flags = ProtFlags::PROT_READ | writing;
@@ -78,14 +85,18 @@ fn map<T>(file: &File, put: Option<u8>, look: impl FnOnce(&[u8]) -> T) -> Result
     unsafe {
         let at = mmap(None, length.try_into()?, flags, MapFlags::MAP_SHARED, file, 0)?;
         if let Some(byte) = put {
-            // Mapping it makes the kernel ask for the attributes; what comes after that nobody sees.
-            file.metadata()?;
+            before()?;
             *at.as_ptr().cast::<u8>() = byte;
         }
         let seen = look(std::slice::from_raw_parts(at.as_ptr().cast(), length));
         munmap(at, length)?;
         Ok(seen)
     }
+}
+
+/// The same where mapping it makes the kernel ask for the attributes. What comes after that nobody sees.
+fn map<T>(file: &File, put: Option<u8>, look: impl FnOnce(&[u8]) -> T) -> Result<T, Failure> {
+    map_after(file, put, || Ok(file.metadata().map(drop)?), look)
 }
 
 fn read_and_write(args: &[String]) -> Check {
@@ -189,6 +200,30 @@ fn open_thousand(_: &[String]) -> Check {
     Ok(())
 }
 
+fn listed(world: &mut World) -> Check {
+    run(world, &[]).map(drop)
+}
+
+fn list_while_mapped(args: &[String]) -> Check {
+    if !args.is_empty() {
+        // Writing through a mapping leaves the times on a tmpfs.
+        return Ok(());
+    }
+    fs::create_dir("dir")?;
+    let mut file = OpenOptions::new().read(true).write(true).create_new(true).open("dir/file")?;
+    file.write_all(b"bytes")?;
+    let long_ago = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
+    file.set_modified(long_ago)?;
+    // The first listing of a directory is one with attributes.
+    let list = || {
+        same!(fs::read_dir("dir")?.count(), 1);
+        Ok(())
+    };
+    same!(map_after(&file, Some(b'B'), list, <[u8]>::to_vec)?, b"Bytes");
+    holds!(fs::metadata("dir/file")?.modified()? > long_ago);
+    Ok(())
+}
+
 fn owned(world: &mut World) -> Check {
     run(world, &["--range"]).map(drop)
 }
@@ -232,5 +267,23 @@ fn write_as_others(_: &[String]) -> Check {
     as_other(|| theirs.write_all_at(b"x", 0))?;
     drop(theirs);
     drop(file);
+    // The other way round: it has the bit, and somebody reads it, before they open it.
+    set("both", 0o4777)?;
+    let reader = File::open("both")?;
+    let theirs = as_other(|| OpenOptions::new().write(true).open("both"))?;
+    as_other(|| theirs.write_all_at(b"x", 0))?;
+    same!(mode("both")?, 0o777);
+    drop((theirs, reader));
+    // It is passed through when it is given the bit: they must wait until the others are done.
+    let reader = as_other(|| File::open("both"))?;
+    set("both", 0o4777)?;
+    errno!(as_other(|| OpenOptions::new().write(true).open("both")), TXTBSY);
+    same!(mode("both")?, 0o4777);
+    OpenOptions::new().write(true).open("both")?.write_all_at(b"y", 0)?;
+    same!(mode("both")?, 0o4777);
+    drop(reader);
+    let theirs = as_other(|| OpenOptions::new().write(true).open("both"))?;
+    as_other(|| theirs.write_all_at(b"z", 0))?;
+    same!((mode("both")?, fs::read_to_string("both")?), (0o777, "z".to_owned()));
     Ok(())
 }
