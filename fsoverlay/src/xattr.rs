@@ -15,7 +15,7 @@
 //!
 //! A copied-up object keeps its attributes; only the overlay's marks are made anew.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -24,10 +24,10 @@ use rustix::fs::XattrFlags;
 use crate::acl::Acl;
 use crate::attr::Kind;
 use crate::engine::{Content, Engine};
-use crate::errno::{Errno, Res};
+use crate::errno::{Errno, Res, missing_ok};
 use crate::handle::Fd;
 use crate::inode::{Node, Place};
-use crate::layer::{LayerIdx, RealDir, UPPER};
+use crate::layer::{LayerIdx, RealDir, UPPER, stat_at};
 use crate::numbers::Origin;
 use crate::sys::{self, At};
 
@@ -286,24 +286,48 @@ impl Engine {
             };
             return Ok((Target::Name(self.fd(&dir)?, Arc::from(&b"."[..])), of_layer));
         }
-        let (place, link) = {
-            let inner = node.inner.lock();
-            (inner.place.clone(), inner.links.first().cloned())
-        };
+        let place = node.inner.lock().place.clone();
         Ok(match place {
             Place::Upper if node.kind == Kind::File => match self.open_file(node, false)? {
                 Content::File(fd) => (Target::File(fd), false),
                 Content::Memory(_) => (Target::None, false),
             },
-            Place::Upper => {
-                let link = link.ok_or(Errno::STALE)?;
-                (Target::Name(self.upper_fd(&link.parent)?, link.name.into()), false)
-            }
+            Place::Upper => return Ok((self.target_by_name(node)?, false)),
             Place::Lower { dir, name } => (Target::Name(self.fd(&dir)?, name), true),
             Place::Unlinked(pinned) => (Target::File(pinned.fd.clone()), false),
             Place::Parked(parked) => (Target::Name(parked.work.clone(), parked.name.clone().into()), false),
             Place::Generated(_) | Place::Gone(_) => (Target::None, false),
         })
+    }
+
+    /// The same of what is opened by no descriptor of ours: a link, or what stands for a fifo, socket or device, by
+    /// a name in the upper that leads to it. (A rename may still take it away before it is used.)
+    fn target_by_name(&self, node: &Arc<Node>) -> Res<Target> {
+        loop {
+            let key = node.inner.lock().key;
+            let is_it = |dir: BorrowedFd<'_>, name: &[u8]| Ok::<_, Errno>(stat_at(dir, name)?.key == key);
+            if let Some(link) = node.first_link()
+                && link.parent.is_upper()
+            {
+                let dir = self.upper_fd(&link.parent)?;
+                if missing_ok(is_it(dir.as_fd(), &link.name))? == Some(true) {
+                    return Ok(Target::Name(dir, link.name.into()));
+                }
+            }
+            let look = |dir: BorrowedFd<'_>, name: &[u8]| {
+                if !is_it(dir, name)? {
+                    return Ok(None);
+                }
+                let dir = rustix::io::fcntl_dupfd_cloexec(dir, 0)?;
+                Ok(Some(Target::Name(Arc::new(dir), name.into())))
+            };
+            if let Some(target) = self.by_locked_name(node, look)? {
+                return Ok(target);
+            }
+            if !matches!(node.inner.lock().place, Place::Upper) {
+                return self.target(node).map(|(target, _)| target);
+            }
+        }
     }
 
     /// Whether an attribute is the disk's own.
@@ -661,6 +685,37 @@ mod tests {
         }
         assert_eq!(to_disk("trusted.overlay.opaque"), Ok(None));
         assert_eq!(to_disk(&format!("security.{}", "x".repeat(246))), Err(Errno::RANGE));
+    }
+
+    #[test]
+    fn what_stands_at_a_links_name_by_now_is_not_changed_instead() {
+        use crate::attr::Time;
+        use crate::engine::tests::Scratch;
+        use crate::setattr::{SetAttr, SetTime};
+
+        let scratch = Scratch::new("another-name");
+        let (engine, upper) = (&scratch.engine, scratch.dir.join("upper"));
+        let node = scratch.make(b"a", Kind::Symlink);
+        assert_eq!(engine.link(&node, engine.root(), b"b"), Ok(()));
+        let first = node.first_link().expect("a name").name;
+        let (first, second) = if *first == *b"a" { ("a", "b") } else { ("b", "a") };
+        let touch = |sec| {
+            let mtime = Some(SetTime::At(Time { sec, nsec: 0 }));
+            engine.set_attr(&node, SetAttr { mtime, ..SetAttr::default() }).map(|_| ())
+        };
+        let seen = |name: &str| {
+            let path = upper.join(name);
+            stat_at(rustix::fs::CWD, path.as_os_str().as_encoded_bytes()).map(|stat| stat.mtime.sec)
+        };
+        assert_eq!((touch(5), seen(first), seen(second)), (Ok(()), Ok(5), Ok(5)));
+        // Somebody else does it.
+        std::fs::remove_file(upper.join(first)).expect("removed");
+        assert_eq!((touch(6), seen(second)), (Ok(()), Ok(6)));
+        std::os::unix::fs::symlink("other", upper.join(first)).expect("made");
+        let before = seen(first);
+        assert_eq!((touch(7), seen(second), seen(first)), (Ok(()), Ok(7), before));
+        std::fs::remove_file(upper.join(second)).expect("removed");
+        assert_eq!((touch(8), seen(first)), (Err(Errno::STALE), before));
     }
 
     #[test]
