@@ -7,7 +7,8 @@
 //!   one is under way): it goes on *aside*, on a thread of its own, of which there are up to [`MAX_ASIDE`];
 //! - it touches what *may never answer* ([`FAR`]): it goes on *afar*, on one of that mount's threads
 //!   ([`crate::far`]), and is given up when that takes too long, unless it may have much to copy;
-//! - a limit on rates holds it back: it waits *without a thread* ([`crate::later`]), and goes on aside;
+//! - a limit on rates holds it back: it waits *without a thread* ([`crate::later`]), and goes on aside, however
+//!   long it is until there is a thread for it;
 //! - it waits for the kernel to write back (a seek), which the kernel may want a worker for: aside as well.
 //!
 //! Names that the kernel is to forget need an answer of the kernel, too. They wait on one thread for all,
@@ -33,7 +34,7 @@ use crate::hooks::{Direction, Opcode};
 use crate::inode::{Link, Node};
 use crate::journal::path_of;
 use crate::later::Later;
-use crate::sync::Mutex;
+use crate::sync::{Mutex, start};
 
 /// What the file system shares with the [`crate::Server`].
 #[derive(Debug)]
@@ -46,7 +47,7 @@ pub(crate) struct Shared {
     /// Threads of requests that take long.
     aside: Mutex<Vec<std::thread::JoinHandle<()>>>,
     /// Requests that a limit on rates holds back.
-    later: Later,
+    pub(crate) later: Later,
 }
 
 /// How many names may wait for the kernel to forget them. Of those beyond, whoever meets them next
@@ -55,7 +56,10 @@ const MAX_FORGETTING: usize = 1024;
 
 /// How many requests that take long have a thread of their own; those beyond take a worker, or, if no
 /// worker may wait for them, one thread for all.
-const MAX_ASIDE: usize = 64;
+pub(crate) const MAX_ASIDE: usize = 64;
+
+/// When somebody for whom no thread was free asks again.
+const AGAIN: Duration = Duration::from_millis(10);
 
 /// Something that needs an answer of the kernel, which a worker must not wait for: the kernel may first
 /// want one of the workers.
@@ -87,6 +91,14 @@ impl Shared {
         })
     }
 
+    /// What must be there before a request comes: whoever waits for a far mount is given up by one thread, which
+    /// may not be had any more when it is needed. Then such requests fail at once.
+    pub(crate) fn prepare(&self) {
+        if !self.engine.far.is_empty() && !self.later.ready() {
+            tracing::warn!("no thread to look after requests to remote file systems");
+        }
+    }
+
     pub(crate) fn set_notifier(&self, notifier: Notifier) {
         let _ = self.notifier.set(notifier);
     }
@@ -100,10 +112,16 @@ impl Shared {
         }
         let sender = self.waiter.lock().take();
         drop(sender);
-        let aside = std::mem::take(&mut *self.aside.lock());
-        for thread in aside {
-            // A handler's panic was caught in it.
-            let _ = thread.join();
+        // One may have started another.
+        loop {
+            let aside = std::mem::take(&mut *self.aside.lock());
+            if aside.is_empty() {
+                return;
+            }
+            for thread in aside {
+                // A handler's panic was caught in it.
+                let _ = thread.join();
+            }
         }
     }
 
@@ -113,7 +131,7 @@ impl Shared {
         if waiter.is_none() {
             let (sender, receiver) = mpsc::channel::<Task>();
             let shared = Arc::downgrade(self);
-            let started = std::thread::Builder::new().name("fsoverlay-wait".to_owned()).spawn(move || {
+            let started = start("fsoverlay-wait", move || {
                 while let Ok(task) = receiver.recv() {
                     let Some(shared) = shared.upgrade() else { return };
                     shared.perform(task);
@@ -287,8 +305,11 @@ impl FuseFs {
         });
         if let Some(patience) = patience {
             let request: Arc<dyn GiveUp> = waiting.clone();
-            if let Some(due) = far.wait_for(Arc::downgrade(&request), patience) {
-                self.watch(far.clone(), due);
+            if let Some(due) = far.wait_for(Arc::downgrade(&request), patience)
+                && !self.watch(far.clone(), due)
+            {
+                // Also those that rely on this.
+                return far.give_up_all();
             }
         }
         let fs = self.clone();
@@ -311,14 +332,17 @@ impl FuseFs {
         }
     }
 
-    /// Sees to it that requests to a far mount are given up in time, as long as there are any.
-    fn watch(&self, far: Arc<Far>, due: Instant) {
+    /// Sees to it that requests to a far mount are given up in time, as long as there are any. False if there is
+    /// no thread that could.
+    fn watch(&self, far: Arc<Far>, due: Instant) -> bool {
         let fs = self.clone();
         self.shared.later.at(due, move || {
-            if let Some(next) = far.give_up_late(Instant::now()) {
-                fs.watch(far, next);
+            if let Some(next) = far.give_up_late(Instant::now())
+                && !fs.watch(far.clone(), next)
+            {
+                far.give_up_all();
             }
-        });
+        })
     }
 
     /// Whether what is asked of an object may never be answered; [`FuseFs::afar`] is for it then.
@@ -349,13 +373,13 @@ impl FuseFs {
         // What a thread that cannot be started was to do comes back.
         let task = Arc::new(Mutex::new(Some(task)));
         let (fs, theirs) = (self.clone(), task.clone());
-        let start = move || {
+        let main = move || {
             let task = theirs.lock().take();
             if let Some(task) = task {
                 fs.guarded(what, ino, || perform(&fs, task));
             }
         };
-        match std::thread::Builder::new().name("fsoverlay-long".to_owned()).spawn(start) {
+        match start("fsoverlay-long", main) {
             Ok(thread) => threads.push(thread),
             Err(_) => {
                 let task = task.lock().take();
@@ -371,7 +395,7 @@ impl FuseFs {
         Some(rate.delay(direction, bytes(self))).filter(|delay| !delay.is_zero())
     }
 
-    /// Serves a request when its time has come, on a thread of its own.
+    /// Serves a request when its time has come, on a thread of its own; at once where nothing can wait.
     pub(crate) fn delayed(
         &self,
         what: Opcode,
@@ -379,9 +403,32 @@ impl FuseFs {
         delay: Duration,
         serve: impl FnOnce(&Self) + Send + 'static,
     ) {
+        if !self.shared.later.ready() {
+            return self.aside(what, ino, serve);
+        }
+        self.aside_at(what, ino, delay, serve);
+    }
+
+    /// Where there is no thread when the time has come, the request waits on: the thread that waits for all of
+    /// them must not wait for one.
+    fn aside_at<S: FnOnce(&Self) + Send + 'static>(
+        &self,
+        what: Opcode,
+        ino: INodeNo,
+        delay: Duration,
+        serve: S,
+    ) {
         let fs = self.clone();
         let due = Instant::now().checked_add(delay).unwrap_or_else(|| Instant::now() + TTL);
-        self.shared.later.at(due, move || fs.aside(what, ino, serve));
+        let begin = move || {
+            if let Err(serve) = fs.start_aside(what, ino, serve, |fs, serve| serve(fs)) {
+                fs.aside_at(what, ino, AGAIN, serve);
+            }
+        };
+        if !self.shared.later.at(due, begin) {
+            // Dropped, so answered with an error.
+            tracing::debug!(?what, "no thread waits");
+        }
     }
 
     /// Answers a seek once the kernel has written back what it holds of the file: a series of WRITE

@@ -39,7 +39,7 @@ use crate::errno::{FAR, Res, is_hurried, note_far};
 use crate::handle::Fd;
 use crate::inode::Node;
 use crate::layer::{mix, stat_fd};
-use crate::sync::Mutex;
+use crate::sync::{Mutex, start};
 
 /// Threads of one mount. A kernel has up to 64 reads under way; more at once make no network faster.
 pub(crate) const MAX_THREADS: usize = 16;
@@ -242,10 +242,12 @@ struct Pool {
     jobs: VecDeque<Job>,
     threads: usize,
     idle: usize,
-    /// Requests that may still be given up, in the order in which they came.
+    /// How often there was none to be had.
+    missed: u64,
+    /// Requests that may still be given up, by the moment at which they are.
     waiting: VecDeque<(Instant, Weak<dyn GiveUp>)>,
-    /// Somebody looks after `waiting`.
-    watched: bool,
+    /// When somebody will look after `waiting`.
+    watched: Option<Instant>,
     /// The last that was heard was nothing.
     silent: bool,
 }
@@ -305,7 +307,8 @@ impl Far {
         Err(FAR)
     }
 
-    /// Runs something on a thread of the mount's. False, and it is dropped, if too much waits already.
+    /// Runs something on a thread of the mount's. False, and it is dropped, if too much waits already, or
+    /// if there is no thread and none to be had.
     pub(crate) fn run(self: &Arc<Self>, job: impl FnOnce() + Send + 'static) -> bool {
         let mut pool = self.pool.lock();
         let room = pool.jobs.len() < MAX_JOBS;
@@ -318,12 +321,26 @@ impl Far {
             return room;
         }
         let far = self.clone();
-        match std::thread::Builder::new().name("fsoverlay-far".to_owned()).spawn(move || far.serve()) {
-            Ok(_) => pool.threads += 1,
-            // Those that there are take it; without any it waits until it is given up.
-            Err(err) => tracing::warn!(%err, "no thread for a remote file system"),
+        match start("fsoverlay-far", move || far.serve()) {
+            Ok(_) => {
+                pool.threads += 1;
+                room
+            }
+            Err(err) => {
+                // Those that there are take it. Without any it must not wait: not all that does is ever given up.
+                let idle = pool.threads == 0;
+                let dropped = if idle && room { pool.jobs.pop_back() } else { None };
+                pool.missed += 1;
+                let missed = pool.missed;
+                drop(pool);
+                drop(dropped);
+                // The payload can bring it about.
+                if missed.is_power_of_two() {
+                    tracing::warn!(%err, count = missed, "no thread for a remote file system");
+                }
+                room && !idle
+            }
         }
-        room
     }
 
     fn serve(&self) {
@@ -348,7 +365,7 @@ impl Far {
     }
 
     /// Notes a request that is to be given up after a while; gives the moment at which
-    /// [`Far::give_up_late`] must be called, if nobody does so yet.
+    /// [`Far::give_up_late`] must be called, if nobody does so by then.
     pub(crate) fn wait_for(&self, request: Weak<dyn GiveUp>, patience: Duration) -> Option<Instant> {
         let mut pool = self.pool.lock();
         while pool.waiting.front().is_some_and(|(_, request)| request.strong_count() == 0) {
@@ -356,28 +373,47 @@ impl Far {
         }
         let patience = if pool.silent { patience / 10 } else { patience };
         let due = Instant::now() + patience;
-        pool.waiting.push_back((due, request));
-        let watch = !std::mem::replace(&mut pool.watched, true);
-        watch.then_some(due)
+        // Not always the last: patience becomes less.
+        let at = pool.waiting.partition_point(|(other, _)| *other <= due);
+        pool.waiting.insert(at, (due, request));
+        let watch = pool.watched.is_none_or(|watched| due < watched);
+        watch.then(|| *pool.watched.insert(due))
     }
 
-    /// Gives up what has waited too long by `now`; gives the next moment to do so.
+    /// Gives up what has waited too long by `now`; gives the next moment to do so, if nobody else does.
     pub(crate) fn give_up_late(&self, now: Instant) -> Option<Instant> {
         loop {
             let mut pool = self.pool.lock();
             let Some((due, request)) = pool.waiting.pop_front() else {
-                pool.watched = false;
+                pool.watched = None;
                 return None;
             };
             let Some(request) = request.upgrade() else { continue };
             if due > now {
                 pool.waiting.push_front((due, Arc::downgrade(&request)));
-                return Some(due);
+                if pool.watched.is_some_and(|watched| now < watched && watched <= due) {
+                    return None;
+                }
+                return Some(*pool.watched.insert(due));
             }
             drop(pool);
             if request.give_up() {
                 tracing::debug!(mount = %self.path.display(), "no answer");
                 self.pool.lock().silent = true;
+            }
+        }
+    }
+
+    /// Gives up whatever may be: nobody will look after it.
+    pub(crate) fn give_up_all(&self) {
+        let waiting = {
+            let mut pool = self.pool.lock();
+            pool.watched = None;
+            std::mem::take(&mut pool.waiting)
+        };
+        for (_, request) in waiting {
+            if let Some(request) = request.upgrade() {
+                request.give_up();
             }
         }
     }
@@ -447,6 +483,7 @@ mod tests {
     use std::sync::mpsc::channel;
 
     use super::*;
+    use crate::sync::tests::{in_time, without_threads};
 
     #[test]
     fn all_but_one_mount_of_a_file_system_repeat_it() {
@@ -508,8 +545,7 @@ nonsense
 
     #[test]
     fn what_waits_for_a_thread_is_bounded() {
-        let root = crate::layer::open_root(Path::new("/")).expect("there");
-        let far = Far::new(Arc::new(root), PathBuf::from("far"), 1);
+        let far = some_far();
         let ((began, begun), (release, gate)) = (channel(), channel::<()>());
         let gate = Arc::new(Mutex::new(gate));
         for _ in 0..MAX_THREADS {
@@ -533,9 +569,70 @@ nonsense
         let accepted = (0..MAX_JOBS + 10).filter(|_| far.run(count())).count();
         assert_eq!(accepted, MAX_JOBS);
         drop(release);
-        while done.load(Ordering::Acquire) < MAX_JOBS {
-            std::thread::yield_now();
-        }
+        in_time(|| (done.load(Ordering::Acquire) == MAX_JOBS).then_some(()));
         assert!(far.run(count()));
+    }
+
+    fn some_far() -> Arc<Far> {
+        let root = crate::layer::open_root(Path::new("/")).expect("there");
+        Far::new(Arc::new(root), PathBuf::from("far"), 1)
+    }
+
+    #[test]
+    fn what_no_thread_can_take_is_refused() {
+        let far = some_far();
+        let (sender, receiver) = channel();
+        let job = |name: &'static str| {
+            let sender = sender.clone();
+            move || sender.send(name).expect("somebody listens")
+        };
+        assert!(!without_threads(|| far.run(job("none"))));
+        assert_eq!(far.pool.lock().jobs.len(), 0);
+        // Once there is one, it takes what comes, and nothing of before.
+        assert!(far.run(job("first")));
+        assert_eq!(receiver.recv(), Ok("first"));
+        assert!(without_threads(|| far.run(job("second"))));
+        assert_eq!(receiver.recv(), Ok("second"));
+    }
+
+    /// Whether it was given up.
+    #[derive(Default)]
+    struct Asked(std::sync::atomic::AtomicBool);
+
+    impl GiveUp for Asked {
+        fn give_up(&self) -> bool {
+            !self.0.swap(true, Ordering::AcqRel)
+        }
+    }
+
+    #[test]
+    fn what_was_asked_last_may_be_given_up_first() {
+        const HOUR: Duration = Duration::from_secs(3600);
+        let far = some_far();
+        let asked: Vec<_> = (0..4).map(|_| Arc::new(Asked::default())).collect();
+        let wait_for = |n: usize, patience| {
+            let request: Arc<dyn GiveUp> = asked[n].clone();
+            far.wait_for(Arc::downgrade(&request), patience)
+        };
+        let given_up = || asked.iter().map(|asked| asked.0.load(Ordering::Acquire)).collect::<Vec<_>>();
+
+        let first = wait_for(0, Duration::ZERO).expect("nobody looks after it");
+        let second = wait_for(1, 10 * HOUR);
+        assert_eq!(second, None);
+        let second = far.give_up_late(first).expect("one is left");
+        assert_eq!(given_up(), [true, false, false, false]);
+        // Now it is silent.
+        let third = wait_for(2, 10 * HOUR).expect("nobody looks after it in time");
+        assert!(third < second);
+        assert_eq!(wait_for(3, 10 * HOUR), None);
+        let fourth = far.give_up_late(third).expect("two are left");
+        assert_eq!(given_up(), [true, false, true, false]);
+        assert!(third < fourth && fourth < second);
+        assert_eq!(far.give_up_late(fourth), Some(second));
+        assert_eq!(given_up(), [true, false, true, true]);
+        // The one who was to come for the second from the beginning does so.
+        assert_eq!(far.give_up_late(second), None);
+        assert_eq!(far.give_up_late(second), None);
+        assert_eq!(given_up(), [true; 4]);
     }
 }

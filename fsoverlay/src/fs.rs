@@ -20,6 +20,7 @@
 //!
 //! When and on which thread a request is served is [`crate::dispatch`]'s.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::path::Path;
@@ -319,11 +320,70 @@ impl FuseFs {
         }
     }
 
-    fn read_now(&self, ino: INodeNo, offset: u64, size: u32, reply: ReplyData) {
+    /// Answers a read, when a limit on rates lets it.
+    fn serve_read<R: Send + 'static>(
+        &self,
+        ino: INodeNo,
+        offset: u64,
+        size: u32,
+        reply: R,
+        send: impl Fn(Res<&[u8]>, R) + Copy + Send + Sync + 'static,
+    ) {
+        self.run(Opcode::Read, ino, || match self.delay(Direction::Read, |_| size.into()) {
+            None => self.read_now(ino, offset, size, reply, send),
+            Some(delay) => {
+                let read = move |fs: &Self| fs.read_now(ino, offset, size, reply, send);
+                self.delayed(Opcode::Read, ino, delay, read);
+            }
+        });
+    }
+
+    fn read_now<R: Send + 'static>(
+        &self,
+        ino: INodeNo,
+        offset: u64,
+        size: u32,
+        reply: R,
+        send: impl Fn(Res<&[u8]>, R) + Copy + Send + Sync + 'static,
+    ) {
+        if self.is_far(ino) {
+            let read = move |fs: &Self| {
+                let mut buf = Vec::new();
+                let n = fs.read_into(&mut buf, ino, offset, size)?;
+                buf.truncate(n);
+                Ok(buf)
+            };
+            let send = move |data: Res<Vec<u8>>, reply| match data {
+                Ok(data) => send(Ok(&data), reply),
+                Err(err) => send(Err(err), reply),
+            };
+            return self.afar(Opcode::Read, ino, Some(self.engine().patience), reply, send, read);
+        }
         READ_BUF.with_borrow_mut(|buf| {
             let read = self.read_into(buf, ino, offset, size);
-            reply_data(read.map(|n| &buf[..n]), reply);
+            send(read.map(|n| &buf[..n]), reply);
         });
+    }
+
+    /// Answers a write, of bytes that may be the worker's.
+    fn write_now(
+        &self,
+        ino: INodeNo,
+        data: Cow<'_, [u8]>,
+        reply: ReplyWrite,
+        write: impl Fn(&Self, &[u8]) -> Res<usize> + Send + 'static,
+    ) {
+        match hurried(|| write(self, &data)) {
+            Err(LONG) => {
+                let data = data.into_owned();
+                self.aside(Opcode::Write, ino, move |fs| reply_written(write(fs, &data), reply));
+            }
+            Err(FAR) => {
+                let data = data.into_owned();
+                self.afar(Opcode::Write, ino, None, reply, reply_written, move |fs| write(fs, &data));
+            }
+            written => reply_written(written, reply),
+        }
     }
 
     /// Reads into a buffer that grows as it must; gives how much it holds.
@@ -678,21 +738,7 @@ impl Filesystem for FuseFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.run(Opcode::Read, ino, || match self.delay(Direction::Read, |_| size.into()) {
-            None if self.is_far(ino) => {
-                let patience = Some(self.engine().patience);
-                self.afar(Opcode::Read, ino, patience, reply, reply_data, move |fs| {
-                    let mut buf = Vec::new();
-                    let n = fs.read_into(&mut buf, ino, offset, size)?;
-                    buf.truncate(n);
-                    Ok(buf)
-                });
-            }
-            None => self.read_now(ino, offset, size, reply),
-            Some(delay) => {
-                self.delayed(Opcode::Read, ino, delay, move |fs| fs.read_now(ino, offset, size, reply));
-            }
-        });
+        self.serve_read(ino, offset, size, reply, reply_read);
     }
 
     fn write(
@@ -713,23 +759,11 @@ impl Filesystem for FuseFs {
             fs.change_content(ino, kill, |n| fs.engine().write(n, offset, data, kill))
         };
         self.run(Opcode::Write, ino, || {
-            // The request's buffer is the worker's.
-            if let Some(delay) = self.delay(Direction::Write, |_| data.len() as u64) {
-                let data = data.to_vec();
-                return self
-                    .delayed(Opcode::Write, ino, delay, move |fs| reply_written(write(fs, &data), reply));
-            }
-            match hurried(|| write(self, data)) {
-                Err(LONG) => {
-                    let data = data.to_vec();
-                    self.aside(Opcode::Write, ino, move |fs| reply_written(write(fs, &data), reply));
-                }
-                Err(FAR) => {
-                    let data = data.to_vec();
-                    self.afar(Opcode::Write, ino, None, reply, reply_written, move |fs| write(fs, &data));
-                }
-                written => reply_written(written, reply),
-            }
+            let Some(delay) = self.delay(Direction::Write, |_| data.len() as u64) else {
+                return self.write_now(ino, data.into(), reply, write);
+            };
+            let data = data.to_vec();
+            self.delayed(Opcode::Write, ino, delay, move |fs| fs.write_now(ino, data.into(), reply, write));
         });
     }
 
@@ -1081,6 +1115,11 @@ fn reply_data(data: Res<impl AsRef<[u8]>>, reply: ReplyData) {
     }
 }
 
+/// For bytes however long they live.
+fn reply_read(data: Res<&[u8]>, reply: ReplyData) {
+    reply_data(data, reply);
+}
+
 fn reply_written(written: Res<usize>, reply: ReplyWrite) {
     match written {
         Ok(n) => reply.written(u32::try_from(n).unwrap_or(u32::MAX)),
@@ -1105,10 +1144,12 @@ mod tests {
 
     use super::*;
     use crate::config::{LayerSpec, OverlaySpec};
+    use crate::dispatch::MAX_ASIDE;
     use crate::engine::tests::Scratch;
     use crate::far::{Far, MAX_THREADS, MountTable};
-    use crate::hooks::{Access, Hooks, Trace};
+    use crate::hooks::{Access, Hooks, RateLimit, Trace};
     use crate::sync::Mutex;
+    use crate::sync::tests::{in_time, without_threads};
 
     const HOUR: Duration = Duration::from_secs(3600);
 
@@ -1140,6 +1181,10 @@ mod tests {
 
     impl BesideFar {
         fn new(name: &str) -> Self {
+            Self::with(name, None)
+        }
+
+        fn with(name: &str, rate: Option<Arc<dyn RateLimit>>) -> Self {
             let scratch = Scratch::new(name);
             let lower = scratch.dir.canonicalize().expect("there").join("lower");
             std::fs::create_dir(lower.join("far")).expect("made");
@@ -1156,7 +1201,7 @@ mod tests {
                 Engine::open_among(&MountTable::parse(table.as_bytes()), &spec).expect("an overlay");
             let ((tell, found), (go_on, wait)) = (channel(), channel());
             let slow = Slow { found: tell, go_on: Mutex::new(wait) };
-            engine.set_hooks(Hooks { trace: Some(Arc::new(slow)), ..Hooks::default() });
+            engine.set_hooks(Hooks { trace: Some(Arc::new(slow)), rate, ..Hooks::default() });
             let dir = engine.lookup(engine.root(), b"far").expect("found");
             let far = engine.far.first().expect("a far mount").clone();
             Self { fs: FuseFs { shared: Shared::new(engine) }, far, dir, found, go_on, _scratch: scratch }
@@ -1188,9 +1233,7 @@ mod tests {
         assert_eq!(replied.recv(), Ok(Err(Errno::IO)));
         let _ = beside.go_on.send(());
         // The request's own reference goes last; the other one looks after those that may be given up.
-        while Arc::strong_count(&beside.fs.shared) > 2 {
-            std::thread::yield_now();
-        }
+        in_time(|| (Arc::strong_count(&beside.fs.shared) <= 2).then_some(()));
         let _ = beside.go_on.send(());
         let engine = beside.fs.engine();
         let ino = engine.lookup(&beside.dir, b"file").expect("found").ino;
@@ -1246,10 +1289,103 @@ mod tests {
         drop(release);
         let _ = beside.go_on.send(());
         // Those before it go, and there is room again.
-        while !beside.far.run(|| {}) {
-            std::thread::yield_now();
-        }
+        in_time(|| beside.far.run(|| {}).then_some(()));
         assert_eq!(beside.look().recv(), Ok(Ok(true)));
+    }
+
+    #[test]
+    fn a_request_that_nobody_would_give_up_is_not_begun() {
+        let beside = BesideFar::new("unwatched-far");
+        // The mount's thread would take it in the end.
+        let ((release, gate), (began, begun)) = (channel::<()>(), channel());
+        assert!(beside.far.run(move || {
+            let _ = began.send(());
+            let _ = gate.recv();
+        }));
+        assert_eq!(begun.recv(), Ok(()));
+        let replied = without_threads(|| beside.look());
+        assert_eq!(in_time(|| replied.try_recv().ok()), Err(Errno::IO));
+        // The next one has its threads.
+        drop(release);
+        let _ = beside.go_on.send(());
+        assert_eq!(beside.look().recv(), Ok(Ok(true)));
+        // So has one that the thread is there for, but not the mount's own.
+        let other = BesideFar::new("threadless-far");
+        other.fs.shared.prepare();
+        let replied = without_threads(|| other.look());
+        assert_eq!(in_time(|| replied.try_recv().ok()), Err(Errno::IO));
+    }
+
+    /// Holds back everything for a moment.
+    #[derive(Debug)]
+    struct Moment;
+
+    impl RateLimit for Moment {
+        fn delay(&self, _direction: Direction, _bytes: u64) -> Duration {
+            Duration::from_nanos(1)
+        }
+    }
+
+    #[test]
+    fn a_read_that_was_held_back_can_be_given_up() {
+        let beside = BesideFar::with("held-back-far", Some(Arc::new(Moment)));
+        // One for the lookup, the other for a read that would not wait for the mount.
+        let _ = (beside.go_on.send(()), beside.go_on.send(()));
+        let engine = beside.fs.engine();
+        let node = engine.lookup(&beside.dir, b"file").expect("found");
+        let ((release, gate), (began, begun)) = (channel::<()>(), channel());
+        let gate = Arc::new(Mutex::new(gate));
+        for _ in 0..MAX_THREADS {
+            let (began, gate) = (began.clone(), gate.clone());
+            assert!(beside.far.run(move || {
+                let _ = began.send(());
+                let _ = gate.lock().recv();
+            }));
+        }
+        for _ in 0..MAX_THREADS {
+            assert_eq!(begun.recv(), Ok(()));
+        }
+        let (reply, replied) = channel();
+        let send = |data: Res<&[u8]>, reply: Sender<_>| {
+            let _ = reply.send(data.map(<[u8]>::len));
+        };
+        beside.fs.serve_read(INodeNo(node.ino), 0, 16, reply, send);
+        let answer = in_time(|| {
+            beside.far.give_up_late(Instant::now() + 2 * HOUR);
+            replied.try_recv().ok()
+        });
+        assert_eq!(answer, Err(Errno::IO));
+        drop(release);
+    }
+
+    #[test]
+    fn what_was_held_back_waits_for_a_thread_of_its_own() {
+        let beside = BesideFar::new("no-thread-aside");
+        let ((release, gate), (began, begun)) = (channel::<()>(), channel());
+        let (gate, ino) = (Arc::new(Mutex::new(gate)), INodeNo(beside.dir.ino));
+        for _ in 0..MAX_ASIDE {
+            let (began, gate) = (began.clone(), gate.clone());
+            beside.fs.aside(Opcode::Read, ino, move |_| {
+                let _ = began.send(());
+                let _ = gate.lock().recv();
+            });
+        }
+        for _ in 0..MAX_ASIDE {
+            assert_eq!(begun.recv(), Ok(()));
+        }
+        let (sender, receiver) = channel();
+        let say = |sender: Sender<_>| {
+            move || {
+                let _ = sender.send(std::thread::current().name().map(str::to_owned));
+            }
+        };
+        let handler = say(sender.clone());
+        beside.fs.delayed(Opcode::Read, ino, Duration::ZERO, move |_| handler());
+        // The thread that waits for all comes to what is due after it.
+        assert!(beside.fs.shared.later.at(Instant::now() + Duration::from_nanos(1), say(sender)));
+        assert_eq!(receiver.recv(), Ok(Some("fsoverlay-later".to_owned())));
+        drop(release);
+        assert_eq!(receiver.recv(), Ok(Some("fsoverlay-long".to_owned())));
     }
 
     #[test]

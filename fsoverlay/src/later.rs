@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use crate::sync::Mutex;
+use crate::sync::{Mutex, start};
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -63,30 +63,37 @@ impl std::fmt::Debug for Later {
 }
 
 impl Later {
-    /// Runs `job` once `due` is there. It must be short, and must not panic; after [`Later::stop`] it is
-    /// dropped instead. Without a thread to be had it runs at once.
-    pub(crate) fn at(&self, due: Instant, job: impl FnOnce() + Send + 'static) {
-        let mut state = self.shared.state.lock();
-        if state.over {
-            return;
-        }
-        if state.thread.is_none() {
+    /// Starts the thread, which goes on until [`Later::stop`]; false if there is none to be had.
+    pub(crate) fn ready(&self) -> bool {
+        self.started(&mut self.shared.state.lock())
+    }
+
+    fn started(&self, state: &mut State) -> bool {
+        if state.thread.is_none() && !state.over {
             let shared = self.shared.clone();
-            let started =
-                std::thread::Builder::new().name("fsoverlay-later".to_owned()).spawn(move || run(&shared));
-            match started {
-                Ok(thread) => state.thread = Some(thread),
-                Err(_) => {
-                    drop(state);
-                    return job();
-                }
-            }
+            state.thread = start("fsoverlay-later", move || run(&shared)).ok();
+        }
+        state.thread.is_some() || state.over
+    }
+
+    /// Runs `job` once `due` is there. It must be short, and must not panic; after [`Later::stop`] it is
+    /// dropped instead. False, and it is dropped, if there is no thread for it ([`Later::ready`]): to run it
+    /// here and now is nothing that a job which comes back to this could bear.
+    #[must_use]
+    pub(crate) fn at(&self, due: Instant, job: impl FnOnce() + Send + 'static) -> bool {
+        let mut state = self.shared.state.lock();
+        if !self.started(&mut state) {
+            return false;
+        }
+        if state.over {
+            return true;
         }
         state.count += 1;
         let due = Reverse((due, state.count));
         state.jobs.push(Timed { due, job: Box::new(job) });
         drop(state);
         self.shared.changed.notify_one();
+        true
     }
 
     /// Ends the thread; what still waits never happens.
@@ -135,6 +142,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::sync::tests::without_threads;
 
     #[test]
     fn the_earliest_comes_first_and_what_is_left_is_dropped() {
@@ -145,12 +153,27 @@ mod tests {
             let sender = sender.clone();
             move || sender.send(n).expect("somebody listens")
         };
-        later.at(now + hour, send(3));
-        later.at(now + Duration::from_millis(2), send(2));
-        later.at(now, send(1));
+        assert!(later.at(now + hour, send(3)));
+        assert!(later.at(now + Duration::from_millis(2), send(2)));
+        assert!(later.at(now, send(1)));
         assert_eq!([receiver.recv(), receiver.recv()], [Ok(1), Ok(2)]);
         later.stop();
         drop(sender);
         assert!(receiver.recv().is_err());
+    }
+
+    #[test]
+    fn without_a_thread_nothing_runs_and_the_caller_learns_of_it() {
+        let later = Later::default();
+        let (sender, receiver) = mpsc::channel();
+        let mine = sender.clone();
+        let job = move || mine.send("too early").expect("somebody listens");
+        assert!(!without_threads(|| later.at(Instant::now(), job)));
+        assert!(!without_threads(|| later.ready()));
+        assert!(later.ready());
+        assert!(without_threads(|| later.at(Instant::now(), move || sender.send("now").expect("listens"))));
+        assert_eq!((receiver.recv(), receiver.recv().is_err()), (Ok("now"), true));
+        later.stop();
+        assert!(later.at(Instant::now(), || {}));
     }
 }

@@ -288,8 +288,9 @@ impl Overlay {
             tried.map_err(|source| Error::Passthrough { source })?;
         }
         shared.set_notifier(session.notifier());
+        shared.prepare();
         shared.engine.look_far();
-        let session = session.spawn().map_err(error)?;
+        let session = session.spawn().inspect_err(|_| shared.stop()).map_err(error)?;
         Ok(Server { shared, session })
     }
 }

@@ -3,8 +3,12 @@
 //! A handler that panics answers `EIO` for its one request (see [`crate::fs`]);
 //! the next request must find the locks usable. Every structure guarded here is
 //! changed in steps that each leave it consistent.
+//!
+//! And threads that cannot be had: whoever wants one has to go on without.
 
+use std::io;
 use std::sync::{MutexGuard, PoisonError, RwLockReadGuard, RwLockWriteGuard, TryLockError};
+use std::thread::{Builder, JoinHandle};
 
 /// A mutex whose `lock` always succeeds.
 #[derive(Debug, Default)]
@@ -57,5 +61,44 @@ impl<T> RwLock<T> {
 
     pub(crate) fn write(&self) -> RwLockWriteGuard<'_, T> {
         self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Starts a thread; where too many processes run already there is none.
+pub(crate) fn start(name: &str, main: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    #[cfg(test)]
+    if tests::THREADLESS.get() {
+        return Err(io::ErrorKind::WouldBlock.into());
+    }
+    Builder::new().name(name.to_owned()).spawn(main)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::cell::Cell;
+    use std::time::{Duration, Instant};
+
+    thread_local! {
+        pub(super) static THREADLESS: Cell<bool> = const { Cell::new(false) };
+    }
+
+    /// Runs something that can start no thread.
+    pub(crate) fn without_threads<T>(operation: impl FnOnce() -> T) -> T {
+        THREADLESS.set(true);
+        let done = operation();
+        THREADLESS.set(false);
+        done
+    }
+
+    /// Waits for what other threads bring about; fails where they never do.
+    pub(crate) fn in_time<T>(mut condition: impl FnMut() -> Option<T>) -> T {
+        let end = Instant::now() + Duration::from_secs(60);
+        loop {
+            if let Some(found) = condition() {
+                return found;
+            }
+            assert!(Instant::now() < end, "it does not come about");
+            std::thread::yield_now();
+        }
     }
 }
