@@ -287,7 +287,7 @@ impl Engine {
             None => self.place_of_unlinked(node, from, temp, entry)?,
         };
         self.forget_covered(node);
-        let (old, queue) = {
+        let change = || {
             let mut inner = node.inner.lock();
             inner.origin = Some(node.ino);
             inner.key = key;
@@ -306,10 +306,12 @@ impl Engine {
             let copy = temp.fd.clone().filter(|_| first.is_some() && node.kind == Kind::File);
             (old, copy.is_some_and(|copy| node.file.put(copy, true)))
         };
+        // Whoever finds a further name of the copy must find the node by the entry, and the copy in the node.
+        let (old, queue) = match entry {
+            true => self.upper()?.links.insert(node.ino, key.ino, from, change),
+            false => change(),
+        };
         drop(old);
-        if entry {
-            self.upper()?.links.insert(node.ino, key.ino, from);
-        }
         if queue {
             self.tree.ring.push(Holder::File(Arc::downgrade(node)));
         }

@@ -30,7 +30,7 @@
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, Mode, OFlags, XattrFlags};
 
@@ -123,6 +123,8 @@ pub(crate) struct Links {
     entries: crate::sync::RwLock<Entries>,
     /// There is an entry, or was one.
     any: AtomicBool,
+    /// How many entries have gone.
+    gone: AtomicU64,
 }
 
 /// What is known of the names of an object in the upper.
@@ -244,12 +246,15 @@ impl Links {
         }
     }
 
-    /// From here on the copy of this number, which is one of `from`, is found.
-    pub(crate) fn insert(&self, number: u64, copy: u64, from: &Stat) {
+    /// From here on the copy of this number, which is one of `from`, is found. Nobody sees that before `change`
+    /// is done.
+    pub(crate) fn insert<T>(&self, number: u64, copy: u64, from: &Stat, change: impl FnOnce() -> T) -> T {
         let mut entries = self.entries.write();
+        // Looked at without the lock.
+        self.any.store(true, Ordering::Release);
         entries.by_number.insert(number, Entry { what: What::Copy(copy), birth: birth(from) });
         entries.by_copy.insert(copy, number);
-        self.any.store(true, Ordering::Release);
+        change()
     }
 }
 
@@ -268,6 +273,11 @@ impl Entries {
 }
 
 impl Engine {
+    /// What changes when a copy loses its entry; see [`Links::number`].
+    pub(crate) fn entries_gone(&self) -> u64 {
+        self.upper.as_ref().map_or(0, |upper| upper.links.gone.load(Ordering::Acquire))
+    }
+
     /// The copy of a layer's object with several names that has this number. `again` looks at the object
     /// another time.
     pub(crate) fn copy_of(
@@ -335,6 +345,7 @@ impl Engine {
             missing_ok(rustix::fs::unlinkat(&fd, &*name, AtFlags::empty()))?;
             None
         };
+        upper.links.gone.fetch_add(1, Ordering::AcqRel);
         entries.by_number.remove(&number);
         if let What::Copy(ino) = entry.what {
             entries.by_copy.remove(&ino);
@@ -456,6 +467,7 @@ impl Engine {
             rustix::fs::unlinkat(&fd, &*name, AtFlags::empty())?;
             None
         };
+        upper.links.gone.fetch_add(1, Ordering::AcqRel);
         if let Some(Entry { what: What::Copy(ino), .. }) = entries.by_number.remove(&node.ino) {
             entries.by_copy.remove(&ino);
         }

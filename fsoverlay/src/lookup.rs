@@ -176,12 +176,22 @@ impl Engine {
         let mut upper_seen = None;
 
         if let Some(upper) = part.upper.get() {
-            match self.probe(upper, name, state.has_lower())? {
+            let probed = loop {
+                let gone = self.entries_gone();
+                match self.probe(upper, name, state.has_lower())? {
+                    Probe::Found(seen) if seen.stat.kind() != Some(Kind::Dir) => {
+                        let found = self.found_in_upper(*seen)?;
+                        // An entry says what the marks say when it has gone, which may be after they were read.
+                        if found.origin.is_some() || self.entries_gone() == gone {
+                            return Ok(Some(found));
+                        }
+                    }
+                    other => break other,
+                }
+            };
+            match probed {
                 Probe::Missing => {}
                 Probe::Whiteout => return Ok(None),
-                Probe::Found(seen) if seen.stat.kind() != Some(Kind::Dir) => {
-                    return self.found_in_upper(*seen).map(Some);
-                }
                 Probe::Found(seen) => {
                     let Seen { stat, meta, marks } = *seen;
                     let dir = RealDir::child(upper, name, stat.key);
