@@ -10,11 +10,12 @@
 //! - anything else is shown as it is.
 //!
 //! A far mount has threads of its own ([`MAX_THREADS`]), started when a request needs one. In a hurry
-//! ([`crate::errno::hurried`]), as workers always are where there is a far mount, whatever would touch one
-//! ends with [`FAR`] before it takes a lock that one of those threads may hold, and the request goes there.
-//! If there is no answer in [`crate::OverlaySpec::patience`], it gets `EIO`; the thread goes on waiting, and
-//! while it does the next ones get a tenth of that, and nothing once [`MAX_JOBS`] of them wait for a thread. A signal has its effect then at the latest, since a request that
-//! the server has cannot be interrupted otherwise.
+//! ([`crate::errno::hurried`]), as workers always are where there is a far mount, whatever would touch
+//! one ends with [`FAR`] before it takes a lock that one of those threads may hold, and the request goes
+//! there. If there is no answer in [`crate::OverlaySpec::patience`], it gets `EIO`; the thread goes on
+//! waiting, and while it does the next ones get a tenth of that, and nothing once [`MAX_JOBS`] of them
+//! wait for a thread. A signal has its effect then at the latest, since a request that the server has
+//! cannot be interrupted otherwise.
 //!
 //! What makes that hold:
 //!

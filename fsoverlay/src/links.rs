@@ -10,13 +10,13 @@
 //! | `ORIGIN@BIRTH-COUNT` | an empty file: the object is not copied up, COUNT of its names are covered |
 //!
 //! `ORIGIN` is the object's number as [`crate::numbers`] writes it down, which the copy goes on with. `BIRTH`
-//! is when the object was made, seconds and nanoseconds in hexadecimal: if the layer's object that has the
-//! number now was made at another time it is another one, which got the number after somebody changed the
-//! layer, and the entry goes. Entries without a birth time are of file systems that have none, and
-//! of earlier versions; then the number alone counts. How many names in the layer are still to lead to the copy is noted with it ([`LINKS`]; of a symbolic link
-//! in [`crate::sidecar`]): `st_nlink` counts them. When there is none any more the entry goes, and the
-//! number is written down as with any copy. Until then a copy that has lost all its names in the upper lives
-//! on in its entry.
+//! is when the object was made, seconds and nanoseconds in hexadecimal: if the layer's object that has
+//! the number now was made at another time it is another one, which got the number after somebody
+//! changed the layer, and the entry goes. Entries without a birth time are of file systems that have
+//! none, and of earlier versions; then the number alone counts. How many names in the layer are still to
+//! lead to the copy is noted with it ([`LINKS`]; of a symbolic link in [`crate::sidecar`]): `st_nlink`
+//! counts them. When there is none any more the entry goes, and the number is written down as with any
+//! copy. Until then a copy that has lost all its names in the upper lives on in its entry.
 //!
 //! A count is lowered after the name is made or covered: stopped in between, the server leaves one that is too
 //! high, an entry that stays longer than it is needed, never one that is missing.
