@@ -387,9 +387,27 @@ impl Rule {
 }
 
 /// Services of clouds at addresses that are not link-local. (169.254.169.254 and its like are.)
-const METADATA_V4: [Ipv4Addr; 2] = [Ipv4Addr::new(100, 100, 100, 200), Ipv4Addr::new(168, 63, 129, 16)];
-const METADATA_V6: [Ipv6Addr; 2] =
-    [Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254), Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254)];
+const METADATA_V4: [Ipv4Addr; 3] =
+    [Ipv4Addr::new(100, 100, 100, 200), Ipv4Addr::new(168, 63, 129, 16), Ipv4Addr::new(192, 0, 0, 192)];
+/// Addresses and prefix lengths.
+const METADATA_V6: [(Ipv6Addr, u32); 6] = [
+    // Amazon: the instance's, the containers' and the time service.
+    (Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0), 32),
+    // Google.
+    (Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254), 128),
+    // Scaleway.
+    (Ipv6Addr::new(0xfd00, 0x42, 0, 0, 0, 0, 0, 0x42), 128),
+    // Oracle.
+    (Ipv6Addr::new(0xfd00, 0xc1, 0, 0, 0, 0, 0xa9fe, 0xa9fe), 128),
+    // Akamai (Linode).
+    (Ipv6Addr::new(0xfd00, 0xa9fe, 0xa9fe, 0, 0, 0, 0, 1), 128),
+    // Alibaba.
+    (Ipv6Addr::new(0xfd00, 0x100, 0, 0, 0, 0, 0x100, 0x200), 128),
+];
+
+fn is_metadata_v6(ip: Ipv6Addr) -> bool {
+    METADATA_V6.iter().any(|(prefix, length)| (ip.to_bits() ^ prefix.to_bits()).leading_zeros() >= *length)
+}
 
 /// Addresses that are refused whoever asks.
 fn refused_range(ip: IpAddr) -> Option<Reason> {
@@ -436,7 +454,7 @@ fn refused_v6(ip: Ipv6Addr) -> Option<Reason> {
         [0xff00..=0xffff, ..] => Some(Reason::Multicast),
         // fe80::/10 and the old site-local fec0::/10.
         [0xfe80..=0xfeff, ..] => Some(Reason::LinkLocal),
-        _ if METADATA_V6.contains(&ip) => Some(Reason::Metadata),
+        _ if is_metadata_v6(ip) => Some(Reason::Metadata),
         // Translated addresses are fine, unless what they lead to is not.
         _ => embedded_v4(ip.into()).and_then(refused_v4),
     }

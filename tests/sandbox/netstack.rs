@@ -5,7 +5,7 @@ use crate::common::{Cmd, Home, Out, lab, need, rootlet_binary, skip};
 
 /// A namespace `target` without a network; `Net(OPTION…)` gives it one and waits until it can be used.
 const PRELUDE: &str = r#"
-import json, os, signal, socket, subprocess, sys
+import json, os, signal, socket, stat, subprocess, sys
 S, R = os.environ["S"], os.environ["R"]
 target = subprocess.Popen(["unshare", "-Urn", "sh", "-c", "echo; exec sleep infinity"], stdout=subprocess.PIPE)
 target.stdout.read(1)
@@ -151,6 +151,7 @@ free = socket.socket(type=socket.SOCK_DGRAM); free.bind(("127.0.0.1", 0)); udp =
 # Left by a server that was killed.
 old = socket.socket(socket.AF_UNIX); old.bind("api"); old.close()
 net = Net("-c", "-a", "api")
+assert stat.S_IMODE(os.stat("api").st_mode) == 0o600, oct(os.stat("api").st_mode)
 print(call("add_hostfwd", proto="tcp", host_port=tcp, guest_port=80))
 print(call("add_hostfwd", proto="udp", host_addr="127.0.0.1", host_port=udp, guest_addr="10.0.2.100", guest_port=81))
 print(call("list_hostfwd").replace(str(tcp), "TCP").replace(str(udp), "UDP"))
@@ -283,6 +284,8 @@ print(net.end())"#;
 fn wrong_uses_are_told_before_anything_is_made() {
     let home = Home::new();
     let pid = std::process::id().to_string();
+    home.file("file", "kept");
+    std::os::unix::fs::symlink("file", home.path("link")).unwrap();
     for (arguments, said) in [
         (&["x"][..], "no process id"),
         (&["0"], "no process id"),
@@ -302,12 +305,15 @@ fn wrong_uses_are_told_before_anything_is_made() {
         (&["--ready-fd=77"], "not open"),
         (&["--no-such-option"], "--no-such-option"),
         (&["--api-socket=/no/such/directory/api"], "ENOENT"),
+        (&[&format!("--api-socket={}", home.path("file").display())], "EADDRINUSE"),
+        (&[&format!("--api-socket={}", home.path("link").display())], "EADDRINUSE"),
     ] {
         let with_target = !matches!(arguments, ["x" | "0"]);
         let target = with_target.then_some(pid.as_str());
         let out = home.rootlet(["netstack"]).args(arguments).args(target).run();
         assert!(matches!(out.code(), 1 | 2) && out.errors().contains(said), "{arguments:?}: {out}");
     }
+    assert_eq!(std::fs::read_to_string(home.path("link")).unwrap(), "kept");
     // A tap of this name would not be a name; a namespace that is none; one that is not ours.
     home.rootlet(["netstack", &pid, "a/b"]).run().exits(2);
     let none = home.rootlet(["netstack", "--netns-type=path", "/etc/passwd"]).run().exits(1);

@@ -77,8 +77,9 @@ pub(crate) fn matches(response: &[u8], query: &[u8], question: &Question) -> Mat
     }
     let range = HEADER..HEADER + question.name().len() + 4;
     match (word(response, 4), response.get(range.clone()).zip(query.get(range))) {
-        // Some servers leave the question out of an error.
-        (Some(0), _) if header[3] & CODE != 0 => Match::Answer,
+        // Some servers leave the question out of an error (FORMERR, SERVFAIL, NOTIMP, REFUSED). What is said about
+        // the name has the name: it is kept, and its random letters are what a forger has to guess.
+        (Some(0), _) if matches!(header[3] & CODE, 1 | 2 | 4 | 5) => Match::Answer,
         (Some(1), Some((theirs, ours))) if theirs == ours => Match::Answer,
         (Some(1), Some((theirs, ours))) if theirs.eq_ignore_ascii_case(ours) => Match::OtherCase,
         _ => Match::Nothing,
@@ -345,6 +346,10 @@ pub(crate) mod tests {
         assert_eq!(is(&bare), Match::Nothing);
         bare[3] |= 5;
         assert_eq!(is(&bare), Match::Answer, "an error may be without the question");
+        for code in [3, 6, 7] {
+            bare[3] = bare[3] & !CODE | code;
+            assert_eq!(is(&bare), Match::Nothing, "what is said about a name has the name");
+        }
         for len in 0..good.len() {
             assert_eq!(is(&good[..len]), Match::Nothing);
         }

@@ -8,8 +8,12 @@ use std::collections::VecDeque;
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::sys::stat::{Mode, umask};
 
 use netstack::{Control, PortId, Protocol, Publish, PublishedPort};
 use serde::Serialize;
@@ -45,14 +49,20 @@ impl Api {
             let cause = errno_of(error).map_or_else(|| error.to_string(), crate::error::errno_text);
             Failure::text(format!("cannot listen at the API socket {}", path.display())).cause(cause)
         };
-        let is_left =
-            || UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
+        // What is no socket refuses a connection, too.
+        let is_left = || {
+            std::fs::symlink_metadata(path).is_ok_and(|there| there.file_type().is_socket())
+                && UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+        };
+        // From its first moment on it is the caller's alone.
+        let before = umask(Mode::from_bits_truncate(0o177));
         let listener = match UnixListener::bind(path) {
             Err(error) if error.kind() == ErrorKind::AddrInUse && is_left() => {
                 std::fs::remove_file(path).and_then(|()| UnixListener::bind(path))
             }
             other => other,
         };
+        umask(before);
         let listener = listener.map_err(|error| failed(&error))?;
         listener.set_nonblocking(true).map_err(|error| failed(&error))?;
         Ok(Self { listener, clients: VecDeque::new(), guest })
@@ -68,6 +78,9 @@ impl Api {
         let guest = self.guest;
         self.clients.retain_mut(|client| client.serve(control, guest));
         while let Ok((stream, _)) = self.listener.accept() {
+            if !is_caller(&stream) {
+                continue;
+            }
             let mut client = Client { stream, request: Vec::new() };
             if client.stream.set_nonblocking(true).is_err() || !client.serve(control, guest) {
                 continue;
@@ -78,6 +91,13 @@ impl Api {
             self.clients.push_back(client);
         }
     }
+}
+
+/// Whether the other end is the caller's, or root's: a socket of a directory that others may enter, or one that
+/// was handed on, says nothing about who connects.
+fn is_caller(stream: &UnixStream) -> bool {
+    getsockopt(stream, PeerCredentials)
+        .is_ok_and(|peer| peer.uid() == 0 || peer.uid() == nix::unistd::geteuid().as_raw())
 }
 
 impl Client {

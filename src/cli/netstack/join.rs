@@ -58,9 +58,11 @@ pub(super) fn make_tap(
     let internal = |errno: Errno| Failure::text("cannot make the network interface").cause(errno_text(errno));
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
         .map_err(internal)?;
+    // A caller may have it ignored, and then nobody could be waited for.
+    sys::process::default_signal(nix::sys::signal::Signal::SIGCHLD).map_err(internal)?;
     let Some(child) = sys::process::fork().map_err(internal)? else {
         drop(ours);
-        let (message, fd) = match in_target(target, tap, configure) {
+        let (message, fd) = match keep_debuggers_away().and_then(|()| in_target(target, tap, configure)) {
             Ok((fd, mac)) => (Message::Made { mac }, Some(fd)),
             Err(Step(what, errno)) => (Message::Failed { what, errno: errno as i32 }, None),
         };
@@ -95,6 +97,14 @@ fn hint(errno: Errno) -> Option<&'static str> {
         Errno::EBUSY => Some("an interface of this name is in use there"),
         _ => None,
     }
+}
+
+/// In the child, before it joins: whoever is privileged in the target could trace it there, and so get at the
+/// host's files and at what the program has open.
+fn keep_debuggers_away() -> Result<(), Step> {
+    use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .map_err(|errno| Step("cannot keep debuggers away".to_owned(), Errno::from_raw(errno.raw_os_error())))
 }
 
 /// In the child.
