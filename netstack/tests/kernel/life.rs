@@ -1,0 +1,83 @@
+//! Idle, end, and programs of every day.
+
+use std::io::{Read, Write};
+
+use crate::common::*;
+use crate::tools::*;
+
+crate::tests! {
+    programs_of_every_day_work,
+    idle_means_no_wake_up,
+    stopping_ends_every_flow,
+    the_stack_ends_with_its_namespace,
+}
+
+fn programs_of_every_day_work(world: &World) {
+    let guest = Guest::new();
+    let port = serve(&world.internet, any(INTERNET_V6), |mut stream| {
+        let mut request = [0; 4096];
+        let _ = stream.read(&mut request);
+        let _ = stream.write_all(b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello");
+    });
+    guest.net.run(move || {
+        for url in [format!("http://{INTERNET_V4}:{port}/"), format!("http://[{INTERNET_V6}]:{port}/")] {
+            assert_eq!(sh(&format!("curl -sSg -m 20 '{url}'")), "hello");
+        }
+        // nc closes its sending half at the end of its input and waits for the answer.
+        let answer = sh(&format!("printf 'GET / HTTP/1.0\\r\\n\\r\\n' | nc -N -w 20 {INTERNET_V4} {port}"));
+        assert!(answer.ends_with("hello"), "{answer}");
+    });
+}
+
+/// How often the stack's threads have gone to sleep.
+fn sleeps() -> u64 {
+    let mut sum = 0;
+    for task in std::fs::read_dir("/proc/self/task").unwrap().flatten() {
+        let Ok(status) = std::fs::read_to_string(task.path().join("status")) else { continue };
+        // By its whole name: the test program may be called by a longer one.
+        if status.starts_with("Name:\tnetstack\n") {
+            let line = status.lines().find(|line| line.starts_with("voluntary_ctxt")).unwrap();
+            sum += line.rsplit('\t').next().unwrap().parse::<u64>().unwrap();
+        }
+    }
+    sum
+}
+
+fn idle_means_no_wake_up(world: &World) {
+    let guest = Guest::new();
+    let (addr, server) = accept_one(&world.internet, INTERNET_V4);
+    let mut client = guest.net.run(move || connect(addr).unwrap());
+    let mut server = server.join().unwrap();
+    client.write_all(&pattern(10, 1_000_000)).unwrap();
+    server.read_exact(&mut vec![0; 1_000_000]).unwrap();
+    // IPv6 of the guest's kernel is chatty for some seconds after the link came up, and timers of the transfer run out.
+    let quiet = |ms| {
+        let before = sleeps();
+        let (reader, _writer) = std::io::pipe().unwrap();
+        let mut fds =
+            [nix::poll::PollFd::new(std::os::fd::AsFd::as_fd(&reader), nix::poll::PollFlags::POLLIN)];
+        nix::poll::poll(&mut fds, nix::poll::PollTimeout::from(ms)).unwrap();
+        sleeps() - before
+    };
+    wait_until("two seconds without a wake-up", || quiet(2_000u16) == 0);
+    // The connection is still there.
+    server.write_all(b"x").unwrap();
+    client.read_exact(&mut [0]).unwrap();
+}
+
+fn stopping_ends_every_flow(world: &World) {
+    let guest = Guest::new();
+    let (addr, server) = accept_one(&world.internet, INTERNET_V4);
+    let _client = guest.net.run(move || connect(addr).unwrap());
+    let mut server = server.join().unwrap();
+    guest.stack.stop();
+    assert!(matches!(server.read(&mut [0; 10]), Ok(0) | Err(_)));
+}
+
+fn the_stack_ends_with_its_namespace(_: &World) {
+    let Guest { net, stack, .. } = Guest::new();
+    net.run(|| sh("ip link delete tap0"));
+    wait_until("the stack ended", || !stack.is_running());
+    drop(net);
+    stack.stop();
+}

@@ -1,0 +1,166 @@
+//! What the tests have in common.
+
+use std::io::Read;
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::process::Child;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use netstack::{Protocol, Publish};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use crate::common::*;
+
+/// Long enough for anything that is going to happen.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const INTERNET: [&str; 2] = [INTERNET_V4, INTERNET_V6];
+
+/// A TCP server in `net`: handles each connection by `handle`, on a thread of its own.
+pub(crate) fn serve(net: &Net, ip: &'static str, handle: impl Fn(TcpStream) + Send + Clone + 'static) -> u16 {
+    let listener = net.run(move || TcpListener::bind((ip, 0)).unwrap());
+    let port = listener.local_addr().unwrap().port();
+    net.spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            let handle = handle.clone();
+            std::thread::spawn(move || handle(stream));
+        }
+    });
+    port
+}
+
+pub(crate) fn patient(stream: TcpStream) -> TcpStream {
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+pub(crate) fn connect(addr: SocketAddr) -> std::io::Result<TcpStream> {
+    TcpStream::connect_timeout(&addr, PATIENCE).map(patient)
+}
+
+/// One server that accepts a single connection and hands it to the test.
+pub(crate) fn accept_one(net: &Net, ip: &'static str) -> (SocketAddr, JoinHandle<TcpStream>) {
+    let listener = net.run(move || TcpListener::bind((ip, 0)).unwrap());
+    let addr = listener.local_addr().unwrap();
+    (addr, std::thread::spawn(move || patient(listener.accept().unwrap().0)))
+}
+
+pub(crate) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "in vain: {what}");
+        std::thread::yield_now();
+    }
+}
+
+/// Bytes that tell their place.
+pub(crate) fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend(state.to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+pub(crate) fn any(ip: &str) -> &'static str {
+    if ip.contains(':') { "::" } else { "0.0.0.0" }
+}
+
+pub(crate) fn reset(stream: TcpStream) {
+    nix::sys::socket::setsockopt(
+        &stream,
+        nix::sys::socket::sockopt::Linger,
+        &nix::libc::linger { l_onoff: 1, l_linger: 0 },
+    )
+    .unwrap();
+}
+
+pub(crate) fn close_at_once(world: &World, guest: &Guest) {
+    for ip in INTERNET {
+        let port = serve(&world.internet, ip, drop);
+        guest.net.run(move || {
+            for _ in 0..20 {
+                let mut stream = connect(at(ip, port)).unwrap();
+                assert_eq!(stream.read(&mut [0; 10]).unwrap(), 0);
+            }
+        });
+        let port = serve(&world.internet, ip, |mut stream| assert_eq!(stream.read(&mut [0; 10]).unwrap(), 0));
+        guest.net.run(move || (0..20).for_each(|_| drop(connect(at(ip, port)).unwrap())));
+    }
+}
+
+/// Private memory of this process, in KiB.
+pub(crate) fn private_memory() -> usize {
+    let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
+    let line = rollup.lines().find(|line| line.starts_with("Private_Dirty:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+/// Runs `f` with a small limit of descriptors for stacks that are started in it.
+pub(crate) fn with_descriptors<T>(limit: u64, f: impl FnOnce() -> T) -> T {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, limit, hard).unwrap();
+    let result = f();
+    setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+    result
+}
+
+/// A UDP echo server in `net`.
+pub(crate) fn udp_echo(net: &Net, ip: &'static str) -> SocketAddr {
+    let socket = net.run(move || UdpSocket::bind((ip, 0)).unwrap());
+    let addr = socket.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let mut buffer = vec![0; 65_536];
+        while let Ok((len, from)) = socket.recv_from(&mut buffer) {
+            let _ = socket.send_to(&buffer[..len], from);
+        }
+    });
+    addr
+}
+
+pub(crate) fn udp_client(net: &Net, ip: &'static str) -> UdpSocket {
+    let socket = net.run(move || UdpSocket::bind((any(ip), 0)).unwrap());
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket
+}
+
+/// A directory that goes with the test.
+pub(crate) struct TempDir(pub(crate) std::path::PathBuf);
+
+impl TempDir {
+    pub(crate) fn new() -> Self {
+        let path = std::env::temp_dir().join(format!("netstack-test-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+pub(crate) struct Process(pub(crate) Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+pub(crate) fn publish(host_ip: Option<&str>, inside_port: u16, protocol: Protocol) -> Publish {
+    Publish {
+        host_ip: host_ip.map(|ip| ip.parse().unwrap()),
+        host_port: 0,
+        inside_ip: None,
+        inside_port,
+        protocol,
+    }
+}
