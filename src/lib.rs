@@ -36,6 +36,7 @@ pub mod config;
 pub mod error;
 pub mod host;
 pub mod launch;
+mod local_socket;
 pub mod log;
 pub mod plan;
 pub mod report;

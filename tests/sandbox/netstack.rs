@@ -177,7 +177,19 @@ for wrong in {"proto": "sctp"}, {"host_addr": "::1"}, {"host_addr": "x"}, {"host
 silent = [socket.socket(socket.AF_UNIX) for _ in range(40)]
 for s in silent: s.connect("api"); s.send(b'{"exe')
 print(call("add_hostfwd", proto="tcp", host_addr="127.0.0.1", host_port=taken, guest_port=80).replace(str(taken), "PORT").replace(str(os.getpid()), "PID"))
-print(net.end())"#;
+for s in silent: s.close()
+# Without a descriptor for it a connection waits until there is one.
+import resource
+limit = resource.prlimit(net.p.pid, resource.RLIMIT_NOFILE)
+resource.prlimit(net.p.pid, resource.RLIMIT_NOFILE, (3, limit[1]))
+with socket.socket(socket.AF_UNIX) as s:
+    s.connect("api"); s.sendall(b'{"execute": "list_hostfwd"}')
+    resource.prlimit(net.p.pid, resource.RLIMIT_NOFILE, limit)
+    print(s.recv(99)[:12].decode())
+print(net.end(), os.path.lexists("api"))
+# A start that fails leaves nothing, either.
+failed = subprocess.run([S, "-a", "api", str(target.pid), "lo"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+print(failed.returncode, "cannot make the interface lo" in failed.stdout, os.path.lexists("api"))"#;
     let out = python(&home, script).ok().text();
     let error = |desc: &str| format!(r#"{{"error":{{"desc":"bad request: {desc}"}}}}"#);
     let udp = r#"{"id":2,"proto":"udp","host_addr":"127.0.0.1","host_port":UDP,"guest_addr":"10.0.2.100","guest_port":81}"#;
@@ -217,7 +229,7 @@ print(net.end())"#;
         r#"{"error":{"desc":"bad request: add_hostfwd: slirp_add_hostfwd failed","cause":"cannot listen on 127.0.0.1:PORT: EADDRINUSE (address already in use): python3 (pid PID) has it"}}"#
             .to_owned(),
     );
-    expected.push("0".to_owned());
+    expected.extend([r#"{"entries":["#, "0 False", "1 True False"].map(str::to_owned));
     assert_eq!(out.lines().collect::<Vec<_>>(), expected, "{out}");
 }
 

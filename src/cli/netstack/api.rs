@@ -8,12 +8,9 @@ use std::collections::VecDeque;
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd as _, BorrowedFd};
-use std::os::unix::fs::FileTypeExt as _;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
-
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
-use nix::sys::stat::{Mode, umask};
+use std::time::Duration;
 
 use netstack::{Control, PortId, Protocol, Publish, PublishedPort};
 use serde::Serialize;
@@ -21,6 +18,7 @@ use serde_json::Value;
 
 use crate::cli::output::Failure;
 use crate::error::errno_of;
+use crate::local_socket::LocalListener;
 
 /// A request must be shorter than this.
 const MAX_REQUEST: usize = 4096;
@@ -31,7 +29,7 @@ const MAX_CLIENTS: usize = 16;
 
 /// The socket and who has connected.
 pub(super) struct Api {
-    listener: UnixListener,
+    listener: LocalListener,
     clients: VecDeque<Client>,
     /// Where ports lead if nothing else is said.
     guest: Ipv4Addr,
@@ -45,44 +43,30 @@ struct Client {
 impl Api {
     /// Listens at `path`. What a server that is gone has left there is replaced.
     pub(super) fn bind(path: &Path, guest: Ipv4Addr) -> Result<Self, Failure> {
-        let failed = |error: &std::io::Error| {
-            let cause = errno_of(error).map_or_else(|| error.to_string(), crate::error::errno_text);
+        let listener = LocalListener::bind(path).map_err(|error| {
+            let cause = errno_of(&error).map_or_else(|| error.to_string(), crate::error::errno_text);
             Failure::text(format!("cannot listen at the API socket {}", path.display())).cause(cause)
-        };
-        // What is no socket refuses a connection, too.
-        let is_left = || {
-            std::fs::symlink_metadata(path).is_ok_and(|there| there.file_type().is_socket())
-                && UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
-        };
-        // From its first moment on it is the caller's alone.
-        let before = umask(Mode::from_bits_truncate(0o177));
-        let listener = match UnixListener::bind(path) {
-            Err(error) if error.kind() == ErrorKind::AddrInUse && is_left() => {
-                std::fs::remove_file(path).and_then(|()| UnixListener::bind(path))
-            }
-            other => other,
-        };
-        umask(before);
-        let listener = listener.map_err(|error| failed(&error))?;
-        listener.set_nonblocking(true).map_err(|error| failed(&error))?;
+        })?;
         Ok(Self { listener, clients: VecDeque::new(), guest })
     }
 
-    /// What to wait for: the listener, then the connections.
+    /// What to wait for.
     pub(super) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        std::iter::once(self.listener.as_fd()).chain(self.clients.iter().map(|client| client.stream.as_fd()))
+        self.listener.event().into_iter().chain(self.clients.iter().map(|client| client.stream.as_fd()))
+    }
+
+    /// For how long to wait at most; `None`: for ever.
+    pub(super) fn patience(&self) -> Option<Duration> {
+        self.listener.patience()
     }
 
     /// Does what can be done now.
     pub(super) fn serve(&mut self, control: &Control) {
         let guest = self.guest;
         self.clients.retain_mut(|client| client.serve(control, guest));
-        while let Ok((stream, _)) = self.listener.accept() {
-            if !is_caller(&stream) {
-                continue;
-            }
+        for stream in self.listener.accept() {
             let mut client = Client { stream, request: Vec::new() };
-            if client.stream.set_nonblocking(true).is_err() || !client.serve(control, guest) {
+            if !client.serve(control, guest) {
                 continue;
             }
             if self.clients.len() >= MAX_CLIENTS {
@@ -91,13 +75,6 @@ impl Api {
             self.clients.push_back(client);
         }
     }
-}
-
-/// Whether the other end is the caller's, or root's: a socket of a directory that others may enter, or one that
-/// was handed on, says nothing about who connects.
-fn is_caller(stream: &UnixStream) -> bool {
-    getsockopt(stream, PeerCredentials)
-        .is_ok_and(|peer| peer.uid() == 0 || peer.uid() == nix::unistd::geteuid().as_raw())
 }
 
 impl Client {

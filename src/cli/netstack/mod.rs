@@ -254,7 +254,8 @@ fn serve(stack: &Stack, mut api: Option<Api>, exit: Option<&OwnedFd>) -> Result<
         fds.extend(exit.map(|exit| PollFd::new(exit.as_fd(), any)));
         let ends = fds.len();
         fds.extend(api.iter().flat_map(Api::fds).map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
-        match poll(&mut fds, PollTimeout::NONE) {
+        let patience = api.as_ref().and_then(Api::patience).and_then(|left| PollTimeout::try_from(left).ok());
+        match poll(&mut fds, patience.unwrap_or(PollTimeout::NONE)) {
             Ok(_) => {}
             Err(Errno::EINTR) => continue,
             Err(errno) => return Err(Failure::text("cannot wait for events").cause(errno_text(errno))),

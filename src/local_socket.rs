@@ -1,0 +1,196 @@
+//! A unix socket that the caller, and root, may talk to while something runs.
+//!
+//! The file is the caller's alone from its first moment on, and goes with the [`LocalListener`]. Who connects must be the
+//! caller or root: a directory that others may enter, or a socket that was handed on, says nothing about that.
+//!
+//! Waiting for connections costs no more than they do: [`MAX_ACCEPTED`] are taken at once, so that who connects without end
+//! does not keep the waiting thread from its other work; and if there is no descriptor for one, which poll(2) would tell of
+//! again and again, the listener rests for [`REST`].
+
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket, sockopt,
+};
+use nix::sys::stat::{Mode, fchmod};
+
+/// Connections taken at once.
+const MAX_ACCEPTED: usize = 16;
+/// How long a listener that cannot accept is left alone.
+const REST: Duration = Duration::from_secs(1);
+
+/// A socket that listens.
+#[derive(Debug)]
+pub(crate) struct LocalListener {
+    listener: UnixListener,
+    /// The socket's file, and which one it is.
+    file: Option<(PathBuf, (u64, u64))>,
+    rests_until: Option<Instant>,
+}
+
+impl LocalListener {
+    /// Listens at `path`. What a server that is gone has left there is replaced.
+    ///
+    /// # Errors
+    ///
+    /// As bind(2): EADDRINUSE if there is anything else, a link included.
+    pub(crate) fn bind(path: &Path) -> io::Result<Self> {
+        // What is no socket refuses a connection, too.
+        let is_left = || {
+            std::fs::symlink_metadata(path).is_ok_and(|there| there.file_type().is_socket())
+                && UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+        };
+        let listener = match listen_at(path) {
+            Err(error) if error.kind() == ErrorKind::AddrInUse && is_left() => {
+                std::fs::remove_file(path).and_then(|()| listen_at(path))
+            }
+            other => other,
+        }?;
+        // The working directory may be another one when the file goes.
+        let file = std::path::absolute(path).ok().and_then(|path| Some((identity(&path)?, path)));
+        Ok(Self { listener, file: file.map(|(id, path)| (path, id)), rests_until: None })
+    }
+
+    /// What to wait for; nothing while the listener rests.
+    pub(crate) fn event(&self) -> Option<BorrowedFd<'_>> {
+        self.rests_until.is_none().then(|| self.listener.as_fd())
+    }
+
+    /// For how long to wait at most; `None`: for ever.
+    pub(crate) fn patience(&self) -> Option<Duration> {
+        // poll(2) counts whole milliseconds.
+        let grain = Duration::from_millis(1);
+        self.rests_until.map(|until| until.saturating_duration_since(Instant::now()) + grain)
+    }
+
+    /// Who has connected, non-blocking. If there are more, [`event`](Self::event) tells of them again.
+    pub(crate) fn accept(&mut self) -> Vec<UnixStream> {
+        let mut accepted = Vec::new();
+        if self.rests_until.is_some_and(|until| Instant::now() < until) {
+            return accepted;
+        }
+        self.rests_until = None;
+        for _ in 0..MAX_ACCEPTED {
+            match self.listener.accept() {
+                Ok((stream, _)) => {
+                    if is_caller(&stream) && stream.set_nonblocking(true).is_ok() {
+                        accepted.push(stream);
+                    }
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => {}
+                // No descriptor, or no memory: no better at once.
+                Err(error) => {
+                    tracing::debug!(%error, "a unix socket cannot accept");
+                    self.rests_until = Some(Instant::now() + REST);
+                    break;
+                }
+            }
+        }
+        accepted
+    }
+}
+
+impl Drop for LocalListener {
+    fn drop(&mut self) {
+        // Not what somebody else has put there since.
+        if let Some((path, id)) = &self.file
+            && identity(path) == Some(*id)
+        {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+fn listen_at(path: &Path) -> io::Result<UnixListener> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    // The file gets the socket's mode; changed afterwards, others could connect before.
+    fchmod(&fd, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&fd, Backlog::MAXCONN)?;
+    Ok(fd.into())
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(path).ok().map(|file| (file.dev(), file.ino()))
+}
+
+/// Whether the other end is the caller's, or root's.
+fn is_caller(stream: &UnixStream) -> bool {
+    getsockopt(stream, sockopt::PeerCredentials)
+        .is_ok_and(|peer| peer.uid() == 0 || peer.uid() == nix::unistd::geteuid().as_raw())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    struct Place(PathBuf);
+
+    impl Place {
+        fn new(name: &str) -> Self {
+            Self(std::env::temp_dir().join(format!("rootlet-socket-{}-{name}", std::process::id())))
+        }
+    }
+
+    impl Drop for Place {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.0);
+        }
+    }
+
+    #[test]
+    fn the_file_is_the_callers_and_goes_with_the_listener() {
+        let place = Place::new("file");
+        let path = &place.0;
+        let listener = LocalListener::bind(path).unwrap();
+        assert_eq!(std::fs::symlink_metadata(path).unwrap().permissions().mode() & 0o7777, 0o600);
+        assert_eq!(LocalListener::bind(path).unwrap_err().kind(), ErrorKind::AddrInUse);
+        drop(listener);
+        assert!(!path.exists());
+        // One that was killed leaves it.
+        drop(UnixListener::bind(path).unwrap());
+        let listener = LocalListener::bind(path).unwrap();
+        // Somebody else's is left alone.
+        std::fs::remove_file(path).unwrap();
+        std::fs::write(path, "theirs").unwrap();
+        drop(listener);
+        assert_eq!(std::fs::read_to_string(path).unwrap(), "theirs");
+        assert_eq!(LocalListener::bind(path).unwrap_err().kind(), ErrorKind::AddrInUse);
+    }
+
+    #[test]
+    fn connections_are_taken_some_at_a_time() {
+        let place = Place::new("many");
+        let path = &place.0;
+        let mut listener = LocalListener::bind(path).unwrap();
+        let clients: Vec<_> = (0..=MAX_ACCEPTED).map(|_| UnixStream::connect(path).unwrap()).collect();
+        assert_eq!(listener.accept().len(), MAX_ACCEPTED);
+        assert_eq!(listener.accept().len(), 1);
+        assert!(listener.accept().is_empty() && listener.event().is_some() && listener.patience().is_none());
+        drop(clients);
+    }
+
+    #[test]
+    fn a_listener_that_cannot_accept_rests() {
+        // Not one that listens: accept(2) fails, and would do so again.
+        let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        let mut listener = LocalListener { listener: fd.into(), file: None, rests_until: None };
+        assert!(listener.event().is_some() && listener.accept().is_empty());
+        assert!(listener.event().is_none());
+        assert!(listener.patience().is_some_and(|patience| !patience.is_zero()));
+        // It is not tried before, whoever asks, and then is again.
+        let until = listener.rests_until;
+        assert!(listener.accept().is_empty() && listener.rests_until == until);
+        listener.rests_until = Some(Instant::now());
+        assert!(listener.accept().is_empty() && listener.rests_until > until);
+    }
+}
