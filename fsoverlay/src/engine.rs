@@ -59,7 +59,7 @@ pub(crate) struct Upper {
 
 /// See [`OverlaySpec::patience`].
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How often the names of an object are counted while somebody changes them.
+/// How often the names of an object are counted while somebody changes them again and again.
 const MAX_COUNTS: u32 = 10_000;
 
 /// How many [`crate::inode::Aliases`] outlive their objects.
@@ -284,14 +284,13 @@ impl Engine {
     pub(crate) fn attr(&self, node: &Arc<Node>) -> Res<Attr> {
         let mut tries = 0;
         loop {
-            let before = node.names.settled();
+            let before = node.names.wait_settled();
             let attr = self.report(node, self.stat(node)?);
-            if before.is_some() && node.names.settled() == before || tries == MAX_COUNTS {
+            if node.names.settled() == Some(before) || tries == MAX_COUNTS {
                 return Ok(attr);
             }
-            // Somebody is between two steps of changing its names.
+            // Somebody changed its names meanwhile, or is about to.
             tries += 1;
-            std::thread::yield_now();
         }
     }
 

@@ -25,12 +25,12 @@
 //! all while there is no entry. The lock is held over small I/O; it comes after the directories' locks.
 //!
 //! The names of a copy are counted by looking at the disk and adding what that does not know. Whoever
-//! changes both holds a [`Changing`]; who counted meanwhile counts again.
+//! changes both holds a [`Changing`]; who counted meanwhile waits for the end of it and counts again.
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use rustix::fs::{AtFlags, Mode, OFlags, XattrFlags};
 
@@ -141,14 +141,44 @@ pub(crate) struct Changes(AtomicU32);
 
 const CHANGED: u32 = 1 << 8;
 
+/// How often who waits for a change looks before he sleeps: most are over at once.
+const LOOKS: u32 = 100;
+
+/// Those who sleep until a change is over, of all nodes: it is rare enough.
+static SLEEPERS: AtomicUsize = AtomicUsize::new(0);
+static ASLEEP: Mutex<()> = Mutex::new(());
+static AWAKE: Condvar = Condvar::new();
+
 impl Changes {
     /// What must be the same before and after names are counted; `None` while it is of no use.
     pub(crate) fn settled(&self) -> Option<u32> {
-        Some(self.0.load(Ordering::Acquire)).filter(|changes| changes % CHANGED == 0)
+        Some(self.0.load(Ordering::SeqCst)).filter(|changes| changes % CHANGED == 0)
+    }
+
+    /// The same when nobody changes the names any more. Who changes them may not get a processor for long; he
+    /// never waits for what needs this, so no lock that he takes may be held.
+    pub(crate) fn wait_settled(&self) -> u32 {
+        for _ in 0..LOOKS {
+            if let Some(changes) = self.settled() {
+                return changes;
+            }
+            std::thread::yield_now();
+        }
+        let mut guard = ASLEEP.lock().unwrap_or_else(PoisonError::into_inner);
+        // Before the look: whoever ends the change after it sees a sleeper.
+        SLEEPERS.fetch_add(1, Ordering::SeqCst);
+        let changes = loop {
+            if let Some(changes) = self.settled() {
+                break changes;
+            }
+            guard = AWAKE.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        };
+        SLEEPERS.fetch_sub(1, Ordering::SeqCst);
+        changes
     }
 
     pub(crate) fn begin(&self) -> Changing<'_> {
-        self.0.fetch_add(1, Ordering::AcqRel);
+        self.0.fetch_add(1, Ordering::SeqCst);
         Changing(self)
     }
 }
@@ -159,7 +189,12 @@ pub(crate) struct Changing<'a>(&'a Changes);
 
 impl Drop for Changing<'_> {
     fn drop(&mut self) {
-        self.0.0.fetch_add(CHANGED - 1, Ordering::AcqRel);
+        self.0.0.fetch_add(CHANGED - 1, Ordering::SeqCst);
+        if SLEEPERS.load(Ordering::SeqCst) > 0 {
+            // Not between a look and the sleep after it.
+            drop(ASLEEP.lock().unwrap_or_else(PoisonError::into_inner));
+            AWAKE.notify_all();
+        }
     }
 }
 
@@ -584,6 +619,25 @@ mod tests {
 
     use super::*;
     use crate::engine::tests::Scratch;
+
+    /// However long that takes.
+    #[test]
+    fn names_are_counted_when_a_change_of_them_is_over() {
+        let scratch = Scratch::new("slow-change");
+        let (engine, file) = (&scratch.engine, scratch.make(b"file", crate::attr::Kind::File));
+        // In the middle of it: a name more than there are.
+        let changing = file.names.begin();
+        file.inner.lock().extra_links += 1;
+        std::thread::scope(|scope| {
+            let counted = scope.spawn(|| engine.attr(&file).map(|attr| attr.stat.nlink));
+            crate::sync::tests::in_time(|| {
+                (SLEEPERS.load(Ordering::SeqCst) > 0 || counted.is_finished()).then_some(())
+            });
+            file.inner.lock().extra_links -= 1;
+            drop(changing);
+            assert_eq!(counted.join().expect("no panic"), Ok(1));
+        });
+    }
 
     #[test]
     fn entries_are_read_as_they_were_written() {
