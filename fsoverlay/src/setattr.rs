@@ -78,9 +78,10 @@ impl Engine {
             meta.gid = gid.unwrap_or(meta.gid);
             if let Some(perm) = perm {
                 meta.perm = perm & 0o7777;
-                self.chmod_acl(node, perm)?;
+                self.chmod_acl(node, perm, || self.store_meta(node, meta))?;
+            } else {
+                self.store_meta(node, meta)?;
             }
-            self.store_meta(node, meta)?;
         }
         if atime.is_some() || mtime.is_some() {
             let times = Timestamps { last_access: spec(atime), last_modification: spec(mtime) };

@@ -237,6 +237,24 @@ pub(crate) fn shown(at: At<'_>, of_layer: bool) -> Res<Vec<(String, Vec<u8>)>> {
     Ok(shown)
 }
 
+/// Gives an attribute a value, or takes it away.
+fn put_xattr(at: At<'_>, name: &str, value: Option<&[u8]>) -> Res<()> {
+    match value {
+        Some(value) => sys::set_xattr(at, name, value, XattrFlags::empty()),
+        None => match sys::remove_xattr(at, name) {
+            Ok(()) | Err(Errno::NODATA) => Ok(()),
+            Err(err) => Err(err),
+        },
+    }
+}
+
+/// Gives an attribute the value that it had before a change that failed.
+fn put_back(at: At<'_>, name: &str, old: Option<&[u8]>) {
+    if let Err(err) = put_xattr(at, name, old) {
+        tracing::warn!(?err, name, "an attribute is ahead of a change that failed");
+    }
+}
+
 fn is_acl(name: &str) -> bool {
     name == ACL_ACCESS || name == ACL_DEFAULT
 }
@@ -515,53 +533,49 @@ impl Engine {
         let disk = self.acl_name(name);
         let (target, _) = self.target(node)?;
         let at = target.at().ok_or(Errno::OPNOTSUPP)?;
-        if let Some(recorded) = self.recorded_name(name) {
-            Self::clear_recorded(node, at, &recorded)?;
-        }
         // An access ACL that says no more than a mode is only a mode.
         let stored = acl.filter(|acl| !access || !acl.is_minimal());
-        match stored {
-            Some(acl) => sys::set_xattr(at, &disk, &acl.to_bytes(), XattrFlags::empty())?,
-            None => match sys::remove_xattr(at, &disk) {
-                Ok(()) | Err(Errno::NODATA) => {}
-                Err(err) => return Err(err),
-            },
-        }
-        if !access {
-            let bytes = stored.map(|acl| Arc::from(acl.to_bytes()));
-            node.dir()?.state.write().default_acl = Some(bytes);
-            return Ok(());
-        }
-        let mut meta = {
-            let mut inner = node.inner.lock();
-            // The kernel keeps a real one and the mode in step by itself.
-            inner.has_acl = stored.is_some() && !self.owners.native;
-            inner.meta
-        };
-        if let Some(acl) = acl {
-            meta.perm = meta.perm & 0o7000 | acl.mode();
-            if caller.0 != 0 && caller.1 != meta.gid {
-                meta.perm &= !0o2000;
+        let old = sys::get_xattr_vec(at, &disk)?;
+        let bytes = stored.map(Acl::to_bytes);
+        put_xattr(at, &disk, bytes.as_deref())?;
+        let goes_on = || -> Res<()> {
+            if let Some(recorded) = self.recorded_name(name) {
+                Self::clear_recorded(node, at, &recorded)?;
             }
-            self.store_meta(node, meta)?;
+            if let Some(acl) = acl.filter(|_| access) {
+                let mut meta = node.inner.lock().meta;
+                meta.perm = meta.perm & 0o7000 | acl.mode();
+                if caller.0 != 0 && caller.1 != meta.gid {
+                    meta.perm &= !0o2000;
+                }
+                self.store_meta(node, meta)?;
+            }
+            Ok(())
+        };
+        goes_on().inspect_err(|_| put_back(at, &disk, old.as_deref()))?;
+        if access {
+            // The kernel keeps a real one and the mode in step by itself.
+            node.inner.lock().has_acl = stored.is_some() && !self.owners.native;
+        } else {
+            node.dir()?.state.write().default_acl = Some(bytes.map(Arc::from));
         }
         Ok(())
     }
 
-    /// chmod of an object with an access ACL: its owner, mask (or group) and other
-    /// entries follow the mode.
-    pub(crate) fn chmod_acl(&self, node: &Arc<Node>, perm: u32) -> Res<()> {
+    /// chmod, by `store`, of an object that may have an access ACL: its owner, mask (or group) and other
+    /// entries follow the mode, unless that cannot be stored.
+    pub(crate) fn chmod_acl(&self, node: &Arc<Node>, perm: u32, store: impl FnOnce() -> Res<()>) -> Res<()> {
         if !node.inner.lock().has_acl {
-            return Ok(());
+            return store();
         }
         let disk = format!("{OURS}{ACL_ACCESS}");
         let (target, _) = self.target(node)?;
-        let Some(at) = target.at() else { return Ok(()) };
-        let Some(mut acl) = sys::get_xattr_vec(at, &disk)?.as_deref().and_then(Acl::parse) else {
-            return Ok(());
-        };
+        let Some(at) = target.at() else { return store() };
+        let old = sys::get_xattr_vec(at, &disk)?;
+        let Some(mut acl) = old.as_deref().and_then(Acl::parse) else { return store() };
         acl.set_mode(perm);
-        sys::set_xattr(at, &disk, &acl.to_bytes(), XattrFlags::empty())
+        put_xattr(at, &disk, Some(&acl.to_bytes()))?;
+        store().inspect_err(|_| put_back(at, &disk, old.as_deref()))
     }
 
     fn acl_name(&self, name: &str) -> String {
@@ -716,6 +730,53 @@ mod tests {
         assert_eq!((touch(7), seen(second), seen(first)), (Ok(()), Ok(7), before));
         std::fs::remove_file(upper.join(second)).expect("removed");
         assert_eq!((touch(8), seen(first)), (Err(Errno::STALE), before));
+    }
+
+    #[test]
+    fn an_acl_does_not_change_where_the_mode_cannot() {
+        use crate::config::{IdExtent, IdMapping};
+        use crate::engine::tests::Scratch;
+        use crate::ownership::Ownership;
+        use crate::setattr::SetAttr;
+
+        let acl = |user_obj: u8, user: u8| {
+            let entry = |tag: u8, perm: u8, id: u32| [&[tag, 0, perm, 0], &id.to_le_bytes()[..]].concat();
+            let none = u32::MAX;
+            let mut list = vec![2, 0, 0, 0];
+            for (tag, perm, id) in
+                [(1, user_obj, none), (2, user, 5), (4, 4, none), (16, 7, none), (32, 4, none)]
+            {
+                list.extend(entry(tag, perm, id));
+            }
+            list
+        };
+        let mut scratch = Scratch::new("acl-undone");
+        let file = scratch.make(b"file", Kind::File);
+        let set = |engine: &Engine, name: &str, value: &[u8]| {
+            engine.set_xattr(&file, name.as_bytes(), value, XattrFlags::empty(), (0, 0))
+        };
+        let get = |engine: &Engine| engine.get_xattr(&file, ACL_ACCESS.as_bytes());
+        let chmod = |engine: &Engine, perm| {
+            engine
+                .set_attr(&file, SetAttr { perm: Some(perm), ..SetAttr::default() })
+                .map(|attr| attr.meta.perm)
+        };
+        assert_eq!(set(&scratch.engine, ACL_ACCESS, &acl(6, 7)), Ok(()));
+        assert_eq!((get(&scratch.engine), chmod(&scratch.engine, 0o674)), (Ok(acl(6, 7)), Ok(0o674)));
+        // No record can be written with an owner that the disk does not have.
+        let ids = IdMapping {
+            uids: vec![IdExtent { inside: 1000, outside: 1000, count: 1 }],
+            ..IdMapping::default()
+        };
+        let owners = Ownership::new(&crate::config::OverlaySpec { ids, ..scratch.spec() });
+        let owners = std::mem::replace(&mut scratch.engine.owners, owners);
+        assert_eq!(chmod(&scratch.engine, 0o474), Err(Errno::INVAL));
+        assert_eq!(get(&scratch.engine), Ok(acl(6, 7)));
+        assert_eq!(set(&scratch.engine, ACL_ACCESS, &acl(4, 3)), Err(Errno::INVAL));
+        assert_eq!(get(&scratch.engine), Ok(acl(6, 7)));
+        scratch.engine.owners = owners;
+        // It still follows.
+        assert_eq!((chmod(&scratch.engine, 0o474), get(&scratch.engine)), (Ok(0o474), Ok(acl(4, 7))));
     }
 
     #[test]
