@@ -30,12 +30,12 @@ pub struct StackSpec {
     pub capture: Option<Capture>,
     /// How fast data may go.
     pub rates: Rates,
-    /// Addresses of the host that the sockets of flows use.
+    /// Addresses of the host that flows leave from.
     pub outbound: Outbound,
 }
 
-/// Addresses of the host that sockets are bound to before they connect or send; `None`: what the routing table says.
-/// Connections to the host's loopback are not bound.
+/// Addresses of the host that flows leave from; `None`: what the routing table says. What goes to the host's loopback
+/// comes from there.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Outbound {
     /// For IPv4.
@@ -241,6 +241,8 @@ pub(crate) const MAX_UDP_SOCKETS: usize = 4_096;
 pub(crate) const MAX_UDP_PEERS: usize = 64;
 /// How long what the policy said about a destination of a UDP flow holds.
 pub(crate) const VERDICT_AGE: Duration = Duration::from_secs(2);
+/// Datagrams that one super-segment of the guest's may hold; the kernel makes none with more (UDP_MAX_SEGMENTS).
+pub(crate) const MAX_SUPER_SEGMENT: usize = 128;
 /// Refused flows that are told at once to whoever listens.
 pub(crate) const REFUSALS_TOLD: u64 = 1_000;
 /// Refused flows that are told each second after that.

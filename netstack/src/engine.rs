@@ -24,7 +24,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::UdpPacket;
 
-use crate::config::{Error, REASSEMBLY, StackSpec};
+use crate::config::{Error, MAX_SUPER_SEGMENT, REASSEMBLY, StackSpec};
 use crate::control::{self, Commands, Control};
 use crate::device::{self, ReadResult, Segmentation, Tap};
 use crate::dhcp;
@@ -696,6 +696,10 @@ impl Engine {
     }
 
     fn udp_datagram(&mut self, now: Instant, packet: &Packet<'_>) {
+        // Each of them is a call of the host's kernel, or an answer.
+        if packet.datagram_size.is_some_and(|size| packet.payload().len() > 8 + size * MAX_SUPER_SEGMENT) {
+            return self.sh.stats.dropped_malformed.one();
+        }
         if self.sh.spec.gateway.is(packet.dst) && dhcp::ingress(&mut self.sh, packet, None) {
             return;
         }

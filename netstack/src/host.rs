@@ -100,7 +100,7 @@ pub(crate) fn tcp_connect(budget: &Budget, to: SocketAddr, rest: usize) -> nix::
     budget.check_leaving(rest)?;
     let fd = socket(family(to.ip()), SockType::Stream, FLAGS, None)?;
     tune_tcp(fd.as_fd());
-    bind_outbound(budget, &fd, to.ip(), true)?;
+    bind_outbound(budget, &fd, to.ip())?;
     let connected = match connect(fd.as_raw_fd(), &SockaddrStorage::from(to)) {
         Ok(()) => true,
         Err(Errno::EINPROGRESS) => false,
@@ -133,7 +133,8 @@ pub(crate) fn socket_error(fd: BorrowedFd<'_>) -> Option<Errno> {
     }
 }
 
-/// Opens a datagram socket of the kind `protocol` (`None`: UDP) whose error queue tells of ICMP errors.
+/// Opens a datagram socket of the kind `protocol` (`None`: UDP) for the family of `ip`, whose error queue tells of ICMP
+/// errors.
 pub(crate) fn datagram_socket(
     budget: &Budget,
     ip: IpAddr,
@@ -145,17 +146,15 @@ pub(crate) fn datagram_socket(
         IpAddr::V4(_) => setsockopt(&fd, sockopt::Ipv4RecvErr, &true),
         IpAddr::V6(_) => setsockopt(&fd, sockopt::Ipv6RecvErr, &true),
     };
-    bind_outbound(budget, &fd, ip, false)?;
     Ok(budget.hold(fd))
 }
 
 /// Gives a socket for what goes to `to` the address that is configured for that.
-fn bind_outbound(budget: &Budget, fd: &OwnedFd, to: IpAddr, connects: bool) -> nix::Result<()> {
+pub(crate) fn bind_outbound(budget: &Budget, fd: &impl AsFd, to: IpAddr) -> nix::Result<()> {
     let Some(from) = budget.outbound.towards(to) else { return Ok(()) };
-    if connects {
-        // The port is chosen when the destination is known: many connections may share one.
-        setsockopt(fd, sockopt::IpBindAddressNoPort, &true)?;
-    }
+    let fd = fd.as_fd();
+    // Of a connection, the port is chosen when the destination is known: many may share one.
+    let _ = setsockopt(&fd, sockopt::IpBindAddressNoPort, &true);
     bind(fd.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(from, 0)))
 }
 

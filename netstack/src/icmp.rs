@@ -25,7 +25,7 @@ use crate::flowlog::{Account, EachFlow, FlowEventKind};
 use crate::host::{self, HostFd};
 use crate::ingress::{ICMP, ICMPV6, Packet};
 use crate::policy::{Transport, Verdict};
-use crate::udp;
+use crate::udp::{self, Sending};
 
 const MAX_DESTINATIONS: usize = 16;
 
@@ -155,11 +155,12 @@ impl Icmp {
             hops => (hops < 64).then_some(hops - 1),
         };
         let to = SocketAddr::new(to.ip(), 0);
-        let mut sent = udp::send_to(&ping.fd, packet.payload(), packet.payload().len(), to, hops);
+        let how = Sending { hops, from: None };
+        let mut sent = udp::send_to(&ping.fd, packet.payload(), packet.payload().len(), to, how);
         if sent.is_err_and(|errno| errno != Errno::EAGAIN) {
             self.errors(sh, id);
             if let Some(ping) = self.pings.get(id) {
-                sent = udp::send_to(&ping.fd, packet.payload(), packet.payload().len(), to, hops);
+                sent = udp::send_to(&ping.fd, packet.payload(), packet.payload().len(), to, how);
             }
         }
         if let Err(errno) = sent {
@@ -179,6 +180,8 @@ impl Icmp {
         }
         let protocol = if guest.ip.is_ipv6() { SockProtocol::IcmpV6 } else { SockProtocol::Icmp };
         let fd = host::datagram_socket(&sh.budget, guest.ip, Some(protocol))?;
+        // The host's loopback is never asked: the gateway answers for itself.
+        host::bind_outbound(&sh.budget, &fd, guest.ip)?;
         let id = self.pings.insert_with(|_| Ping { guest, fd, destinations: Vec::new(), used: now });
         self.by_guest.insert(guest, id);
         sh.stats.ping_flows.set(self.pings.len());

@@ -17,11 +17,15 @@
 //! (udp(7), UDP_SEGMENT): they wait in `Outgoing` while there are frames to be read. What the kernel has put together
 //! (UDP_GRO) is taken apart here, and put together again for the guest by [`Tap`](crate::device::Tap).
 //!
+//! A socket is bound to no address: where one is configured for what leaves the host, each datagram says it, for others
+//! from the same port go to the host's loopback.
+//!
 //! Published ports have flows of their own (`Inbound`), since their answers must leave from the published socket. The
 //! server inside may listen on one family only. Where it answers is remembered for each socket; until it has answered, the
 //! last datagram is kept, and if the guest's kernel says that nobody wants it, it goes the other way.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher as _, RandomState};
 use std::io::{IoSlice, IoSliceMut};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
@@ -55,6 +59,8 @@ const TURN_DATAGRAMS: usize = 64;
 const MAX_FAILURES: usize = 8;
 /// Hop limits below this are passed on, one less, so that traceroute works; others mean "far enough".
 const TRACEROUTE_HOPS: u8 = 40;
+/// Ports that a peer may get which looks like another one to the guest.
+const STAND_INS: u8 = 8;
 
 /// A destination of a flow.
 #[derive(Debug)]
@@ -170,6 +176,8 @@ pub(crate) struct Udp {
     inbound: HashMap<FlowKey, Inbound>,
     /// By [`Arrival::lane`]: two for each published socket at most.
     servers: HashMap<(FlowId, bool), Server>,
+    /// Keys the ports of peers that would look like others.
+    stand_ins: RandomState,
     outgoing: Outgoing,
 }
 
@@ -206,7 +214,8 @@ impl Udp {
             *server = Server { other: key.guest == ways[1].guest, answered: true, last: None };
             if let Some(fd) = ports.udp_socket(port) {
                 for part in parts(payload, size) {
-                    let sent = send_from(fd, part, real, local);
+                    let how = Sending { hops: None, from: local };
+                    let sent = send_to(fd, part, part.len(), real, how);
                     count_send(sh, sent);
                 }
             }
@@ -259,10 +268,11 @@ impl Udp {
         hops: Option<u8>,
     ) -> bool {
         let (id, seen, real) = to;
+        let how = Sending { hops, from: sh.budget.outbound.towards(real.ip()) };
         let mut tries = 0;
         let errno = loop {
             let Some(flow) = self.flows.get_mut(id) else { break Errno::EBADF };
-            match send_to(&flow.fd, payload, size, real, hops) {
+            match send_to(&flow.fd, payload, size, real, how) {
                 Ok(()) => return true,
                 // The least size that some hop's link has is less than theirs, or the device finishes no checksums.
                 Err(Errno::EINVAL | Errno::EIO | Errno::EMSGSIZE | Errno::EOPNOTSUPP)
@@ -507,6 +517,9 @@ impl Udp {
             let Some(error) = error else { continue };
             let Some(peer) = flow.peers.iter().find(|peer| peer.real == error.destination) else { continue };
             let Some(icmp) = error.icmp else { continue };
+            if sh.tap.is_congested() {
+                continue;
+            }
             let original = emit::original_udp(flow.guest, peer.seen, &error.payload);
             // The gateway that stands for loopback must not be told apart.
             let from = match error.offender {
@@ -521,17 +534,8 @@ impl Udp {
 
     /// A datagram has come to a published socket.
     pub(crate) fn inbound(&mut self, sh: &mut Shared, now: Instant, arrival: Arrival, payload: &[u8]) {
-        let mut key = arrival.ways[usize::from(self.servers.entry(arrival.lane()).or_default().other)];
-        // Two peers may look alike to the guest, if both appear as the gateway.
-        for _ in 0..16 {
-            match self.inbound.get(&key).map(|flow| flow.arrival) {
-                Some(other) if other.real != arrival.real || other.port != arrival.port => {
-                    let [a, b, ..] = sh.random.next().to_ne_bytes();
-                    key.remote.port = u16::from_ne_bytes([a, b]) | 0x8000;
-                }
-                _ => break,
-            }
-        }
+        let way = arrival.ways[usize::from(self.servers.entry(arrival.lane()).or_default().other)];
+        let Some(key) = self.inbound_key(way, arrival) else { return sh.stats.dropped_datagrams.one() };
         if !self.inbound.contains_key(&key) && self.inbound.len() >= MAX_UDP_INBOUND {
             let mut ages: Vec<Instant> = self.inbound.values().map(|flow| flow.used).collect();
             let (_, &mut limit, _) = ages.select_nth_unstable(MAX_UDP_INBOUND / 16);
@@ -549,6 +553,24 @@ impl Udp {
         // Long ones are not worth the memory: thousands of ports may be published.
         server.last = (!server.answered && payload.len() <= sh.tap.mtu).then(|| (key, payload.to_vec()));
         emit::udp(&mut sh.tap, key.remote, key.guest, payload);
+    }
+
+    /// By which key a peer's flow is known that would be `key`, but for others. Two peers may look alike to the guest, if
+    /// both appear as the gateway, or one peer at two published ports. The second one then seems to send from another port,
+    /// which is the same for as long as it has a flow; nobody outside can tell it, and so take it from him.
+    fn inbound_key(&self, key: FlowKey, arrival: Arrival) -> Option<FlowKey> {
+        let is_own = |flow: &Inbound| (flow.arrival.real, flow.arrival.port) == (arrival.real, arrival.port);
+        if self.inbound.get(&key).is_some_and(is_own) {
+            return Some(key);
+        }
+        let stand_ins = (0..STAND_INS).map(|nth| {
+            let [a, b, ..] = self.stand_ins.hash_one((arrival.real, arrival.port, nth)).to_ne_bytes();
+            let port = u16::from_ne_bytes([a, b]) | 0x8000;
+            FlowKey { remote: Endpoint::new(key.remote.ip, port), ..key }
+        });
+        // Its flow may be at any of them, now that those are free which once were not.
+        let own = stand_ins.clone().find(|key| self.inbound.get(key).is_some_and(is_own));
+        own.or_else(|| std::iter::once(key).chain(stand_ins).find(|key| !self.inbound.contains_key(key)))
     }
 
     /// A published socket is closed.
@@ -600,35 +622,35 @@ fn count_send(sh: &mut Shared, sent: nix::Result<()>) {
     }
 }
 
-/// Sends datagrams of `size` bytes each, with a hop limit of their own if given.
+/// How datagrams are sent, but for what every socket does.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Sending {
+    /// With this hop limit.
+    pub(crate) hops: Option<u8>,
+    /// From this address of the host.
+    pub(crate) from: Option<IpAddr>,
+}
+
+/// Sends datagrams of `size` bytes each.
 pub(crate) fn send_to(
     fd: &HostFd,
     payload: &[u8],
     size: usize,
     to: SocketAddr,
-    hops: Option<u8>,
+    how: Sending,
 ) -> nix::Result<()> {
     let raw = fd.as_raw_fd();
     let to_raw = SockaddrStorage::from(to);
-    let hops = hops.map(libc::c_int::from);
+    let hops = how.hops.map(libc::c_int::from);
     let segment = u16::try_from(size).unwrap_or(u16::MAX);
-    let control = match (&hops, to) {
-        (Some(hops), SocketAddr::V4(_)) => ControlMessage::Ipv4Ttl(hops),
-        (Some(hops), SocketAddr::V6(_)) => ControlMessage::Ipv6HopLimit(hops),
-        (None, _) if payload.len() > size => ControlMessage::UdpGsoSegments(&segment),
-        (None, _) => {
-            return nix::sys::socket::sendto(raw, payload, &to_raw, MsgFlags::MSG_NOSIGNAL).map(drop);
-        }
+    let first = match (&hops, to) {
+        (Some(hops), SocketAddr::V4(_)) => Some(ControlMessage::Ipv4Ttl(hops)),
+        (Some(hops), SocketAddr::V6(_)) => Some(ControlMessage::Ipv6HopLimit(hops)),
+        (None, _) => (payload.len() > size).then_some(ControlMessage::UdpGsoSegments(&segment)),
     };
-    sendmsg(raw, &[IoSlice::new(payload)], &[control], MsgFlags::MSG_NOSIGNAL, Some(&to_raw)).map(drop)
-}
-
-/// Sends a datagram from one of the host's addresses.
-fn send_from(fd: &HostFd, payload: &[u8], to: SocketAddr, from: Option<IpAddr>) -> nix::Result<()> {
-    let to_raw = SockaddrStorage::from(to);
     let v4;
     let v6;
-    let control = match from {
+    let second = match how.from {
         Some(IpAddr::V4(ip)) => {
             v4 = libc::in_pktinfo {
                 ipi_ifindex: 0,
@@ -643,8 +665,13 @@ fn send_from(fd: &HostFd, payload: &[u8], to: SocketAddr, from: Option<IpAddr>) 
         }
         None => None,
     };
-    let payload = [IoSlice::new(payload)];
-    sendmsg(fd.as_raw_fd(), &payload, control.as_slice(), MsgFlags::MSG_NOSIGNAL, Some(&to_raw)).map(drop)
+    let flags = MsgFlags::MSG_NOSIGNAL;
+    let part = [IoSlice::new(payload)];
+    match (first, second) {
+        (None, None) => nix::sys::socket::sendto(raw, payload, &to_raw, flags).map(drop),
+        (Some(one), None) | (None, Some(one)) => sendmsg(raw, &part, &[one], flags, Some(&to_raw)).map(drop),
+        (Some(one), Some(two)) => sendmsg(raw, &part, &[one, two], flags, Some(&to_raw)).map(drop),
+    }
 }
 
 /// Asks for the local address of each datagram.

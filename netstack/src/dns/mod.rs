@@ -482,6 +482,7 @@ impl Pending {
             return Ok(Upstream::Tcp { fd, sent: 0, input: Vec::new() });
         }
         let fd = host::datagram_socket(&sh.budget, server.ip(), None)?;
+        host::bind_outbound(&sh.budget, &fd, server.ip())?;
         connect(fd.as_raw_fd(), &SockaddrStorage::from(server))?;
         send(fd.as_raw_fd(), &self.query, MsgFlags::MSG_NOSIGNAL)?;
         sh.watch(fd.as_fd(), Token::Dns(id), EpollFlags::EPOLLIN)?;

@@ -237,9 +237,14 @@ fn sizes_of_runs_that_make_no_sense_harm_nobody() {
     send_run(&ends.script, 9, &udp((GUEST_V4, 5_000), to, b"more"));
     send_run(&ends.script, 9, &udp((GUEST_V4, 5_000), to, b""));
     assert_eq!(ends.received(), text(&["none", "more", ""]));
-    // More datagrams than the kernel takes at once.
-    send_run(&ends.script, 1, &udp((GUEST_V4, 5_000), to, &[b'x'; 200]));
-    assert_eq!(ends.received().len(), 200);
+    // More datagrams than the kernel takes at once; and more than it makes.
+    send_run(&ends.script, 1, &udp((GUEST_V4, 5_000), to, &[b'x'; 128]));
+    assert_eq!(ends.received().len(), 128);
+    let before = ends.script.stats().dropped_malformed;
+    send_run(&ends.script, 1, &udp((GUEST_V4, 5_000), to, &[b'x'; 129]));
+    send_run(&ends.script, 1, &udp((GUEST_V4, 5_000), (GATEWAY_V4, 53), &[b'x'; 1_000]));
+    assert_eq!(ends.received().len(), 0);
+    assert_eq!(ends.script.stats().dropped_malformed, before + 2);
     // A fragment is never a run.
     let whole = udp((GUEST_V4, 5_000), to, &[7; 64]);
     send_run(&ends.script, 8, &v4_fragment(&whole, 9, 0, 40));

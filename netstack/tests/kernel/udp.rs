@@ -3,6 +3,9 @@
 use std::io::ErrorKind;
 use std::net::UdpSocket;
 
+use netstack::Outbound;
+use nix::sys::socket::{setsockopt, sockopt};
+
 use crate::common::*;
 use crate::tools::*;
 
@@ -10,6 +13,7 @@ crate::tests! {
     reaches_the_internet_with_datagrams_of_any_size,
     port_unreachable_comes_back,
     answers_from_another_port_pass_and_from_strangers_do_not,
+    leaves_from_the_address_that_is_configured,
     multicast_goes_nowhere,
 }
 
@@ -67,6 +71,39 @@ fn answers_from_another_port_pass_and_from_strangers_do_not(world: &World) {
     client.send_to(b"ask", other.local_addr().unwrap()).unwrap();
     other.set_read_timeout(Some(PATIENCE)).unwrap();
     assert_eq!(other.recv_from(&mut buffer).unwrap().1, mapped);
+}
+
+fn leaves_from_the_address_that_is_configured(world: &World) {
+    let mut spec = spec();
+    spec.outbound = Outbound { v4: HOST_V4.parse().ok(), v6: HOST_V6.parse().ok() };
+    let guest = Guest::with(&spec, &[]);
+    for (ip, from) in INTERNET.into_iter().zip([HOST_V4, HOST_V6]) {
+        let server = world.internet.run(move || UdpSocket::bind((ip, 0)).unwrap());
+        server.set_read_timeout(Some(PATIENCE)).unwrap();
+        let client = udp_client(&guest.net, ip);
+        let mut mapped = None;
+        // The last one has a hop limit of its own on the way.
+        for hops in [64, 64, 9] {
+            if ip.contains(':') {
+                setsockopt(&client, sockopt::Ipv6Ttl, &hops).unwrap();
+            } else {
+                setsockopt(&client, sockopt::Ipv4Ttl, &hops).unwrap();
+            }
+            client.send_to(b"ask", server.local_addr().unwrap()).unwrap();
+            let (_, peer) = server.recv_from(&mut [0; 10]).unwrap();
+            assert_eq!(peer.ip(), from.parse::<std::net::IpAddr>().unwrap());
+            assert_eq!(*mapped.get_or_insert(peer), peer);
+            server.send_to(b"answer", peer).unwrap();
+            assert_eq!(client.recv(&mut [0; 10]).unwrap(), 6);
+        }
+        setsockopt(&client, sockopt::UdpGsoSegment, &500).unwrap();
+        client.send_to(&[1; 1200], server.local_addr().unwrap()).unwrap();
+        for expected in [500, 500, 200] {
+            let (len, peer) = server.recv_from(&mut [0; 1000]).unwrap();
+            assert_eq!((len, Some(peer)), (expected, mapped));
+        }
+        guest.net.run(move || sh(&format!("ping -c 1 -W 5 {ip}")));
+    }
 }
 
 fn multicast_goes_nowhere(_: &World) {
