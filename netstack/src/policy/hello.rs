@@ -1,9 +1,13 @@
 //! The name in a TLS ClientHello (RFC 8446 section 4.1.2, RFC 6066 section 3), as rules by name want it.
 //!
 //! A pure function of the first bytes that the guest sends on a connection; asked again when there are more. It fails
-//! closed: what begins as a ClientHello and cannot be understood to its end is [`Hello::Broken`], so that no server can
-//! be talked into reading another name in it than this does. Bounds: [`MAX_HELLO`] bytes of message, copied once and
-//! only if they are split over several records.
+//! closed: what begins as TLS and is not a ClientHello that is understood to its end is [`Hello::Broken`], so that no
+//! server can be talked into reading another name in it than this does. So are records that some servers skip before the
+//! ClientHello, alerts that only warn for example: the name would come behind them. Bounds: [`MAX_HELLO`] bytes of
+//! message, copied once and only if they are split over several records.
+//!
+//! Only the first ClientHello is looked at. One that a server asks for by a HelloRetryRequest has to repeat the name (RFC
+//! 8446 section 4.1.2), and one of a renegotiation is encrypted; that they do is the server's to see to.
 
 use std::borrow::Cow;
 
@@ -16,15 +20,20 @@ pub(crate) const MAX_HELLO: usize = 12 * 1024;
 pub(crate) enum Hello {
     /// The beginning of a ClientHello: more is needed.
     More,
-    /// No ClientHello, or one without a name.
+    /// No TLS, or a ClientHello without a name.
     Nameless,
     /// A ClientHello that asks for this name, in lower case.
     Name(String),
-    /// A ClientHello that contradicts itself, or is too long.
+    /// TLS that does not begin with a ClientHello, or with one that contradicts itself or is too long.
     Broken,
 }
 
+const ALERT: u8 = 21;
 const HANDSHAKE: u8 = 22;
+/// All types of records.
+const RECORDS: std::ops::RangeInclusive<u8> = 20..=24;
+/// Versions of records that servers take for TLS at the beginning: all but 3 are wrong, but some look no closer.
+const VERSIONS: std::ops::Range<u8> = 0..16;
 const CLIENT_HELLO: u8 = 1;
 const SERVER_NAME: u16 = 0;
 const HOST_NAME: u8 = 0;
@@ -39,33 +48,53 @@ pub(crate) fn read(bytes: &[u8]) -> Hello {
     }
 }
 
+/// What bytes are that are no ClientHello, as far as their first record's header tells: `None` if it may be one.
+fn first_record(bytes: &[u8]) -> Option<Hello> {
+    match *bytes {
+        [kind, ..] if !RECORDS.contains(&kind) => Some(Hello::Nameless),
+        [_, version, ..] if !VERSIONS.contains(&version) => Some(Hello::Nameless),
+        [HANDSHAKE, 3, ..] => None,
+        [_, 3, ..] => Some(Hello::Broken),
+        // By the version it is none. Other protocols begin with a length, which may look like the type: only what goes
+        // on like one that a server takes is one.
+        [HANDSHAKE, _, _, _, _, CLIENT_HELLO, ..] => None,
+        [HANDSHAKE, _, _, _, _, _, ..] => Some(Hello::Nameless),
+        [ALERT, _, _, 0, 2, ..] => Some(Hello::Broken),
+        [ALERT, _, _, _, _, ..] => Some(Hello::Nameless),
+        [HANDSHAKE | ALERT, ..] => Some(Hello::More),
+        [_, _, ..] => Some(Hello::Nameless),
+        _ => Some(Hello::More),
+    }
+}
+
 /// The ClientHello without its header, out of as many records as it is in.
 fn message(bytes: &[u8]) -> Result<Cow<'_, [u8]>, Hello> {
+    if let Some(other) = first_record(bytes) {
+        return Err(other);
+    }
     let mut message = Cow::Borrowed(&[][..]);
     let mut rest = bytes;
     loop {
-        let first = message.is_empty();
-        let other = if first { Hello::Nameless } else { Hello::Broken };
         match *rest {
             [] => return Err(Hello::More),
-            [kind, ..] if kind != HANDSHAKE => return Err(other),
-            [_, version, ..] if version != 3 => return Err(other),
+            [kind, ..] if kind != HANDSHAKE => return Err(Hello::Broken),
+            [_, version, ..] if !VERSIONS.contains(&version) => return Err(Hello::Broken),
             _ => {}
         }
         let Some((header, body)) = rest.split_first_chunk::<5>() else { return Err(Hello::More) };
         let len = usize::from(u16::from_be_bytes([header[3], header[4]]));
         // RFC 8446 section 5.1: no handshake record is empty.
         if len == 0 || len > MAX_RECORD {
-            return Err(other);
+            return Err(Hello::Broken);
         }
         let part = body.get(..len).unwrap_or(body);
-        if first {
+        if message.is_empty() {
             message = Cow::Borrowed(part);
         } else {
             message.to_mut().extend_from_slice(part);
         }
         match *message {
-            [kind, ..] if kind != CLIENT_HELLO => return Err(other),
+            [kind, ..] if kind != CLIENT_HELLO => return Err(Hello::Broken),
             [_, a, b, c, ..] => {
                 let wanted = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
                 if wanted > MAX_HELLO {
@@ -233,15 +262,59 @@ mod tests {
         for bytes in [
             &b"GET / HTTP/1.1\r\n"[..],
             b"SSH-2.0-OpenSSH_10.0\r\n",
-            &[22],
-            &[22, 2, 0, 0, 1, 1],
-            &[22, 3, 1, 0, 0, 1],
-            &[22, 3, 1, 0xff, 0xff, 1],
-            &[22, 3, 1, 0, 4, 2, 0, 0, 0],
+            // A ClientHello of SSL 2, which has no names.
             &[0x80, 0x2e, 1, 3, 1],
+            // Those that begin with a length of one byte, or of four the other way round.
+            &[22, 0, 0xff, 5, 9, b'l'],
+            &[21, 0, 0xff, 5, 9],
+            &[23, 1, 0, 0, 1],
+            &[20, 0],
+            &[24, 9, 3, 1],
+            &[22, 0x16, 3, 1, 0, 1],
         ] {
-            let expected = if bytes == [22] { Hello::More } else { Hello::Nameless };
-            assert_eq!(read(bytes), expected, "{bytes:?}");
+            assert_eq!(read(bytes), Hello::Nameless, "{bytes:?}");
+        }
+        for bytes in [&[][..], &[20], &[22], &[23], &[22, 3], &[22, 3, 1], &[22, 2, 0, 0, 1], &[21, 1, 0, 0]]
+        {
+            assert_eq!(read(bytes), Hello::More, "{bytes:?}");
+        }
+    }
+
+    /// Servers skip such records, or look at less of them than they should, and go on to the ClientHello behind.
+    #[test]
+    fn what_begins_as_tls_in_another_way_is_broken() {
+        let real = &real()[0].1[..];
+        for first in [
+            // A warning, in several versions; the end of a cipher; data; a heartbeat; an empty record.
+            &[21, 3, 1, 0, 2, 1, 90][..],
+            &[21, 2, 0, 0, 2, 1, 90],
+            &[20, 3, 3, 0, 1, 1],
+            &[23, 3, 3, 0, 1, 0],
+            &[24, 3, 3, 0, 3, 1, 0, 0],
+            &[22, 3, 1, 0, 0],
+            // A HelloRequest, and another message that is no ClientHello.
+            &[22, 3, 1, 0, 4, 0, 0, 0, 0],
+            &[22, 3, 1, 0, 4, 2, 0, 0, 0],
+            // A record of impossible length.
+            &[22, 3, 1, 0xff, 0xff],
+            // Their first bytes are enough.
+            &[20, 3],
+            &[21, 3],
+        ] {
+            assert_eq!(read(first), Hello::Broken, "{first:?}");
+            assert_eq!(read(&[first, real].concat()), Hello::Broken, "{first:?}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_version_of_the_record_hides_no_name() {
+        for (program, mut bytes) in real() {
+            for version in [0, 2, 4, 15] {
+                bytes[1] = version;
+                assert_eq!(read(&bytes), expected(program), "{program} {version}");
+            }
+            bytes[1] = 16;
+            assert_eq!(read(&bytes), Hello::Nameless);
         }
     }
 
