@@ -270,9 +270,13 @@ pub(crate) const MAX_DNS_DATAGRAM: usize = 4_096;
 /// Answers that are kept, and their bytes.
 pub(crate) const MAX_DNS_CACHE: usize = 4_096;
 pub(crate) const MAX_DNS_CACHE_BYTES: usize = 1 << 20;
-/// How long an answer is kept at most, in seconds: a day; one that says no: an hour (RFC 2308 section 5: three are sensible).
+/// How long an answer is kept at most, in seconds: a day. One that says no: half a minute, because a network that the host
+/// has just joined may have what the last one had not, and resolvers that follow it do not look changed from here.
 pub(crate) const MAX_DNS_TTL: u32 = 86_400;
-pub(crate) const MAX_DNS_NEGATIVE_TTL: u32 = 3_600;
+pub(crate) const MAX_DNS_NEGATIVE_TTL: u32 = 30;
+/// The same if all resolvers are on the host's loopback: those keep answers themselves, and they alone know when the
+/// host has joined another network. This saves asking them for every program that starts.
+pub(crate) const MAX_DNS_LOCAL_TTL: u32 = 5;
 /// Time for one resolver to answer, unless the host's resolv.conf says otherwise. Three tries stay below the five
 /// seconds that a libc waits.
 pub(crate) const DNS_TRY: Duration = Duration::from_millis(1_500);

@@ -44,6 +44,7 @@ use crate::policy::hello::Hello;
 use crate::policy::{self, DNS_PORT, PolicySpec, Reason, RouteKind, Rules, Transport, Verdict};
 use crate::rate::{Bucket, Rates};
 use crate::stats::{Counters, Stats};
+use crate::suspend::Suspension;
 use crate::sys;
 use crate::tcp::Tcp;
 use crate::udp::Udp;
@@ -53,6 +54,9 @@ const TURN_FRAMES: usize = 64;
 /// How long the end of the thread is waited for. It has nothing to wait for itself but the host's file systems, when it
 /// reads the list of resolvers.
 const STOP_PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
+/// Queries over TCP that are answered in one turn before others get theirs; those that the flows already have under way
+/// come on top.
+const TURN_QUERIES: usize = 256;
 /// Events taken in one turn.
 const TURN_EVENTS: usize = 256;
 
@@ -152,6 +156,9 @@ pub(crate) struct Shared {
     pub(crate) random: Random,
     /// The names by which the guest knows addresses.
     pub(crate) pins: Pins,
+    suspension: Suspension,
+    /// How often it was noticed that the host had been suspended.
+    pub(crate) suspensions: u64,
     /// Buffer for datagrams of the host's side.
     pub(crate) datagram: Box<[u8]>,
     /// Datagram sockets with more to read than could be taken: there was no room in the TAP, or others had to get their
@@ -190,16 +197,31 @@ impl Shared {
                 Some(kind) => kind,
             }
         };
-        let names: Vec<&str> = match self.rules.want_names() {
-            true => self.pins.names(self.now, remote.ip).collect(),
-            false => Vec::new(),
-        };
+        let mut names: Vec<&str> = Vec::new();
+        if self.rules.want_names() {
+            self.notice_suspension(self.now);
+            names.extend(self.pins.names(self.now, remote.ip));
+        }
         policy::decide(&self.rules, transport, remote.into(), route, &names)
     }
 
     /// Whether a TCP flow to `remote` that was let begin may go on, by its first bytes.
     pub(crate) fn decide_hello(&self, remote: Endpoint, hello: &Hello) -> Result<(), Reason> {
         policy::decide_hello(&self.rules, remote.into(), hello)
+    }
+
+    /// Whether rules are about names.
+    pub(crate) fn want_names(&self) -> bool {
+        self.rules.want_names()
+    }
+
+    /// Looks whether the host was suspended: names then are that much older.
+    pub(crate) fn notice_suspension(&mut self, now: Instant) {
+        if let Some(slept) = self.suspension.since(now) {
+            tracing::debug!(seconds = slept.secs(), "the host was suspended");
+            self.suspensions += 1;
+            self.pins.grow_older(slept);
+        }
     }
 
     /// Counts a refused flow and says by which rule; whether the guest is to be told.
@@ -302,6 +324,8 @@ impl Engine {
             budget: forward::budget_for(&published, spec.outbound),
             random: Random::default(),
             pins: Pins::default(),
+            suspension: Suspension::new(),
+            suspensions: 0,
             datagram: device::frame_buffer(),
             unread: Unread::default(),
             descriptor_freed: false,
@@ -342,8 +366,13 @@ impl Engine {
 
     /// See [`Control::set_policy`].
     pub(crate) fn set_policy(&mut self, policy: PolicySpec) {
+        let wanted_names = self.sh.want_names();
         self.sh.spec.policy = policy;
         self.sh.rules = Rules::new(&self.sh.spec);
+        if self.sh.want_names() && !wanted_names {
+            // What is kept need not have been pinned until now.
+            self.dns.forget();
+        }
         self.tcp.review(&mut self.sh);
         self.udp.review(&mut self.sh);
         self.icmp.review(&mut self.sh);
@@ -498,7 +527,8 @@ impl Engine {
         }
         self.fire_timers(now);
         self.tcp.resume(&self.sh);
-        // A query may be answered at once, and the answer let its flow take the next query.
+        // A query may be answered at once, and the answer let its flow take the next query: thousands may wait.
+        let mut queries_left = TURN_QUERIES;
         loop {
             self.more_work = self.tcp.run(&mut self.sh, now);
             let queries = std::mem::take(&mut self.tcp.dns_queries);
@@ -506,6 +536,11 @@ impl Engine {
                 self.dns.query(&mut self.sh, now, Origin::Tcp(query.flow), &query.message);
             }
             if !self.deliver_answers() {
+                break;
+            }
+            queries_left = queries_left.saturating_sub(queries.len());
+            if queries_left == 0 {
+                self.more_work = true;
                 break;
             }
         }
@@ -769,6 +804,16 @@ impl Engine {
         self.dns.under_way()
     }
 
+    /// Has the resolvers, which a test has on its loopback, taken for distant ones.
+    pub(crate) fn take_resolvers_for_distant(&mut self) {
+        self.dns.take_for_distant();
+    }
+
+    /// As if the host had been suspended for so long.
+    pub(crate) fn pretend_suspension(&mut self, slept: Duration) {
+        self.sh.suspension.pretended += slept;
+    }
+
     pub(crate) fn names_of(&self, now: Instant, ip: IpAddr) -> Vec<String> {
         self.sh.pins.names(now, ip).map(String::from).collect()
     }
@@ -821,8 +866,9 @@ fn contain(run: impl FnOnce()) {
 ///
 /// It stands still while the host is suspended, as do the clocks that the guest's kernel and epoll count by. That is
 /// right for everything that is timed here: a guest that slept owes us no acknowledgement from that time, and no flow
-/// was idle because nobody was awake. What grows old in the world meanwhile is asked for anew in any case: the list of
-/// resolvers and the host's addresses are never older than some seconds of this clock.
+/// was idle because nobody was awake. What grows old in the world meanwhile is asked for anew in any case (the list of
+/// resolvers and the host's addresses are never older than some seconds of this clock), or looks at another clock, too
+/// ([`Suspension`]: answers of resolvers).
 fn clock() -> impl FnMut() -> Instant {
     let start = std::time::Instant::now();
     move || {

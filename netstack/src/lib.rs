@@ -81,6 +81,7 @@ mod rate;
 #[cfg(test)]
 mod script;
 mod stats;
+mod suspend;
 mod sys;
 mod tcp;
 mod udp;

@@ -110,6 +110,10 @@ impl Question {
         self.wishes() & RECURSION_DESIRED != 0
     }
 
+    pub(crate) fn checking_disabled(&self) -> bool {
+        self.wishes() & CHECKING_DISABLED != 0
+    }
+
     /// The version of EDNS is one that does not exist yet.
     pub(crate) fn is_bad_version(&self) -> bool {
         self.edns.is_some_and(|edns| edns.version > 0)

@@ -21,7 +21,13 @@
 //!
 //! States of a query: sent over UDP, waiting; or over TCP: connecting, sending, reading. Timer: one per try.
 //!
-//! What a name was resolved to is told to [`Pins`](pins::Pins).
+//! What a name was resolved to is told to [`Pins`](pins::Pins). While rules are about names, resolvers are asked to check
+//! signatures whatever the guest wishes (CD), and what is kept is pinned: the cache is emptied if pins had to give way.
+//! Else nobody misses a pin.
+//!
+//! The cache is also emptied when the host's resolvers change, and when the host was suspended: it may have woken up in
+//! another network. What was asked of the old resolvers is not kept then. Resolvers on the host's loopback do not look
+//! changed when what is behind them is; what they say is kept for [`MAX_DNS_LOCAL_TTL`] seconds only.
 
 mod cache;
 pub(crate) mod message;
@@ -41,7 +47,7 @@ use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::{MsgFlags, SockaddrStorage, connect, recv, send};
 use smoltcp::time::{Duration, Instant};
 
-use crate::config::{MAX_DNS_QUERIES, MAX_DNS_WAITERS};
+use crate::config::{MAX_DNS_LOCAL_TTL, MAX_DNS_QUERIES, MAX_DNS_WAITERS};
 use crate::emit;
 use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, Slab, TimerKey};
@@ -134,6 +140,8 @@ struct Pending {
     timer: Option<Instant>,
     /// What a resolver said, if it was not what was wanted: better than an error of our own.
     fallback: Option<Stored>,
+    /// [`Dns::generation`] when it was sent.
+    generation: u64,
 }
 
 /// The forwarder.
@@ -147,6 +155,10 @@ pub(crate) struct Dns {
     /// Queries under way by [`Question::key`].
     by_key: HashMap<Box<[u8]>, FlowId>,
     waiters: usize,
+    /// Changes whenever what was known before may be wrong.
+    generation: u64,
+    /// [`Shared::suspensions`] then.
+    suspensions: u64,
     /// Where answers are written.
     scratch: Vec<u8>,
     /// To be fetched by the engine.
@@ -168,6 +180,8 @@ impl Dns {
             queries: Slab::default(),
             by_key: HashMap::new(),
             waiters: 0,
+            generation: 0,
+            suspensions: 0,
             scratch: Vec::with_capacity(512),
             answers: Vec::new(),
         }
@@ -179,6 +193,12 @@ impl Dns {
         self.queries.len()
     }
 
+    /// Has resolvers on the loopback taken for distant ones.
+    #[cfg(test)]
+    pub(crate) fn take_for_distant(&mut self) {
+        self.resolvers.distant = true;
+    }
+
     #[cfg(test)]
     pub(crate) fn check_bounds(&self) {
         assert!(self.queries.len() <= MAX_DNS_QUERIES && self.by_key.len() == self.queries.len());
@@ -186,6 +206,24 @@ impl Dns {
         assert!(waiters == self.waiters && waiters <= MAX_DNS_WAITERS);
         assert!(self.answers.is_empty());
         self.cache.check_bounds();
+    }
+
+    /// Forgets what is kept, and does not keep what is being asked for.
+    pub(crate) fn forget(&mut self) {
+        self.cache.clear();
+        self.generation += 1;
+    }
+
+    /// Looks whether what is kept still holds.
+    fn refresh(&mut self, sh: &mut Shared, now: Instant) {
+        sh.notice_suspension(now);
+        let suspended = std::mem::replace(&mut self.suspensions, sh.suspensions) != sh.suspensions;
+        if suspended {
+            self.resolvers.look_again();
+        }
+        if self.resolvers.refresh(now) || suspended {
+            self.forget();
+        }
     }
 
     /// A query from the guest.
@@ -243,12 +281,10 @@ impl Dns {
                 None => {}
             }
         }
-        if self.resolvers.refresh(now) {
-            self.cache.clear();
-        }
+        self.refresh(sh, now);
         if let Some((stored, age)) = self.cache.get(now, question.key()) {
             sh.stats.dns_cached.one();
-            asker.write_stored(out, stored, age);
+            asker.write_stored(&mut self.scratch, stored, age);
             return true;
         }
         false
@@ -270,12 +306,12 @@ impl Dns {
     fn ask(&mut self, sh: &mut Shared, now: Instant, origin: Origin, question: Question, asker: &Asker<'_>) {
         let known = self.by_key.get(question.key()).copied();
         let known = known.filter(|id| self.queries.get(*id).is_some());
-        if let Some(pending) = known.and_then(|id| self.queries.get(id))
+        if let Some((id, pending)) = known.and_then(|id| Some((id, self.queries.get(id)?)))
             && !origin.is_tcp()
             && pending.waiters.iter().any(|waiter| waiter.origin == origin && waiter.id == asker.id)
         {
             // The guest has lost its patience.
-            return;
+            return self.ask_anew(sh, now, id);
         }
         if self.waiters >= MAX_DNS_WAITERS {
             sh.stats.refused_by_limit.one();
@@ -290,8 +326,9 @@ impl Dns {
             edns: asker.edns,
         };
         self.waiters += 1;
-        if let Some(pending) = known.and_then(|id| self.queries.get_mut(id)) {
-            return pending.waiters.push(waiter);
+        if let Some((id, pending)) = known.and_then(|id| Some((id, self.queries.get_mut(id)?))) {
+            pending.waiters.push(waiter);
+            return self.ask_anew(sh, now, id);
         }
         if self.queries.len() >= MAX_DNS_QUERIES {
             let oldest = self.queries.iter().min_by_key(|(_, pending)| pending.deadline).map(|(id, _)| id);
@@ -309,34 +346,49 @@ impl Dns {
             question,
             waiters: vec![waiter],
             query: Vec::new(),
-            manner: Manner { tcp: false, edns: false, random_case: false },
+            manner: Manner { tcp: false, edns: false, random_case: false, checked: false },
             upstream: None,
             first,
             tries: 0,
             deadline: now,
             timer: None,
             fallback: None,
+            generation: self.generation,
         });
         self.by_key.insert(key, id);
         self.ask_next(sh, now, id);
     }
 
+    /// Begins again with a query that somebody still waits for, if it was sent to resolvers that are not the host's any
+    /// more.
+    fn ask_anew(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
+        if let Some(pending) =
+            self.queries.get_mut(id).filter(|pending| pending.generation != self.generation)
+        {
+            (pending.first, pending.tries, pending.fallback) = (self.preferred, 0, None);
+            self.ask_next(sh, now, id);
+        }
+    }
+
     /// Sends a query to the next resolver, or gives up.
     fn ask_next(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
         loop {
+            self.refresh(sh, now);
             let Some(pending) = self.queries.get_mut(id) else { return };
-            if self.resolvers.refresh(now) {
-                self.cache.clear();
-            }
             let servers = &self.resolvers.servers;
-            if pending.tries >= self.resolvers.tries() {
+            let tries = self.resolvers.tries();
+            if pending.tries >= tries {
+                if servers.len() > tries {
+                    // Those that were not asked come first the next time.
+                    self.preferred = pending.first.wrapping_add(tries);
+                }
                 let why = if servers.is_empty() { &NO_RESOLVER } else { &NO_ANSWER };
                 let outcome = pending.fallback.take().map_or(Outcome::Failed(why), Outcome::Stored);
                 return self.finish(sh, id, outcome);
             }
             pending.tries += 1;
             let tcp = self.resolvers.options.use_tcp;
-            let manner = Manner { tcp, edns: true, random_case: true };
+            let manner = Manner { tcp, edns: true, random_case: true, checked: sh.want_names() };
             if self.ask_again(sh, now, id, manner) {
                 return;
             }
@@ -356,6 +408,7 @@ impl Dns {
             return false;
         };
         pending.manner = manner;
+        pending.generation = self.generation;
         pending.query = response::write_query(&pending.question, manner, &mut sh.random);
         pending.deadline = now + self.resolvers.patience();
         match pending.send(sh, id, server) {
@@ -451,22 +504,30 @@ impl Dns {
     /// The answer is there.
     fn resolved(&mut self, sh: &mut Shared, now: Instant, id: FlowId, answer: Resolved) {
         let Some(pending) = self.queries.get(id) else { return };
-        self.preferred = pending.first.wrapping_add(pending.tries).wrapping_sub(1);
         let Resolved { stored, ttl, ips } = answer;
+        let question = &pending.question;
+        // That of a resolver that is not asked any more is better than none.
+        let holds = pending.generation == self.generation;
+        if holds {
+            self.preferred = pending.first.wrapping_add(pending.tries).wrapping_sub(1);
+        }
         let mut lost = false;
-        if pending.question.class == CLASS_IN && !ips.is_empty() {
-            let name: Arc<str> = message::text(pending.question.name()).into();
+        // Anybody can have forged what was not checked.
+        let checked = pending.manner.checked || !question.checking_disabled();
+        if question.class == CLASS_IN && checked && !ips.is_empty() {
+            let name: Arc<str> = message::text(question.name()).into();
             let ttl = Duration::from_secs(ttl.into());
             for ip in ips {
                 lost |= sh.pin(now, &name, ip, Some(ttl));
             }
         }
-        if lost {
+        if lost && sh.want_names() {
             // What is in the cache must be pinned, or the guest would be told addresses that rules do not know.
             self.cache.clear();
         }
-        if pending.question.class == CLASS_IN && pending.question.recursion_desired() {
-            self.cache.insert(now, pending.question.key(), stored.clone(), ttl);
+        if question.class == CLASS_IN && question.recursion_desired() && holds {
+            let most = if self.resolvers.are_local() { MAX_DNS_LOCAL_TTL } else { u32::MAX };
+            self.cache.insert(now, question.key(), stored.clone(), ttl.min(most));
         }
         self.finish(sh, id, Outcome::Stored(stored));
     }

@@ -69,6 +69,15 @@ impl Pins {
         lost
     }
 
+    /// Time has passed that `now` does not show: the host was suspended.
+    pub(crate) fn grow_older(&mut self, by: Duration) {
+        for pin in self.by_ip.values_mut().flatten() {
+            // What is then before the beginning of time ends there.
+            let left = |until: Instant| if until - Instant::ZERO > by { until - by } else { Instant::ZERO };
+            pin.until = pin.until.map(left);
+        }
+    }
+
     /// Removes what has ended, and if that is not enough, a sixteenth; whether any of them still held.
     fn make_room(&mut self, now: Instant) -> bool {
         let mut ends: Vec<Instant> =
@@ -135,6 +144,19 @@ mod tests {
         assert_eq!(names(&pins, 1_000_000, ip(1)), ["a.example"], "for ever is longer than any time");
         pins.pin(at(0), &name, ip(1), MINUTE);
         assert_eq!(names(&pins, 1_000_000, ip(1)), ["a.example"]);
+    }
+
+    #[test]
+    fn time_that_the_clock_does_not_show_counts() {
+        let mut pins = Pins::default();
+        pins.pin(at(100), &"a.example".into(), ip(1), MINUTE);
+        pins.pin(at(100), &"own".into(), ip(1), None);
+        pins.grow_older(PIN_GRACE);
+        assert_eq!(names(&pins, 159, ip(1)), ["a.example", "own"]);
+        assert_eq!(names(&pins, 160, ip(1)), ["own"]);
+        pins.grow_older(Duration::from_secs(1_000_000));
+        assert_eq!(names(&pins, 100, ip(1)), ["own"]);
+        pins.check_bounds();
     }
 
     #[test]

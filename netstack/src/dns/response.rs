@@ -29,13 +29,16 @@ pub(crate) struct Manner {
     pub(crate) edns: bool,
     /// With letters of random case, which the answer must repeat. Some do not.
     pub(crate) random_case: bool,
+    /// Signatures are to be checked, even if the guest wants the answer unchecked.
+    pub(crate) checked: bool,
 }
 
 /// Writes a query for `question`.
 pub(crate) fn write_query(question: &Question, manner: Manner, random: &mut Random) -> Vec<u8> {
     let [a, b, ..] = random.next().to_ne_bytes();
     let wishes = question.wishes();
-    let mut message = vec![a, b, wishes & RECURSION_DESIRED, wishes & CHECKING_DISABLED | AUTHENTIC];
+    let disabled = if manner.checked { 0 } else { wishes & CHECKING_DISABLED };
+    let mut message = vec![a, b, wishes & RECURSION_DESIRED, disabled | AUTHENTIC];
     message.extend([0, 1, 0, 0, 0, 0, 0, u8::from(manner.edns)]);
     message.extend(question.name());
     if manner.random_case {
@@ -257,7 +260,7 @@ pub(crate) mod tests {
     use crate::dns::message::{TYPE_A, TYPE_AAAA, parse_query, wire};
     use crate::ingress::tests::Seeded;
 
-    const MANNER: Manner = Manner { tcp: false, edns: true, random_case: true };
+    const MANNER: Manner = Manner { tcp: false, edns: true, random_case: true, checked: false };
 
     /// One record: section (0 to 2), owner, type, time to live, data.
     pub(crate) type Record<'a> = (usize, &'a str, u16, u32, Vec<u8>);
@@ -327,6 +330,8 @@ pub(crate) mod tests {
             (&plain[2..12], &plain[12..]),
             (&[1, 0x30, 0, 1, 0, 0, 0, 0, 0, 0][..], &ask[12..ask.len() - 11])
         );
+        let checked = write_query(&question, Manner { checked: true, ..MANNER }, &mut random);
+        assert_eq!(checked[2..4], [1, 0x20], "unchecked data are not asked for");
     }
 
     #[test]
@@ -374,12 +379,13 @@ pub(crate) mod tests {
     fn no_is_kept_as_long_as_the_soa_record_says() {
         let ask = query(7, "a.example", TYPE_A, true);
         let soa = |ttl, minimum| (1, "example", TYPE_SOA, ttl, soa(minimum));
-        let alias = (0, "a.example", TYPE_CNAME, 30, cname("b.example"));
+        let alias = (0, "a.example", TYPE_CNAME, 10, cname("b.example"));
         for (code, records, ttl) in [
-            (3, vec![soa(900, 60)], 60),
-            (3, vec![soa(60, 900)], 60),
-            (0, vec![soa(900, 60)], 60),
-            (0, vec![alias.clone(), soa(900, 60)], 30),
+            (3, vec![soa(900, 20)], 20),
+            (3, vec![soa(20, 900)], 20),
+            (0, vec![soa(900, 20)], 20),
+            (0, vec![alias.clone(), soa(900, 20)], 10),
+            (3, vec![soa(900, 60)], 30),
             (3, vec![soa(1_000_000, 1_000_000)], MAX_DNS_NEGATIVE_TTL),
             // Nobody says how long.
             (3, vec![], 0),
@@ -391,9 +397,9 @@ pub(crate) mod tests {
             assert_eq!((answer.ttl, answer.stored.code), (ttl, code.into()), "{records:?}");
         }
         // The record itself is passed on with that time.
-        let kept = answer(&ask, &response(&ask, 3, &[soa(900, 60)])).stored;
+        let kept = answer(&ask, &response(&ask, 3, &[soa(900, 20)])).stored;
         let at = usize::from(kept.ttls[0]);
-        assert_eq!(kept.message[at..at + 4], 60u32.to_be_bytes());
+        assert_eq!(kept.message[at..at + 4], 20u32.to_be_bytes());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use hickory_proto::op::{Message, ResponseCode};
 
 use super::*;
-use crate::config::{MAX_DNS_WAITERS, PIN_GRACE};
+use crate::config::{MAX_DNS_LOCAL_TTL, MAX_DNS_WAITERS, MAX_PINS, PIN_GRACE};
 use crate::dns::message::tests::query;
 use crate::dns::message::{TYPE_A, TYPE_AAAA, TYPE_SOA, parse_query};
 use crate::dns::response::tests::{Record, response, soa};
@@ -21,7 +21,15 @@ impl Dns {
         Self::with(|_| {})
     }
 
+    /// The resolver is taken for one that is far away.
     fn with(change: impl FnOnce(&mut StackSpec)) -> Self {
+        let mut dns = Self::near(change);
+        dns.script.engine.take_resolvers_for_distant();
+        dns
+    }
+
+    /// The resolver is where it is: on the host's loopback.
+    fn near(change: impl FnOnce(&mut StackSpec)) -> Self {
         let server = UdpSocket::bind("127.0.0.1:0").expect("socket");
         server.set_read_timeout(Some(std::time::Duration::from_secs(10))).expect("time-out");
         let mut spec = spec();
@@ -111,10 +119,10 @@ fn no_is_kept_as_long_as_its_soa_record_says_and_failures_are_not() {
         [(3, ResponseCode::NXDomain, "nobody.example"), (0, ResponseCode::NoError, "nothing.example")]
     {
         dns.ask(1_000, &query(1, name, TYPE_A, true));
-        dns.answers(code, &[(1, "example", TYPE_SOA, 900, soa(60))]);
+        dns.answers(code, &[(1, "example", TYPE_SOA, 900, soa(20))]);
         let message = dns.heard(1_000);
-        assert_eq!((message.metadata.response_code, ttls(&message)), (expected, vec![60]));
-        dns.script.advance_millis(59_000);
+        assert_eq!((message.metadata.response_code, ttls(&message)), (expected, vec![20]));
+        dns.script.advance_millis(19_000);
         dns.ask(1_000, &query(2, name, TYPE_A, true));
         let message = dns.heard(1_000);
         assert_eq!((message.metadata.response_code, ttls(&message)), (expected, vec![1]));
@@ -134,6 +142,212 @@ fn no_is_kept_as_long_as_its_soa_record_says_and_failures_are_not() {
         dns.answers(3, &[]);
         dns.heard(1_000);
     }
+}
+
+#[test]
+fn what_the_hosts_own_resolver_says_is_kept_for_moments() {
+    let mut dns = Dns::near(|_| {});
+    dns.ask(1_000, &query(1, "a.example", TYPE_A, true));
+    dns.answers(0, &[(0, "a.example", TYPE_A, 100, A.into())]);
+    assert_eq!(ttls(&dns.heard(1_000)), [100], "how long it holds is not ours to say");
+    dns.script.advance_millis(u64::from(MAX_DNS_LOCAL_TTL) * 1_000 - 1);
+    dns.ask(1_000, &query(2, "a.example", TYPE_A, true));
+    assert_eq!(ttls(&dns.heard(1_000)), [96]);
+    dns.not_asked();
+    // It has joined another network meanwhile.
+    dns.script.advance_millis(1);
+    dns.ask(1_000, &query(3, "a.example", TYPE_A, true));
+    dns.answers(3, &[]);
+    assert_eq!(dns.heard(1_000).metadata.response_code, ResponseCode::NXDomain);
+}
+
+#[test]
+fn after_a_suspension_everything_is_asked_for_anew_and_names_are_older() {
+    let mut dns = Dns::new();
+    let names = |dns: &Dns| dns.script.engine.names_of(dns.script.now, ip("192.0.2.1"));
+    let record = [(0, "a.example", TYPE_A, 3_600, A.into())];
+    dns.ask(1_000, &query(1, "a.example", TYPE_A, true));
+    dns.answers(0, &record);
+    dns.heard(1_000);
+    dns.script.advance_millis(2_000);
+    // Asked before, and not answered yet.
+    dns.ask(1_000, &query(2, "b.example", TYPE_A, true));
+    let (old, old_from) = dns.asked();
+    dns.script.engine.pretend_suspension(Duration::from_secs(600));
+    dns.script.advance_millis(1_000);
+    dns.ask(1_001, &query(3, "a.example", TYPE_A, true));
+    dns.answers(0, &record);
+    dns.heard(1_001);
+    // Whoever waits still gets what comes, but it is not kept.
+    dns.server
+        .send_to(&response(&old, 0, &[(0, "b.example", TYPE_A, 3_600, A.into())]), old_from)
+        .expect("send");
+    assert_eq!(dns.heard(1_000).answers.len(), 1);
+    for name in ["b.example", "a.example"] {
+        dns.ask(1_002, &query(4, name, TYPE_A, true));
+        if name == "b.example" {
+            dns.answers(0, &[(0, name, TYPE_A, 3_600, A.into())]);
+        }
+        dns.heard(1_002);
+        dns.not_asked();
+    }
+    assert_eq!(names(&dns), ["a.example", "b.example"]);
+    // The pins grow older by what the clock does not show, when names are asked for the next time.
+    dns.script.advance_millis(1_000);
+    dns.script.engine.pretend_suspension(Duration::from_secs(3_500) + PIN_GRACE);
+    dns.ask(1_003, &query(5, "c.example", TYPE_A, true));
+    assert_eq!(names(&dns), ["a.example", "b.example"]);
+    dns.script.advance_millis(99_000);
+    assert!(names(&dns).is_empty());
+}
+
+#[test]
+fn who_asks_again_after_a_suspension_does_not_wait_for_an_old_question() {
+    let mut dns = Dns::new();
+    let ask = query(1, "a.example", TYPE_A, true);
+    dns.ask(1_000, &ask);
+    dns.asked();
+    dns.script.engine.pretend_suspension(Duration::from_secs(60));
+    dns.script.advance_millis(1_000);
+    dns.not_asked();
+    // The same guest, and another one.
+    for port in [1_000, 1_001] {
+        dns.ask(port, &ask);
+    }
+    dns.answers(0, &[(0, "a.example", TYPE_A, 60, A.into())]);
+    dns.not_asked();
+    for port in [1_000, 1_001] {
+        assert_eq!(dns.heard(port).answers.len(), 1);
+    }
+    assert_eq!(dns.script.engine.open_queries(), 0);
+}
+
+/// Leads more names to addresses than can be remembered.
+fn overflow_pins(dns: &mut Dns, round: u8) {
+    for part in 0..=u8::try_from(MAX_PINS / 200).expect("small") {
+        let name = format!("many-{round}-{part}.example");
+        let address = |i| vec![10, round, part, i];
+        let records: Vec<Record<'_>> = (0..200).map(|i| (0, &*name, TYPE_A, 60, address(i))).collect();
+        dns.ask(1_000, &query(1, &name, TYPE_A, false));
+        dns.answers(0, &records);
+        dns.heard(1_000);
+    }
+    dns.script.engine.check_bounds();
+}
+
+#[test]
+fn what_is_kept_is_forgotten_for_lost_names_only_where_rules_want_them() {
+    let mut dns = Dns::new();
+    let ask = query(1, "a.example", TYPE_A, true);
+    let kept = |dns: &mut Dns| {
+        let before = dns.script.stats().dns_cached;
+        dns.ask(1_000, &ask);
+        let kept = dns.script.stats().dns_cached > before;
+        if !kept {
+            dns.answers(0, &[(0, "a.example", TYPE_A, 3_600, A.into())]);
+        }
+        dns.heard(1_000);
+        kept
+    };
+    assert!(!kept(&mut dns));
+    overflow_pins(&mut dns, 1);
+    assert!(kept(&mut dns));
+    // From now on it has to be pinned.
+    let mut policy = dns.script.engine.policy();
+    policy.deny_names = vec!["bad.example".parse().expect("name")];
+    dns.script.engine.set_policy(policy.clone());
+    assert!(!kept(&mut dns) && kept(&mut dns));
+    dns.script.engine.set_policy(policy);
+    assert!(kept(&mut dns), "it was pinned before");
+    overflow_pins(&mut dns, 2);
+    assert!(!kept(&mut dns));
+}
+
+#[test]
+fn what_nobody_checked_is_no_name_for_rules() {
+    let mut unchecked = query(1, "a.example", TYPE_A, true);
+    unchecked[3] |= 0x10;
+    for (allow_names, passed_on, pinned) in [(vec![], 0x10, false), (vec!["*.example"], 0, true)] {
+        let mut dns = Dns::with(|spec| {
+            spec.policy.allow_names = allow_names.iter().map(|name| name.parse().expect(name)).collect();
+        });
+        dns.ask(1_000, &unchecked);
+        let (ask, from) = dns.asked();
+        assert_eq!(ask[3] & 0x10, passed_on);
+        dns.server
+            .send_to(&response(&ask, 0, &[(0, "a.example", TYPE_A, 60, A.into())]), from)
+            .expect("send");
+        let told = dns.heard(1_000);
+        assert!(told.metadata.checking_disabled && told.answers.len() == 1, "as it was asked");
+        let names = dns.script.engine.names_of(dns.script.now, ip("192.0.2.1"));
+        assert_eq!(!names.is_empty(), pinned, "{names:?}");
+    }
+}
+
+#[test]
+fn every_resolver_gets_its_turn() {
+    let others: Vec<UdpSocket> = (0..3).map(|_| UdpSocket::bind("127.0.0.1:0").expect("socket")).collect();
+    let count = |socket: &UdpSocket| {
+        socket.set_nonblocking(true).expect("non-blocking");
+        std::iter::repeat_with(|| socket.recv(&mut [0; 512])).take_while(Result::is_ok).count()
+    };
+    // Of four, the first three of which are silent.
+    let mut dns = Dns::with(|spec| {
+        let silent = others.iter().map(|socket| socket.local_addr().expect("address"));
+        spec.dns.upstreams = silent.chain(spec.dns.upstreams.clone()).collect();
+    });
+    dns.ask(1_000, &query(1, "a.example", TYPE_A, true));
+    for _ in 0..3 {
+        dns.script.advance_millis(1_500);
+    }
+    assert_eq!(dns.heard(1_000).metadata.response_code, ResponseCode::ServFail);
+    assert_eq!(others.iter().map(count).collect::<Vec<_>>(), [1, 1, 1]);
+    dns.not_asked();
+    dns.ask(1_000, &query(2, "a.example", TYPE_A, true));
+    dns.answers(0, &[(0, "a.example", TYPE_A, 0, A.into())]);
+    assert_eq!(dns.heard(1_000).answers.len(), 1);
+    // It is asked first from now on.
+    dns.ask(1_000, &query(3, "a.example", TYPE_A, true));
+    dns.answers(0, &[(0, "a.example", TYPE_A, 0, A.into())]);
+    dns.heard(1_000);
+    assert_eq!(others.iter().map(count).sum::<usize>(), 0);
+    // Of two, three times in all.
+    let mut dns = Dns::with(|spec| {
+        spec.dns.upstreams = others[..2].iter().map(|socket| socket.local_addr().expect("address")).collect();
+    });
+    dns.ask(1_000, &query(1, "a.example", TYPE_A, true));
+    for _ in 0..3 {
+        dns.script.nothing_comes("an answer");
+        dns.script.advance_millis(1_500);
+    }
+    assert_eq!(dns.heard(1_000).metadata.response_code, ResponseCode::ServFail);
+    assert_eq!(others[..2].iter().map(count).collect::<Vec<_>>(), [2, 1]);
+}
+
+#[test]
+fn thousands_of_queries_on_one_connection_leave_others_their_turn() {
+    let mut dns = Dns::with(|spec| spec.dns.hosts = vec![("a.example".into(), ip("192.0.2.1"))]);
+    let mut peer = Peer::new(false, 53);
+    peer.open(&mut dns.script);
+    let ask = query(3, "a.example", TYPE_A, false);
+    let framed = [&u16::try_from(ask.len()).expect("length").to_be_bytes()[..], &ask].concat();
+    let segment = framed.repeat(40);
+    const SEGMENTS: usize = 50;
+    for _ in 0..SEGMENTS {
+        dns.script.send_ip(&peer.segment(TcpControl::None, &segment));
+        peer.seq = peer.seq.wrapping_add(i32::try_from(segment.len()).expect("length"));
+    }
+    let answered = |dns: &Dns| usize::try_from(dns.script.stats().dns_queries).expect("few");
+    dns.script.turn(Duration::ZERO);
+    let first = answered(&dns);
+    assert!((256..300).contains(&first), "{first}");
+    // And it goes on by itself.
+    let mut got = 0;
+    while got < SEGMENTS * 40 * (framed.len() + 16) {
+        let frame = dns.script.expect_tcp("an answer", |segment| !segment.payload().is_empty());
+        got += peer.take(&mut dns.script, &frame);
+    }
+    assert_eq!(answered(&dns), SEGMENTS * 40);
 }
 
 #[test]
