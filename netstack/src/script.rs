@@ -27,6 +27,7 @@ use crate::sys::VNET_HEADER_LEN;
 
 mod dns;
 mod hostile;
+mod lossy;
 mod rates;
 mod runs;
 mod tcp;

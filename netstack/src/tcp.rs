@@ -31,9 +31,10 @@ use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::{MsgFlags, Shutdown, recv, send, shutdown};
 use smoltcp::iface::{Interface, SocketSet};
+use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::socket::tcp::State;
 use smoltcp::time::{Duration, Instant};
-use smoltcp::wire::{TcpPacket, TcpSeqNumber};
+use smoltcp::wire::{TcpControl, TcpPacket, TcpRepr, TcpSeqNumber};
 
 use crate::config::{
     DNS_TCP_IDLE, GUEST_SILENCE, INBOUND_CONNECT, LARGEST_RING, MAX_DNS_CONNECTIONS, MAX_DNS_PIPELINE,
@@ -381,21 +382,30 @@ impl Tcp {
                 // wants an answer, is before what we have acknowledged.
                 let ack = segment.ack_number();
                 let again = flow.heard_ack.is_some_and(|heard| ack <= heard);
-                if !again {
+                if !again && segment.ack() {
                     flow.heard_ack = Some(ack);
                 }
                 let probe = flow.acknowledged.is_none_or(|acknowledged| segment.seq_number() < acknowledged);
                 if again && !probe && only_fin_is_missing(socket, &segment) {
                     return;
                 }
-                let rx = widened.as_deref().unwrap_or(&plain);
-                let mut device = FlowDevice { tap: &mut sh.tap, rx: Some(rx), mss: flow.mss };
-                socket.poll_ingress(&mut self.iface, now, &mut device);
+                let apart = (flow.guest_fin.is_none() && segment.fin() && !segment.payload().is_empty())
+                    .then(|| fin_apart(packet, &segment));
+                let whole = widened.as_deref().unwrap_or(&plain);
+                let parts = match &apart {
+                    Some([data, fin]) => [Some(&data[..]), Some(&fin[..])],
+                    None => [Some(whole), None],
+                };
+                sh.tap.acknowledged = None;
+                for rx in parts.into_iter().flatten() {
+                    let mut device = FlowDevice { tap: &mut sh.tap, rx: Some(rx), mss: flow.mss };
+                    socket.poll_ingress(&mut self.iface, now, &mut device);
+                }
+                let state = socket.state();
                 flow.acknowledged = sh.tap.acknowledged.take().or(flow.acknowledged);
                 if !segment.payload().is_empty() && flow.farthest.is_none_or(|farthest| end > farthest) {
                     flow.farthest = Some(end);
                 }
-                let state = socket.state();
                 if matches!(state, State::CloseWait | State::LastAck | State::Closing | State::TimeWait) {
                     flow.guest_fin.get_or_insert(end);
                 }
@@ -859,6 +869,7 @@ impl Tcp {
                 return self.remove(sh, id, true);
             }
         }
+        sh.tap.acknowledged = None;
         let before = flow.moved;
         let share = Allowance {
             sent: sh.sent.share(self.held[0].sharers),
@@ -866,6 +877,7 @@ impl Tcp {
             wanted: [false; 2],
         };
         let mut allowance = share;
+        let ends;
         let mut fate = match &mut flow.far {
             Far::Host(host) => {
                 let hold = flow.peek;
@@ -881,10 +893,7 @@ impl Tcp {
                 sh.sent.take(share.sent - allowance.sent);
                 sh.received.take(share.received - allowance.received);
                 // An end of the host's stream is passed on at once: the flow's last word often comes with it.
-                if host.eof && !flow.closed {
-                    flow.closed = true;
-                    socket.close();
-                }
+                ends = host.eof;
                 if flow.guest_fin.is_some() && !host.shut && !socket.can_recv() {
                     host.shut = true;
                     let _ = shutdown(host.fd.as_raw_fd(), Shutdown::Write);
@@ -898,13 +907,17 @@ impl Tcp {
                 // Once more as long for the guest to close its half, too.
                 let abandoned = now >= flow.heard + DNS_TCP_IDLE * 2 && dns.under_way == 0;
                 let open = matches!(socket.state(), State::Established | State::CloseWait);
-                if (done || idle) && open && dns.output.is_empty() && !flow.closed {
-                    flow.closed = true;
-                    socket.close();
-                }
+                ends = (done || idle) && open && dns.output.is_empty();
                 if abandoned { Fate::Broken } else { Fate::Goes }
             }
         };
+        // The FIN goes behind the last byte, so it may be said before that is sent. But smoltcp 0.14 hears of no window in
+        // LAST-ACK, unless more data is acknowledged with it: a guest that closed its half first and reads slowly would
+        // wait for a probe each time that its window was closed, and for ever where data was lost then.
+        if ends && !flow.closed && (socket.state() != State::CloseWait || socket.send_queue() == 0) {
+            flow.closed = true;
+            socket.close();
+        }
         if fate == Fate::Broken
             || flow.inbound_until.is_some_and(|until| now >= until)
             || (flow.owes && now >= flow.heard + GUEST_SILENCE)
@@ -987,12 +1000,22 @@ impl Tcp {
     fn arm(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
         let many = self.flows.len() > MANY;
         let Some(flow) = self.flows.get_mut(id) else { return };
-        let Phase::Open(socket) = &flow.phase else { return };
+        let Phase::Open(socket) = &mut flow.phase else { return };
         let waits = flow.finished || socket.state() == State::FinWait2;
         // In a moment of rest its pages are looked after.
         let cold = (many && flow.moved > flow.released && socket.is_empty()).then_some(now + IDLE_OF_MANY);
-        let own = if waits { None } else { socket.poll_at(&mut self.iface, now) };
+        let mut own = if waits { None } else { socket.poll_at(&mut self.iface, now) };
         let owes = awaits_guest(socket);
+        if own.is_none()
+            && socket.send_queue() > 0
+            && let Some(reminder) = reminder(flow.key, flow.acknowledged, flow.heard_ack)
+        {
+            for packet in &reminder {
+                let mut device = FlowDevice { tap: &mut sh.tap, rx: Some(packet), mss: flow.mss };
+                socket.poll_ingress(&mut self.iface, now, &mut device);
+            }
+            own = socket.poll_at(&mut self.iface, now);
+        }
         if owes && !flow.owes {
             flow.heard = now;
         }
@@ -1056,6 +1079,57 @@ fn held_syn(packet: &Packet<'_>) -> Vec<u8> {
     let header_len = segment.get(12).map_or(0, |offset| usize::from(offset >> 4) * 4);
     let header = segment.get(..header_len).unwrap_or(segment);
     ingress::rebuild(packet.src, packet.dst, ingress::TCP, packet.hop_limit, header)
+}
+
+/// A segment of data with a FIN, as one of the data and one of the FIN. smoltcp 0.14 cuts off what lies behind the end of
+/// its window and takes the FIN that follows all the same: the cut would be lost, and nobody would know. A FIN alone it
+/// takes only where its data ends.
+fn fin_apart(packet: &Packet<'_>, segment: &TcpPacket<&[u8]>) -> [Vec<u8>; 2] {
+    let rebuild =
+        |segment: &[u8]| ingress::rebuild(packet.src, packet.dst, ingress::TCP, packet.hop_limit, segment);
+    let whole = packet.payload();
+    let mut data = whole.to_vec();
+    TcpPacket::new_unchecked(&mut data[..]).set_fin(false);
+    let mut fin = whole.get(..usize::from(segment.header_len())).unwrap_or(whole).to_vec();
+    TcpPacket::new_unchecked(&mut fin[..]).set_seq_number(segment.seq_number() + segment.payload().len());
+    [rebuild(&data), rebuild(&fin)]
+}
+
+/// What makes smoltcp 0.14 go on where data waits and no timer runs: acknowledgements of the guest's, which say again what
+/// it has acknowledged, and that its window is closed.
+///
+/// There is no timer after one for retransmission that found the window closed: then they start that for window probes.
+/// Nor is there one for data under way after one for window probes that found the window open again: then they are the
+/// three that say that something was lost, after which it is sent, whatever the window is. The first one is for nothing
+/// but to differ from the next, as only what is the same counts. The guest's answer tells what its window really is.
+fn reminder(
+    key: FlowKey,
+    next: Option<TcpSeqNumber>,
+    acknowledged: Option<TcpSeqNumber>,
+) -> Option<[Vec<u8>; 5]> {
+    let (seq_number, ack_number) = (next?, acknowledged);
+    let packet = |window_len| {
+        let repr = TcpRepr {
+            src_port: key.guest.port,
+            dst_port: key.remote.port,
+            control: TcpControl::None,
+            seq_number,
+            ack_number,
+            window_len,
+            window_scale: None,
+            max_seg_size: None,
+            sack_permitted: false,
+            sack_ranges: [None; 3],
+            timestamp: None,
+            payload: &[],
+        };
+        let mut segment = vec![0; repr.buffer_len()];
+        let sums = ChecksumCapabilities::ignored();
+        let (src, dst) = (key.guest.ip.into(), key.remote.ip.into());
+        repr.emit(&mut TcpPacket::new_unchecked(&mut segment[..]), &src, &dst, &sums);
+        ingress::rebuild(key.guest.ip, key.remote.ip, ingress::TCP, 64, &segment)
+    };
+    Some([1, 0, 0, 0, 0].map(packet))
 }
 
 fn is_connecting(flows: &Slab<Flow>, id: FlowId) -> bool {

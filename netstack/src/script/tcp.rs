@@ -253,6 +253,106 @@ fn a_closed_window_is_probed_for_as_long_as_the_guest_answers() {
 }
 
 #[test]
+fn a_window_that_closes_while_data_is_under_way_is_asked_for() {
+    let mut open = open();
+    open.server.write_all(&[7; 10_000]).expect("write");
+    open.script.expect_tcp("data", |segment| !segment.payload().is_empty());
+    // The guest had no room for any of it, after all.
+    open.peer.window = 0;
+    open.send(TcpControl::None, b"");
+    // Its word that it has room again is lost.
+    open.peer.window = 60_000;
+    let mut got = 0;
+    for _ in 0..20 {
+        open.script.advance_millis(1_000);
+        let mut asked = false;
+        while let Some(frame) = open.script.try_recv() {
+            let segment = frame.tcp();
+            asked = true;
+            if segment.seq_number() == TcpSeqNumber(open.peer.ack) {
+                got += segment.payload().len();
+                open.peer.ack =
+                    open.peer.ack.wrapping_add(i32::try_from(segment.payload().len()).expect("length"));
+            }
+        }
+        if asked {
+            open.send(TcpControl::None, b"");
+        }
+    }
+    assert_eq!(got, 10_000);
+    // Nothing is asked any more.
+    open.script.advance_millis(5_000);
+    while open.script.try_recv().is_some() {}
+    open.script.advance(Duration::from_secs(600));
+    open.script.nothing_comes("a question without a reason");
+}
+
+#[test]
+fn a_guest_that_closed_its_half_and_reads_slowly_waits_for_no_probes() {
+    let mut open = open();
+    open.peer.window_scale = None;
+    open.send(TcpControl::Fin, b"question");
+    assert_eq!(open.server_reads(), b"question");
+    open.server.write_all(&[7; 500_000]).expect("write");
+    open.server.shutdown(Shutdown::Write).expect("shutdown");
+    let mut all = 0;
+    loop {
+        // No time passes here, so nothing that comes was waited for.
+        let frame =
+            open.script.expect_tcp("data or FIN", |segment| !segment.payload().is_empty() || segment.fin());
+        open.peer.window = 0;
+        all += open.peer.take(&mut open.script, &frame);
+        if frame.tcp().fin() {
+            break;
+        }
+        open.peer.window = 100;
+        open.send(TcpControl::None, b"");
+    }
+    assert_eq!(all, 500_000);
+    open.peer.ack = open.peer.ack.wrapping_add(1);
+    open.send(TcpControl::None, b"");
+    open.expect_gone();
+}
+
+#[test]
+fn a_fin_behind_the_end_of_the_window_waits_for_the_data_before_it() {
+    let mut open = open();
+    let start = open.peer.seq;
+    // The host's side does not read, so the ring fills.
+    let (expected, window) = loop {
+        open.send(TcpControl::Psh, &[9; 30_000]);
+        let seq = open.peer.seq;
+        let frame = open.script.expect_tcp("ACK", |segment| segment.ack_number() == TcpSeqNumber(seq));
+        let window = usize::from(frame.tcp().window_len()) << 3;
+        if window < 60_000 {
+            break (seq, window);
+        }
+    };
+    let last: Vec<u8> = (0..window + 1_000).map(|i| u8::try_from(i % 251).expect("small")).collect();
+    open.send(TcpControl::Fin, &last);
+    let ack = open.script.expect_tcp("ACK", |segment| segment.ack_number() > TcpSeqNumber(expected));
+    let taken = ack.tcp().ack_number() - TcpSeqNumber(expected);
+    assert!((window..window + 8).contains(&taken), "{taken} of {window}");
+    let before = usize::try_from(expected.wrapping_sub(start)).expect("length");
+    let mut got = vec![0; before + taken];
+    open.server.set_nonblocking(true).expect("non-blocking");
+    let mut read = 0;
+    while read < got.len() {
+        match open.server.read(&mut got[read..]) {
+            Ok(0) => panic!("an end after {read} bytes of {}", got.len()),
+            Ok(len) => read += len,
+            Err(_) => open.script.turn(Duration::from_millis(20)),
+        }
+    }
+    assert_eq!(got[before..], last[..taken]);
+    // There is more, and then the end.
+    open.peer.seq = expected.wrapping_add(i32::try_from(taken).expect("length"));
+    open.send(TcpControl::Fin, &last[taken..]);
+    open.server.set_nonblocking(false).expect("blocking");
+    assert_eq!(open.server_reads(), last[taken..]);
+}
+
+#[test]
 fn an_end_that_was_acknowledged_too_early_is_not_probed_for_ever() {
     let mut open = open();
     open.peer.window = 0;
