@@ -238,14 +238,30 @@ impl Shared {
         } else {
             self.stats.refused_by_policy.one();
         }
+        let rule = self.rules.rule_of(reason);
+        self.tell_refused(transport, key, reason.name(), rule.as_deref());
+        !reason.is_silent()
+    }
+
+    /// Counts a flow of the guest's that is allowed, and for which there is no room.
+    pub(crate) fn refused_by_limit(&mut self, transport: Transport, key: FlowKey) {
+        self.stats.refused_by_limit.one();
+        self.tell_refused(transport, key, "limit", None);
+    }
+
+    /// Tells of a flow of the guest's of which nothing leaves, if not too many have been told.
+    pub(crate) fn tell_refused(
+        &mut self,
+        transport: Transport,
+        key: FlowKey,
+        reason: &'static str,
+        rule: Option<&str>,
+    ) {
         if self.spec.flow_log.is_some()
             && let Some(untold) = self.refusals.take(self.now)
         {
-            let rule = self.rules.rule_of(reason);
-            let rule = rule.as_deref();
-            self.tell(transport, false, key, FlowEventKind::Refused { reason: reason.name(), rule, untold });
+            self.tell(transport, false, key, FlowEventKind::Refused { reason, rule, untold });
         }
-        !reason.is_silent()
     }
 
     /// Pins `name` to `ip`: [`Pins::pin`].

@@ -5,7 +5,8 @@
 //!
 //! Flows of the world are told, and of published ports; what the stack answers itself (names, echo requests to the
 //! gateway) is none. A guest may be refused as often as it likes, so refusals are told at a bounded rate, with the number
-//! of those that were not; flows that were allowed are told all.
+//! of those that were not; flows that were allowed are told all, those included of which the host says at once that they
+//! cannot be. One that is allowed but beyond a limit of the stack's is refused: nothing of it leaves.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -61,7 +62,7 @@ pub struct FlowEvent<'a> {
 pub enum FlowEventKind<'a> {
     /// It is allowed, and begins. A TCP connection to the peer is not there yet.
     Opened,
-    /// It is refused.
+    /// It is refused, by a rule or for want of something.
     Refused {
         /// In a word.
         reason: &'static str,

@@ -119,11 +119,15 @@ impl Icmp {
             None => match self.open(sh, now, guest) {
                 Ok(id) => id,
                 Err(errno) => {
+                    let key = FlowKey { guest, remote: Endpoint::new(packet.dst, 0) };
                     if matches!(errno, Errno::EMFILE | Errno::ENFILE) {
-                        sh.stats.refused_by_limit.one();
-                    } else if !self.forbidden_logged {
-                        self.forbidden_logged = true;
-                        tracing::warn!(%errno, "the host forbids ping sockets (sysctl net.ipv4.ping_group_range): echo requests from inside are refused");
+                        sh.refused_by_limit(Transport::Ping, key);
+                    } else {
+                        sh.tell_refused(Transport::Ping, key, "not-permitted", None);
+                        if !self.forbidden_logged {
+                            self.forbidden_logged = true;
+                            tracing::warn!(%errno, "the host forbids ping sockets (sysctl net.ipv4.ping_group_range): echo requests from inside are refused");
+                        }
                     }
                     return udp::unreachable(sh, packet, Unreachable::Prohibited);
                 }

@@ -453,12 +453,21 @@ impl Tcp {
             self.evict_half_open(sh);
         }
         if self.flows.len() >= MAX_TCP_FLOWS {
-            sh.stats.refused_by_limit.one();
+            sh.refused_by_limit(Transport::Tcp, key);
             return self.refuse(sh, now, packet);
         }
         let (fd, connected) = match host::tcp_connect(&sh.budget, to, sh.budget.reserve()) {
             Ok(opened) => opened,
-            Err(errno) => return self.fail_syn(sh, now, packet, errno),
+            Err(errno) => {
+                if is_want(errno) {
+                    sh.refused_by_limit(Transport::Tcp, key);
+                } else {
+                    sh.tell(Transport::Tcp, false, key, FlowEventKind::Opened);
+                    let closed = Account::new(now).closed(now, failure_word(errno));
+                    sh.tell(Transport::Tcp, false, key, closed);
+                }
+                return self.fail_syn(sh, now, packet, errno);
+            }
         };
         let syn = held_syn(packet);
         let far = HostSide::new(fd, connected);
@@ -468,6 +477,7 @@ impl Tcp {
         *peeks = peek;
         if let Err(errno) = sh.watch(host.fd.as_fd(), Token::Tcp(id), WATCHED) {
             self.remove(sh, id, true);
+            sh.refused_by_limit(Transport::Tcp, key);
             return self.fail_syn(sh, now, packet, errno);
         }
         sh.stats.tcp_out.one();
@@ -704,9 +714,6 @@ impl Tcp {
     fn fail_syn(&mut self, sh: &mut Shared, now: Instant, packet: &Packet<'_>, errno: Errno) {
         tracing::debug!(%errno, to = %packet.dst, "TCP connection failed");
         let Some(what) = Unreachable::from_errno(errno) else {
-            if matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) {
-                sh.stats.refused_by_limit.one();
-            }
             // The guest's own timer has run out, too.
             if errno != Errno::ETIMEDOUT {
                 self.refuse(sh, now, packet);
@@ -1063,6 +1070,11 @@ impl Tcp {
 }
 
 /// Why a connection to the host's world did not come about, in a word.
+/// Whether the host lacks something, rather than the way to the peer.
+fn is_want(errno: Errno) -> bool {
+    matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM)
+}
+
 fn failure_word(errno: Errno) -> &'static str {
     match errno {
         Errno::ECONNREFUSED => "refused-by-peer",

@@ -349,7 +349,7 @@ impl Udp {
         };
         let id = match known {
             Some(id) => id,
-            None => self.open(sh, now, packet, key.guest)?,
+            None => self.open(sh, now, packet, key)?,
         };
         let flow = self.flows.get_mut(id)?;
         flow.used = now;
@@ -365,14 +365,9 @@ impl Udp {
         Some((id, real))
     }
 
-    /// Makes a flow for what the guest sends from `guest`.
-    fn open(
-        &mut self,
-        sh: &mut Shared,
-        now: Instant,
-        packet: &Packet<'_>,
-        guest: Endpoint,
-    ) -> Option<FlowId> {
+    /// Makes a flow for what the guest sends from one port.
+    fn open(&mut self, sh: &mut Shared, now: Instant, packet: &Packet<'_>, key: FlowKey) -> Option<FlowId> {
+        let guest = key.guest;
         let most = MAX_UDP_SOCKETS.min(sh.budget.limit / 4).max(8);
         if self.flows.len() >= most {
             self.evict(sh);
@@ -388,7 +383,7 @@ impl Udp {
             }
             Err(errno) => {
                 tracing::debug!(%errno, "no socket for a UDP flow");
-                sh.stats.refused_by_limit.one();
+                sh.refused_by_limit(Transport::Udp, key);
                 unreachable(sh, packet, Unreachable::Prohibited);
                 return None;
             }

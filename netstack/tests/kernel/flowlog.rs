@@ -10,6 +10,7 @@ use crate::tools::*;
 
 crate::tests! {
     every_flow_is_told,
+    flows_that_the_host_cannot_begin_are_told,
 }
 
 /// A line for each event: protocol, direction, remote, what, and how much both ways.
@@ -108,4 +109,44 @@ fn every_flow_is_told(world: &World) {
             format!("udp out {INTERNET_V4} closed stopped 3 none"),
         ]
     );
+}
+
+fn flows_that_the_host_cannot_begin_are_told(world: &World) {
+    // A host with no way to anywhere, and where nobody may ping.
+    let (log, lines) = flow_lines();
+    let next = || lines.recv_timeout(PATIENCE).unwrap();
+    let cut_off = StackSpec { flow_log: Some(log.clone()), ..spec() };
+    let guest = Net::new().run(move || {
+        sh("ip link set lo up");
+        Guest::with(&cut_off, &[])
+    });
+    guest.net.run(|| assert!(connect(at(INTERNET_V4, 80)).is_err()));
+    assert_eq!(next(), format!("tcp out {INTERNET_V4} opened"));
+    assert_eq!(next(), format!("tcp out {INTERNET_V4} closed unreachable none none"));
+    guest.net.run(|| {
+        let ping = std::process::Command::new("ping").args(["-c", "1", "-W", "5", INTERNET_V4]).output();
+        assert!(!ping.unwrap().status.success());
+    });
+    assert_eq!(next(), format!("icmp out {INTERNET_V4} refused not-permitted"));
+    guest.stack.stop();
+    // The loopback refuses before connect(2) is back.
+    let policy = PolicySpec { host_loopback: netstack::HostLoopback::All, ..PolicySpec::default() };
+    let guest = Guest::with(&StackSpec { flow_log: Some(log), policy, ..spec() }, &[]);
+    guest.net.run(|| assert!(connect(at(GATEWAY_V4, 1)).is_err()));
+    assert_eq!(next(), format!("tcp out {GATEWAY_V4} opened"));
+    assert_eq!(next(), format!("tcp out {GATEWAY_V4} closed refused-by-peer none none"));
+    guest.stack.stop();
+    // Without a descriptor for it.
+    let (log, lines) = flow_lines();
+    let port = serve(&world.internet, INTERNET_V4, |mut stream| drop(stream.read(&mut [0; 1])));
+    let guest = with_descriptors(64, || Guest::with(&StackSpec { flow_log: Some(log), ..spec() }, &[]));
+    let begun = guest.net.run(move || {
+        let streams: Vec<_> = std::iter::from_fn(|| connect(at(INTERNET_V4, port)).ok()).take(64).collect();
+        streams.len()
+    });
+    assert!((1..32).contains(&begun));
+    for _ in 0..begun {
+        assert_eq!(lines.recv_timeout(PATIENCE).unwrap(), format!("tcp out {INTERNET_V4} opened"));
+    }
+    assert_eq!(lines.recv_timeout(PATIENCE).unwrap(), format!("tcp out {INTERNET_V4} refused limit"));
 }
