@@ -8,7 +8,7 @@
 //! Sockets tell once that they have become readable (EPOLLET), or those that must rest would wake the thread without end:
 //! who leaves something unread says so ([`Shared::come_back`]).
 //!
-//! A panic ends the network with a message in the log, not the process: the thread owns everything it uses.
+//! A panic ends the network with a message in the log, not the process (`defect.rs`).
 
 use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -26,6 +26,7 @@ use smoltcp::wire::UdpPacket;
 
 use crate::config::{Error, MAX_SUPER_SEGMENT, REASSEMBLY, StackSpec};
 use crate::control::{self, Commands, Control};
+use crate::defect::{self, At};
 use crate::device::{self, ReadResult, Segmentation, Tap};
 use crate::dhcp;
 use crate::dns::pins::Pins;
@@ -172,9 +173,20 @@ pub(crate) struct Shared {
     /// What may still go from the guest to the world, and the other way.
     pub(crate) sent: Bucket,
     pub(crate) received: Bucket,
+    at: At,
+    /// What a test wants to fail.
+    #[cfg(test)]
+    pub(crate) trap: Option<fn(At) -> bool>,
 }
 
 impl Shared {
+    /// Notes what is done next.
+    pub(crate) fn begin(&mut self, at: At) {
+        self.at = at;
+        #[cfg(test)]
+        assert!(!self.trap.is_some_and(|trap| trap(at)), "part of the test");
+    }
+
     /// Watches a descriptor. It is forgotten when it is closed, as no other copy of it exists.
     pub(crate) fn watch(&self, fd: BorrowedFd<'_>, token: Token, flags: EpollFlags) -> nix::Result<()> {
         self.epoll.add(fd, EpollEvent::new(flags, token.pack()))
@@ -349,6 +361,9 @@ impl Engine {
             refusals: Refusals::new(now),
             sent: Bucket::new(spec.rates.sent, now),
             received: Bucket::new(spec.rates.received, now),
+            at: At::Housekeeping,
+            #[cfg(test)]
+            trap: None,
         };
         sh.watch(sh.tap.as_fd(), Token::Tap, EpollFlags::EPOLLIN)?;
         sh.watch(commands.as_fd(), Token::Command, EpollFlags::EPOLLIN)?;
@@ -373,6 +388,7 @@ impl Engine {
     /// Runs the commands that wait ([`crate::control`]).
     fn obey(&mut self, now: Instant) -> Turn {
         while let Some(command) = self.commands.next() {
+            self.sh.begin(At::Command);
             if command(self, now) == Turn::Ends {
                 return Turn::Ends;
             }
@@ -412,10 +428,10 @@ impl Engine {
     }
 
     /// Tells of the end of every flow that is still there.
-    fn tell_the_rest(&self) {
+    fn tell_the_rest(&self, reason: &'static str) {
         if self.sh.spec.flow_log.is_some() {
             self.each_flow(&mut |transport, inbound, key, account| {
-                self.sh.tell(transport, inbound, key, account.closed(self.sh.now, "stopped"));
+                self.sh.tell(transport, inbound, key, account.closed(self.sh.now, reason));
             });
         }
     }
@@ -497,6 +513,7 @@ impl Engine {
         };
         let now = clock();
         self.sh.now = now;
+        self.sh.begin(At::Housekeeping);
         self.sh.sent.fill(now);
         self.sh.received.fill(now);
         let mut frames = self.more_frames;
@@ -507,12 +524,17 @@ impl Engine {
                 break;
             }
             if let Some(token) = self.sh.unread.pop().and_then(Token::unpack) {
+                self.sh.begin(At::Event(token));
                 self.datagrams(now, token, EpollFlags::EPOLLIN | EpollFlags::EPOLLERR);
             }
         }
         for event in events.iter().take(count) {
             let flags = event.events();
-            match Token::unpack(event.data()) {
+            let token = Token::unpack(event.data());
+            if let Some(token) = token {
+                self.sh.begin(At::Event(token));
+            }
+            match token {
                 Some(Token::Tap) => {
                     if flags.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP) {
                         tracing::debug!("the TAP is gone");
@@ -542,6 +564,7 @@ impl Engine {
             return Turn::Ends;
         }
         self.fire_timers(now);
+        self.sh.begin(At::Housekeeping);
         self.tcp.resume(&self.sh);
         // A query may be answered at once, and the answer let its flow take the next query: thousands may wait.
         let mut queries_left = TURN_QUERIES;
@@ -646,6 +669,7 @@ impl Engine {
 
     /// A frame from the guest, its virtio header included.
     fn frame(&mut self, now: Instant, buffer: &[u8]) {
+        self.sh.begin(At::Frame);
         let Some(frame) = Tap::frame(buffer) else {
             self.sh.stats.dropped_malformed.one();
             return;
@@ -664,6 +688,7 @@ impl Engine {
     }
 
     fn packet(&mut self, now: Instant, packet: &Packet<'_>, mac: Option<[u8; 6]>) {
+        self.sh.begin(At::packet(packet));
         if packet.is_v6() && !self.sh.spec.ipv6 {
             self.sh.stats.dropped_source.one();
             return;
@@ -778,6 +803,7 @@ impl Engine {
 
     fn fire_timers(&mut self, now: Instant) {
         while let Some(key) = self.sh.timers.pop_due(now) {
+            self.sh.begin(At::Timer(key));
             match key {
                 TimerKey::Tcp(id) => self.tcp.timer(id),
                 TimerKey::Udp => self.udp.timer(&mut self.sh, now),
@@ -798,9 +824,65 @@ impl Engine {
     }
 }
 
+/// What a stack is for: turns until the end. A defect ends the network, and nothing else.
+pub(crate) fn live(mut engine: Engine, mut clock: impl FnMut() -> Instant) {
+    let turns = AssertUnwindSafe(|| {
+        while engine.turn(&mut clock, None) == Turn::Goes {}
+        engine.tell_the_rest("stopped");
+    });
+    let Err(panic) = catch_unwind(turns) else { return };
+    // Tables may contradict each other now. That is no reason not to say what happened.
+    let what = catch_unwind(AssertUnwindSafe(|| engine.name(engine.sh.at)));
+    tracing::error!(
+        at = what.unwrap_or_default(),
+        panic = defect::message(&*panic),
+        "the network stack failed (this is a defect): the sandbox has no network from here on"
+    );
+    let rest = AssertUnwindSafe(|| {
+        engine.tcp.reset_on_close();
+        engine.tell_the_rest("failed");
+    });
+    // The message above says it.
+    drop(catch_unwind(rest));
+}
+
+impl Engine {
+    /// What the stack was at, for the log.
+    fn name(&self, at: At) -> String {
+        let tcp = |id| match self.tcp.key(id) {
+            Some(FlowKey { guest, remote }) => {
+                format!("TCP connection between {} and {}", SocketAddr::from(guest), SocketAddr::from(remote))
+            }
+            None => "TCP connection that is gone".into(),
+        };
+        let from = |name: &str, guest: Option<Endpoint>| match guest {
+            Some(guest) => format!("{name} of {}", SocketAddr::from(guest)),
+            None => format!("{name} that are gone"),
+        };
+        match at {
+            At::Housekeeping => "no flow in particular".into(),
+            At::Command => "a command".into(),
+            At::Frame => "a frame from inside".into(),
+            At::Packet(packet) => packet.to_string(),
+            At::Flow(id) | At::Event(Token::Tcp(id)) | At::Timer(TimerKey::Tcp(id)) => tcp(id),
+            At::Event(Token::Udp(id)) => from("datagrams", self.udp.guest(id)),
+            At::Event(Token::Ping(id)) => from("echo requests", self.icmp.guest(id)),
+            At::Event(Token::Dns(_)) | At::Timer(TimerKey::Dns(_)) => "a question to a resolver".into(),
+            At::Event(Token::TcpListener(_) | Token::UdpListener(_)) => "a published port".into(),
+            At::Event(Token::Tap | Token::Command) => "an event".into(),
+            At::Timer(_) => "a timer of no flow in particular".into(),
+        }
+    }
+}
+
 /// What only tests look at.
 #[cfg(test)]
 impl Engine {
+    /// Has the engine fail when it begins what `trap` says.
+    pub(crate) fn set_trap(&mut self, trap: fn(At) -> bool) {
+        self.sh.trap = Some(trap);
+    }
+
     pub(crate) fn stats(&self) -> Stats {
         self.sh.stats.snapshot()
     }
@@ -869,15 +951,6 @@ pub struct Stack {
     ended: PipeReader,
 }
 
-/// Runs the stack so that a defect of it ends the network and nothing else. What `run` borrows is not used again.
-fn contain(run: impl FnOnce()) {
-    if catch_unwind(AssertUnwindSafe(run)).is_err() {
-        tracing::error!(
-            "the network stack failed (this is a defect): the sandbox has no network from here on"
-        );
-    }
-}
-
 /// The monotonic clock, with an arbitrary beginning.
 ///
 /// It stands still while the host is suspended, as do the clocks that the guest's kernel and epoll count by. That is
@@ -916,7 +989,7 @@ impl Stack {
             .unwrap_or(Segmentation::None);
         nonblocking(tap.as_fd()).map_err(failed("non-blocking TAP"))?;
         let mut clock = clock();
-        let (mut engine, control) =
+        let (engine, control) =
             Engine::new(tap, spec, published, segmentation, clock()).map_err(failed("event loop"))?;
         let (ended, alive) =
             std::io::pipe().map_err(|source| Error::Start { what: "pipe of its end", source })?;
@@ -924,10 +997,7 @@ impl Stack {
             let _alive = alive;
             // Signals are the business of the process's main thread.
             let _ = nix::sys::signal::SigSet::all().thread_block();
-            contain(|| {
-                while engine.turn(&mut clock, None) == Turn::Goes {}
-                engine.tell_the_rest();
-            });
+            live(engine, clock);
         };
         let thread = std::thread::Builder::new()
             .name("netstack".into())
@@ -1002,20 +1072,6 @@ fn nonblocking(fd: BorrowedFd<'_>) -> nix::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_panic_of_the_stack_stays_in_it_and_is_told() {
-        use std::io::Read;
-        let (mut log, writer) = std::io::pipe().expect("pipe");
-        let thread = std::thread::spawn(move || {
-            let subscriber = tracing_subscriber::fmt().with_writer(std::sync::Mutex::new(writer)).finish();
-            tracing::subscriber::with_default(subscriber, || contain(|| panic!("part of the test")));
-        });
-        assert!(thread.join().is_ok());
-        let mut told = String::new();
-        log.read_to_string(&mut told).expect("log");
-        assert!(told.contains("ERROR") && told.contains("no network from here on"), "{told}");
-    }
 
     #[test]
     fn tokens_survive_packing() {

@@ -220,6 +220,11 @@ impl Icmp {
         }
     }
 
+    /// Where the flow `id` is from.
+    pub(crate) fn guest(&self, id: FlowId) -> Option<Endpoint> {
+        self.pings.get(id).map(|flow| flow.guest)
+    }
+
     /// Everything that is there.
     pub(crate) fn each_flow(&self, each: &mut EachFlow<'_>) {
         for (_, ping) in self.pings.iter() {

@@ -61,6 +61,7 @@
 
 mod config;
 mod control;
+mod defect;
 mod device;
 mod dhcp;
 mod dns;

@@ -25,6 +25,7 @@ use crate::ingress::{self, Inbound, Packet};
 use crate::policy::{HostLoopback, PolicySpec};
 use crate::sys::VNET_HEADER_LEN;
 
+mod defects;
 mod dns;
 mod hostile;
 mod lossy;

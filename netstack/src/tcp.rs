@@ -40,6 +40,7 @@ use crate::config::{
     DNS_TCP_IDLE, GUEST_SILENCE, INBOUND_CONNECT, LARGEST_RING, MAX_DNS_CONNECTIONS, MAX_DNS_PIPELINE,
     MAX_HALF_OPEN, MAX_TCP_FLOWS, RING_POOL, RINGS,
 };
+use crate::defect::At;
 use crate::device::FlowDevice;
 use crate::emit::{self, IcmpError, Unreachable};
 use crate::engine::{Shared, Token};
@@ -585,6 +586,20 @@ impl Tcp {
         }
     }
 
+    /// What the flow `id` is called.
+    pub(crate) fn key(&self, id: FlowId) -> Option<FlowKey> {
+        self.flows.get(id).map(|flow| flow.key)
+    }
+
+    /// Has the end of every host socket be a reset.
+    pub(crate) fn reset_on_close(&self) {
+        for (_, flow) in self.flows.iter() {
+            if let Far::Host(host) = &flow.far {
+                host::reset_on_close(host.fd.as_fd());
+            }
+        }
+    }
+
     /// Everything that is there.
     pub(crate) fn each_flow(&self, each: &mut EachFlow<'_>) {
         for (_, flow) in self.flows.iter().filter(|(_, flow)| flow.told) {
@@ -841,6 +856,7 @@ impl Tcp {
         {
             if let Some(flow) = self.flows.get_mut(id) {
                 flow.dirty = false;
+                sh.begin(At::Flow(id));
                 self.service(sh, now, id);
             }
         }

@@ -444,6 +444,11 @@ impl Udp {
         }
     }
 
+    /// Where the flow `id` is from.
+    pub(crate) fn guest(&self, id: FlowId) -> Option<Endpoint> {
+        self.flows.get(id).map(|flow| flow.guest)
+    }
+
     /// Everything that is there.
     pub(crate) fn each_flow(&self, each: &mut EachFlow<'_>) {
         for (_, flow) in self.flows.iter() {
