@@ -116,7 +116,9 @@ impl Control {
     }
 
     /// Replaces what the guest may reach, all of it at once. Flows of the guest's that are not allowed any more end: TCP
-    /// connections with a reset on both sides. Those of published ports stay.
+    /// connections with a reset on both sides. Those of published ports stay. A flow keeps the name by which it was
+    /// allowed, and what its TLS ClientHello asked for. Where rules begin to be about names, ClientHellos are looked for
+    /// in connections on which the guest has not sent anything yet.
     ///
     /// # Errors
     ///

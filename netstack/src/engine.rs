@@ -42,7 +42,7 @@ use crate::ingress::{self, Drop as Dropped, ICMP, ICMPV6, Inbound, Packet, TCP, 
 use crate::ndp;
 use crate::netlink::Routes;
 use crate::policy::hello::Hello;
-use crate::policy::{self, DNS_PORT, PolicySpec, Reason, RouteKind, Rules, Transport, Verdict};
+use crate::policy::{self, DNS_PORT, KnownAs, PolicySpec, Reason, RouteKind, Rules, Transport, Verdict};
 use crate::rate::{Bucket, Rates};
 use crate::stats::{Counters, Stats};
 use crate::suspend::Suspension;
@@ -199,22 +199,40 @@ impl Shared {
 
     /// What is to be done with a flow of the guest's to `remote`.
     pub(crate) fn decide(&mut self, transport: Transport, remote: Endpoint) -> Verdict {
+        self.decide_again(transport, remote, None)
+    }
+
+    /// The same for one that exists, and was allowed by `name`, if it was by one: names are forgotten, flows go on.
+    pub(crate) fn decide_again(
+        &mut self,
+        transport: Transport,
+        remote: Endpoint,
+        name: Option<&Arc<str>>,
+    ) -> Verdict {
         // The gateway is known without asking. Behind a translator the host may meet itself.
         let route = if self.spec.is_ours(remote.ip) {
             RouteKind::Unknown
         } else {
-            let embedded = policy::embedded_v4(remote.ip).map(|ip| self.routes.kind_of(ip.into()));
-            match embedded {
-                None | Some(RouteKind::Remote) => self.routes.kind_of(remote.ip),
-                Some(kind) => kind,
-            }
+            let mut embedded = policy::embedded_v4(remote.ip).map(|ip| self.routes.kind_of(ip.into()));
+            embedded.find(|kind| *kind != RouteKind::Remote).unwrap_or_else(|| self.routes.kind_of(remote.ip))
         };
-        let mut names: Vec<&str> = Vec::new();
+        let mut names: Vec<KnownAs<'_>> = Vec::new();
         if self.rules.want_names() {
             self.notice_suspension(self.now);
-            names.extend(self.pins.names(self.now, remote.ip));
+            let pinned = self.pins.known(self.now, remote.ip);
+            names.extend(pinned.map(|(name, by_spec)| KnownAs { name, by_spec }));
+            names.extend(name.map(|name| KnownAs { name, by_spec: false }));
         }
         policy::decide(&self.rules, transport, remote.into(), route, &names)
+    }
+
+    /// The name by which a flow to `ip` is allowed now, if any is.
+    pub(crate) fn name_for(&self, ip: IpAddr) -> Option<Arc<str>> {
+        if !self.rules.want_names() {
+            return None;
+        }
+        let mut names = self.pins.known(self.now, ip).map(|(name, _)| name);
+        names.find(|name| self.rules.allows_name(name)).map(Arc::clone)
     }
 
     /// Whether a TCP flow to `remote` that was let begin may go on, by its first bytes.
@@ -760,7 +778,6 @@ impl Engine {
                 if packet.is_v6() {
                     ndp::neighbour(&mut self.sh, now, packet, None);
                 }
-                self.sh.sent.take(packet.payload().len());
                 self.icmp.ingress(&mut self.sh, now, packet);
             }
             // Protocols that a host socket cannot carry.
@@ -797,7 +814,6 @@ impl Engine {
             let error = emit::IcmpError::time_exceeded(packet.is_v6());
             return emit::icmp_error(&mut self.sh.tap, from, packet.src, error, packet.bytes);
         }
-        self.sh.sent.take(packet.payload().len().saturating_sub(8));
         self.udp.ingress(&mut self.sh, now, packet, &self.forward);
     }
 

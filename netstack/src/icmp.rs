@@ -11,6 +11,7 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
@@ -46,6 +47,8 @@ struct Ping {
 #[derive(Debug)]
 struct Destination {
     ip: IpAddr,
+    /// See [`Shared::name_for`].
+    name: Option<Arc<str>>,
     account: Account,
 }
 
@@ -83,7 +86,11 @@ impl Icmp {
         if *kind != request {
             return;
         }
-        match sh.decide(Transport::Ping, Endpoint::new(packet.dst, 0)) {
+        let guest = Endpoint::new(packet.src, u16::from_be_bytes([*id_high, *id_low]));
+        let known = self.by_guest.get(&guest).and_then(|id| self.pings.get(*id));
+        let known = known.and_then(|ping| ping.destinations.iter().find(|known| known.ip == packet.dst));
+        let name = known.and_then(|known| known.name.as_ref());
+        match sh.decide_again(Transport::Ping, Endpoint::new(packet.dst, 0), name) {
             Verdict::Gateway => {
                 if !sh.tap.is_congested() {
                     let mut answer = message.to_vec();
@@ -92,17 +99,12 @@ impl Icmp {
                 }
             }
             Verdict::Refuse(reason) => {
-                let id = u16::from_be_bytes([*id_high, *id_low]);
-                let key =
-                    FlowKey { guest: Endpoint::new(packet.src, id), remote: Endpoint::new(packet.dst, 0) };
+                let key = FlowKey { guest, remote: Endpoint::new(packet.dst, 0) };
                 if sh.refused(Transport::Ping, key, reason) {
                     udp::unreachable(sh, packet, Unreachable::Prohibited);
                 }
             }
-            Verdict::Allow(to) | Verdict::Peek(to) => {
-                let guest = Endpoint::new(packet.src, u16::from_be_bytes([*id_high, *id_low]));
-                self.request(sh, now, packet, guest, to);
-            }
+            Verdict::Allow(to) | Verdict::Peek(to) => self.request(sh, now, packet, guest, to),
         }
     }
 
@@ -143,7 +145,8 @@ impl Icmp {
                     ping.tell_closed(sh, &oldest, "evicted");
                 }
                 sh.tell(Transport::Ping, false, ping.key(to.ip()), FlowEventKind::Opened);
-                ping.destinations.push(Destination { ip: to.ip(), account: Account::new(now) });
+                let name = sh.name_for(to.ip());
+                ping.destinations.push(Destination { ip: to.ip(), name, account: Account::new(now) });
                 ping.destinations.len() - 1
             }
         };
@@ -158,6 +161,7 @@ impl Icmp {
             }
             hops => (hops < 64).then_some(hops - 1),
         };
+        sh.sent.take(packet.payload().len());
         let to = SocketAddr::new(to.ip(), 0);
         let how = Sending { hops, from: None };
         let mut sent = udp::send_to(&ping.fd, packet.payload(), packet.payload().len(), to, how);
@@ -211,9 +215,13 @@ impl Icmp {
         let ids: Vec<FlowId> = self.pings.iter().map(|(id, _)| id).collect();
         for id in ids {
             let Some(ping) = self.pings.get_mut(id) else { continue };
-            for destination in std::mem::take(&mut ping.destinations) {
-                match sh.decide(Transport::Ping, Endpoint::new(destination.ip, 0)) {
-                    Verdict::Allow(_) | Verdict::Peek(_) => ping.destinations.push(destination),
+            for mut destination in std::mem::take(&mut ping.destinations) {
+                let to = Endpoint::new(destination.ip, 0);
+                match sh.decide_again(Transport::Ping, to, destination.name.as_ref()) {
+                    Verdict::Allow(_) | Verdict::Peek(_) => {
+                        destination.name = sh.name_for(to.ip).or(destination.name);
+                        ping.destinations.push(destination);
+                    }
                     _ => ping.tell_closed(sh, &destination, "policy"),
                 }
             }

@@ -16,7 +16,8 @@
 //! 3. A `deny` rule that matches refuses. Rules about an IPv4 address count for its NAT64 and 6to4 forms, too. So does
 //!    `deny_names` for a name by which the guest knows the address.
 //! 4. If there are `allow` rules or `allow_names`, one of them has to match. If there are none, everything else is allowed
-//!    that the caller can reach.
+//!    that the caller can reach. A name opens private addresses only if the spec says that they are its: whoever runs a
+//!    zone may write there what lies in the caller's own network.
 //!
 //! Names are known in two ways: what our name server answered ([`Pins`](crate::dns::pins::Pins)), and what a TLS
 //! ClientHello asks for ([`hello`]). One address has many names, so where rules are about names the first bytes of a TCP
@@ -44,7 +45,8 @@ pub struct PolicySpec {
     /// Refused, whatever is allowed.
     pub deny: Vec<Rule>,
     /// Allowed as by `allow`: addresses that the name server gave the guest for such a name. A TLS connection that is
-    /// allowed only thereby must ask for such a name, too, if it asks for any.
+    /// allowed only thereby must ask for such a name, too, if it asks for any. Private addresses (RFC 1918, RFC 6598, RFC
+    /// 4193) need a rule in `allow` besides, or a name in [`DnsSpec::hosts`](crate::DnsSpec::hosts).
     pub allow_names: Vec<NamePattern>,
     /// Refused as by `deny`: addresses that the name server gave the guest for such a name, and TLS connections that ask
     /// for one. This keeps honest programs away; one that knows an address, and hides the name, is not stopped.
@@ -157,7 +159,7 @@ impl Rules {
         self.policy.deny_names.iter().position(|pattern| pattern.matches(name))
     }
 
-    fn allows_name(&self, name: &str) -> bool {
+    pub(crate) fn allows_name(&self, name: &str) -> bool {
         self.policy.allow_names.iter().any(|pattern| pattern.matches(name))
     }
 
@@ -211,6 +213,8 @@ pub(crate) enum Reason {
     DeniedName(usize),
     /// By none of the `allow` rules, and no name that is allowed.
     NotAllowed,
+    /// A name that is allowed leads to it, but it is an address of private networks.
+    PrivateAddress,
     /// The TLS ClientHello cannot be understood.
     BrokenHello,
 }
@@ -238,6 +242,7 @@ impl Reason {
             Self::DeniedName(_) => "deny-name",
             Self::BrokenHello => "broken-hello",
             Self::NotAllowed => "not-allowed",
+            Self::PrivateAddress => "private-address",
         }
     }
 }
@@ -245,14 +250,22 @@ impl Reason {
 /// The DNS port, which is the forwarder's at the gateway's addresses.
 pub(crate) const DNS_PORT: u16 = 53;
 
-/// Decides about a flow of the guest to `destination`, about which (and about the IPv4 address in it) the host's routing
+/// A name by which the guest knows an address.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct KnownAs<'a> {
+    pub(crate) name: &'a str,
+    /// The spec says so, and not just whoever runs the name's zone.
+    pub(crate) by_spec: bool,
+}
+
+/// Decides about a flow of the guest to `destination`, about which (and about the IPv4 addresses in it) the host's routing
 /// table says `route`. The guest knows it by `names`, which are empty if the rules do not want them.
 pub(crate) fn decide(
     rules: &Rules,
     transport: Transport,
     destination: SocketAddr,
     route: RouteKind,
-    names: &[&str],
+    names: &[KnownAs<'_>],
 ) -> Verdict {
     let (ip, port) = (destination.ip(), destination.port());
     if rules.is_resolver(ip) && (port == DNS_PORT || transport == Transport::Ping) {
@@ -291,17 +304,25 @@ pub(crate) fn decide(
         RouteKind::Unknown => return Verdict::Refuse(Reason::Unknown),
     }
     let denied = |to| rules.deny.find(transport, to);
-    let embedded = embedded_v4(ip).map(|v4| SocketAddr::new(v4.into(), port));
-    if let Some(rule) = denied(destination).or_else(|| embedded.and_then(denied)) {
+    let mut embedded = embedded_v4(ip).map(|v4| SocketAddr::new(v4.into(), port));
+    if let Some(rule) = denied(destination).or_else(|| embedded.find_map(denied)) {
         return Verdict::Refuse(Reason::Denied(rule));
     }
-    if let Some(name) = names.iter().find_map(|name| rules.denied_name(name)) {
+    if let Some(name) = names.iter().find_map(|known| rules.denied_name(known.name)) {
         return Verdict::Refuse(Reason::DeniedName(name));
     }
     let peek = match rules.basis(transport, destination) {
         Basis::Rules => !rules.policy.deny_names.is_empty(),
-        Basis::Names if names.iter().any(|name| rules.allows_name(name)) => true,
-        Basis::Names => return Verdict::Refuse(Reason::NotAllowed),
+        Basis::Names => {
+            let mut allowed = names.iter().filter(|known| rules.allows_name(known.name)).peekable();
+            if allowed.peek().is_none() {
+                return Verdict::Refuse(Reason::NotAllowed);
+            }
+            if is_private(ip) && !allowed.any(|known| known.by_spec) {
+                return Verdict::Refuse(Reason::PrivateAddress);
+            }
+            true
+        }
     };
     if peek && transport == Transport::Tcp { Verdict::Peek(destination) } else { Verdict::Allow(destination) }
 }
@@ -430,12 +451,38 @@ fn refused_v4(ip: Ipv4Addr) -> Option<Reason> {
     }
 }
 
-/// The IPv4 address that a translator or tunnel makes of an IPv6 one: NAT64 (RFC 6052) and 6to4 (RFC 3056).
-pub(crate) fn embedded_v4(ip: IpAddr) -> Option<Ipv4Addr> {
-    let IpAddr::V6(ip) = ip else { return None };
-    match ip.segments() {
-        [0x64, 0xff9b, 0, 0, 0, 0, high, low] | [0x2002, high, low, ..] => Some(v4_of(high, low)),
-        _ => None,
+/// The IPv4 addresses that translators and tunnels may make of an IPv6 one: NAT64 (RFC 6052), also by prefixes for local
+/// use (RFC 8215), stateless translation (RFC 2765), and 6to4 (RFC 3056).
+pub(crate) fn embedded_v4(ip: IpAddr) -> impl Iterator<Item = Ipv4Addr> {
+    let found = match ip {
+        IpAddr::V4(_) => [None; 4],
+        IpAddr::V6(ip) => match ip.segments() {
+            [0x64, 0xff9b, 0, 0, 0, 0, high, low]
+            | [0x2002, high, low, ..]
+            | [0, 0, 0, 0, 0xffff, 0, high, low] => [Some(v4_of(high, low)), None, None, None],
+            [0x64, 0xff9b, 1, ..] => local_use_v4(ip),
+            _ => [None; 4],
+        },
+    };
+    found.into_iter().flatten()
+}
+
+/// What may be embedded behind 64:ff9b:1::/48. Only its network knows how long the prefix is that it uses of it, and with
+/// that where the address is (RFC 6052 section 2.2). What would be no host's address is the rest of a longer prefix, or
+/// what is behind the address.
+fn local_use_v4(ip: Ipv6Addr) -> [Option<Ipv4Addr>; 4] {
+    let [_, _, _, _, _, _, a, b, _, c, d, e, f, g, h, i] = ip.octets();
+    // Prefixes of 48, 56, 64 and 96 bits. The octet that they leave out is always zero.
+    let all = [[a, b, c, d], [b, c, d, e], [c, d, e, f], [f, g, h, i]];
+    all.map(|octets| (1..224).contains(&octets[0]).then(|| octets.into()))
+}
+
+/// Addresses of private networks, whose owner is whoever is there: RFC 1918, RFC 6598, RFC 4193.
+fn is_private(ip: IpAddr) -> bool {
+    let is_private_v4 = |ip: Ipv4Addr| ip.is_private() || matches!(ip.octets(), [100, 64..=127, ..]);
+    match ip {
+        IpAddr::V4(ip) => is_private_v4(ip),
+        IpAddr::V6(v6) => v6.is_unique_local() || embedded_v4(ip).any(is_private_v4),
     }
 }
 
@@ -456,7 +503,7 @@ fn refused_v6(ip: Ipv6Addr) -> Option<Reason> {
         [0xfe80..=0xfeff, ..] => Some(Reason::LinkLocal),
         _ if is_metadata_v6(ip) => Some(Reason::Metadata),
         // Translated addresses are fine, unless what they lead to is not.
-        _ => embedded_v4(ip.into()).and_then(refused_v4),
+        _ => embedded_v4(ip.into()).find_map(refused_v4),
     }
 }
 

@@ -29,6 +29,7 @@ mod defects;
 mod dns;
 mod hostile;
 mod lossy;
+mod names;
 mod rates;
 mod runs;
 mod tcp;

@@ -26,6 +26,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
@@ -155,6 +156,10 @@ struct Flow {
     other_way: Option<FlowKey>,
     /// Its first bytes are to be looked at before they go on.
     peek: bool,
+    /// What they were, if they were looked at.
+    hello: Option<Hello>,
+    /// See [`Shared::name_for`].
+    name: Option<Arc<str>>,
     /// It came from outside.
     inbound: bool,
     account: Account,
@@ -474,8 +479,11 @@ impl Tcp {
         let far = HostSide::new(fd, connected);
         self.half_open += 1;
         let id = self.insert(sh, now, key, Phase::Connecting { syn }, Far::Host(far));
-        let Some(Flow { far: Far::Host(host), peek: peeks, .. }) = self.flows.get_mut(id) else { return };
+        let Some(Flow { far: Far::Host(host), peek: peeks, name, .. }) = self.flows.get_mut(id) else {
+            return;
+        };
         *peeks = peek;
+        *name = sh.name_for(key.remote.ip);
         if let Err(errno) = sh.watch(host.fd.as_fd(), Token::Tcp(id), WATCHED) {
             self.remove(sh, id, true);
             sh.refused_by_limit(Transport::Tcp, key);
@@ -567,7 +575,23 @@ impl Tcp {
             self.flows.iter().filter(|(_, flow)| outbound(flow)).map(|(id, _)| id).collect();
         for id in ids {
             let Some(flow) = self.flows.get_mut(id) else { continue };
-            let Verdict::Refuse(reason) = sh.decide(Transport::Tcp, flow.key.remote) else { continue };
+            let remote = flow.key.remote;
+            let verdict = sh.decide_again(Transport::Tcp, remote, flow.name.as_ref());
+            let refused = match (verdict, &flow.hello) {
+                (Verdict::Refuse(reason), _) => Some(reason),
+                (Verdict::Peek(_), Some(hello)) => sh.decide_hello(remote, hello).err(),
+                _ => None,
+            };
+            let Some(reason) = refused else {
+                flow.name = sh.name_for(remote.ip).or(flow.name.take());
+                // Only what has not gone yet can be looked at.
+                let untouched = flow.account.sent.bytes == 0;
+                let peek = matches!(verdict, Verdict::Peek(_)) && flow.hello.is_none() && untouched;
+                if std::mem::replace(&mut flow.peek, peek) && !peek {
+                    self.mark(id);
+                }
+                continue;
+            };
             flow.why = Some("policy");
             let tell = sh.refused(Transport::Tcp, flow.key, reason);
             match &mut flow.phase {
@@ -662,6 +686,8 @@ impl Tcp {
             inbound_until: None,
             other_way: None,
             peek: false,
+            hello: None,
+            name: None,
             inbound: false,
             account: Account::new(now),
             told: false,
@@ -883,7 +909,9 @@ impl Tcp {
             && let Some(hello) = first_bytes(socket, flow.guest_fin.is_some())
         {
             flow.peek = false;
-            if let Err(reason) = sh.decide_hello(flow.key.remote, &hello) {
+            let decided = sh.decide_hello(flow.key.remote, &hello);
+            flow.hello = Some(hello);
+            if let Err(reason) = decided {
                 flow.why = Some("policy");
                 sh.refused(Transport::Tcp, flow.key, reason);
                 let mut device = FlowDevice { tap: &mut sh.tap, rx: None, mss: flow.mss };

@@ -29,6 +29,7 @@ use std::hash::{BuildHasher as _, RandomState};
 use std::io::{IoSlice, IoSliceMut};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
@@ -72,6 +73,8 @@ struct Peer {
     used: Instant,
     /// When the policy was asked last.
     asked: Instant,
+    /// See [`Shared::name_for`].
+    name: Option<Arc<str>>,
     account: Account,
 }
 
@@ -208,6 +211,7 @@ impl Udp {
         let size = packet.datagram_size.unwrap_or(usize::MAX);
         if let Some(inbound) = self.inbound.get_mut(&key) {
             inbound.used = now;
+            sh.sent.take(payload.len());
             parts(payload, size).for_each(|part| inbound.account.sent.add(part.len()));
             let Arrival { port, real, local, ways } = inbound.arrival;
             let server = self.servers.entry(inbound.arrival.lane()).or_default();
@@ -222,6 +226,7 @@ impl Udp {
             return;
         }
         let Some((id, real)) = self.route(sh, now, packet, key) else { return };
+        sh.sent.take(payload.len());
         if let Some(peer) = self.flows.get_mut(id).and_then(|flow| flow.peers.first_mut()) {
             parts(payload, size).for_each(|part| peer.account.sent.add(part.len()));
         }
@@ -319,7 +324,7 @@ impl Udp {
             let peer = flow.peers.first_mut()?;
             if now >= peer.asked + VERDICT_AGE {
                 // The host may have got this address since.
-                match sh.decide(Transport::Udp, key.remote) {
+                match sh.decide_again(Transport::Udp, key.remote, peer.name.as_ref()) {
                     Verdict::Allow(real) | Verdict::Peek(real) => (peer.real, peer.asked) = (real, now),
                     Verdict::Gateway => return None,
                     Verdict::Refuse(reason) => {
@@ -360,7 +365,8 @@ impl Udp {
             flow.tell_closed(sh, &oldest, "evicted");
         }
         let account = Account::new(now);
-        flow.peers.insert(0, Peer { seen: key.remote, real, used: now, asked: now, account });
+        let name = sh.name_for(key.remote.ip);
+        flow.peers.insert(0, Peer { seen: key.remote, real, used: now, asked: now, name, account });
         sh.tell(Transport::Udp, false, key, FlowEventKind::Opened);
         Some((id, real))
     }
@@ -433,9 +439,10 @@ impl Udp {
         for id in ids {
             let Some(flow) = self.flows.get_mut(id) else { continue };
             for mut peer in std::mem::take(&mut flow.peers) {
-                match sh.decide(Transport::Udp, peer.seen) {
+                match sh.decide_again(Transport::Udp, peer.seen, peer.name.as_ref()) {
                     Verdict::Allow(real) | Verdict::Peek(real) => {
                         (peer.real, peer.asked) = (real, sh.now);
+                        peer.name = sh.name_for(peer.seen.ip).or(peer.name);
                         flow.peers.push(peer);
                     }
                     _ => flow.tell_closed(sh, &peer, "policy"),

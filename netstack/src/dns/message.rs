@@ -30,6 +30,8 @@ pub(crate) const TYPE_SOA: u16 = 6;
 const TYPE_PTR: u16 = 12;
 pub(crate) const TYPE_AAAA: u16 = 28;
 pub(crate) const TYPE_OPT: u16 = 41;
+pub(crate) const TYPE_SVCB: u16 = 64;
+pub(crate) const TYPE_HTTPS: u16 = 65;
 pub(crate) const TYPE_ANY: u16 = 255;
 pub(crate) const CLASS_IN: u16 = 1;
 
@@ -108,6 +110,19 @@ impl Question {
 
     pub(crate) fn recursion_desired(&self) -> bool {
         self.wishes() & RECURSION_DESIRED != 0
+    }
+
+    /// The name of the host that it is about: that of a service without what stands for the service (RFC 9460 section 2.3).
+    pub(crate) fn host_name(&self) -> &[u8] {
+        let mut name = self.name();
+        if matches!(self.kind, TYPE_SVCB | TYPE_HTTPS) {
+            while let [len, b'_', ..] = name
+                && let Some(rest) = name.get(1 + usize::from(*len)..)
+            {
+                name = rest;
+            }
+        }
+        name
     }
 
     pub(crate) fn checking_disabled(&self) -> bool {

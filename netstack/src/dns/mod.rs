@@ -515,7 +515,7 @@ impl Dns {
         // Anybody can have forged what was not checked.
         let checked = pending.manner.checked || !question.checking_disabled();
         if question.class == CLASS_IN && checked && !ips.is_empty() {
-            let name: Arc<str> = message::text(question.name()).into();
+            let name: Arc<str> = message::text(question.host_name()).into();
             let ttl = Duration::from_secs(ttl.into());
             for ip in ips {
                 lost |= sh.pin(now, &name, ip, Some(ttl));

@@ -1,10 +1,10 @@
 //! Which names our own DNS has resolved to which addresses: what a rule by name needs to know, since a packet has only
 //! an address. Pure data.
 //!
-//! A pin is made for the name that the guest asked for, not for the names that lead from it to the address: whoever
-//! controls a zone can write an alias to any name. It holds as long as the answer that it came with may be kept (its
-//! time to live), and [`PIN_GRACE`] longer, because programs connect some time after they have asked. The names of the
-//! spec are pinned for ever.
+//! A pin is made for the name that the guest asked for (or for whose services it asked), not for the names that lead from
+//! it to the address: whoever controls a zone can write an alias to any name. It holds as long as the answer that it came
+//! with may be kept (its time to live), and [`PIN_GRACE`] longer, because programs connect some time after they have
+//! asked. The names of the spec are pinned for ever.
 //!
 //! Bounded twice: [`MAX_PINS`] in all, of which those that end first give way, and [`MAX_PIN_NAMES`] for one address,
 //! since whoever runs a zone can lead any number of names to an address.
@@ -43,8 +43,13 @@ pub(crate) struct Pins {
 impl Pins {
     /// The names that lead to `ip`: what the guest may have meant by it.
     pub(crate) fn names(&self, now: Instant, ip: IpAddr) -> impl Iterator<Item = &str> {
+        self.known(now, ip).map(|(name, _)| &**name)
+    }
+
+    /// The same, each with whether it is the spec's.
+    pub(crate) fn known(&self, now: Instant, ip: IpAddr) -> impl Iterator<Item = (&Arc<str>, bool)> {
         let pins = self.by_ip.get(&ip).map(Vec::as_slice).unwrap_or_default();
-        pins.iter().filter(move |pin| pin.holds(now)).map(|pin| &*pin.name)
+        pins.iter().filter(move |pin| pin.holds(now)).map(|pin| (&pin.name, pin.until.is_none()))
     }
 
     /// Pins `name` to `ip` for `ttl`, or for ever; whether other pins that hold had to give way.

@@ -9,6 +9,8 @@
 use std::net::IpAddr;
 
 use hickory_proto::op::Message;
+use hickory_proto::rr::rdata::svcb::SvcParamValue;
+use hickory_proto::rr::rdata::{HTTPS, SVCB};
 use hickory_proto::rr::{Name, RData};
 
 use super::message::{
@@ -243,21 +245,32 @@ fn addresses(message: &Message) -> Vec<IpAddr> {
         let Some(target) = alias else { break };
         name = target;
     }
-    let of_name = message.answers.iter().filter(|record| record.name == *name);
-    of_name
-        .filter_map(|record| match &record.data {
-            RData::A(ip) => Some(ip.0.into()),
-            RData::AAAA(ip) => Some(ip.0.into()),
-            _ => None,
-        })
-        .collect()
+    let mut ips = Vec::new();
+    for record in message.answers.iter().filter(|record| record.name == *name) {
+        match &record.data {
+            RData::A(ip) => ips.push(ip.0.into()),
+            RData::AAAA(ip) => ips.push(ip.0.into()),
+            RData::SVCB(service) | RData::HTTPS(HTTPS(service)) => ips.extend(hints(service)),
+            _ => {}
+        }
+    }
+    ips
+}
+
+/// The addresses at which a service is said to be (RFC 9460 section 7.3): programs use them before they have asked.
+fn hints(service: &SVCB) -> impl Iterator<Item = IpAddr> {
+    service.svc_params.iter().flat_map(|(_, value)| match value {
+        SvcParamValue::Ipv4Hint(hint) => hint.0.iter().map(|ip| ip.0.into()).collect(),
+        SvcParamValue::Ipv6Hint(hint) => hint.0.iter().map(|ip| ip.0.into()).collect(),
+        _ => Vec::new(),
+    })
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
     use crate::dns::message::tests::query;
-    use crate::dns::message::{TYPE_A, TYPE_AAAA, parse_query, wire};
+    use crate::dns::message::{TYPE_A, TYPE_AAAA, TYPE_HTTPS, TYPE_SVCB, parse_query, wire};
     use crate::ingress::tests::Seeded;
 
     const MANNER: Manner = Manner { tcp: false, edns: true, random_case: true, checked: false };
@@ -456,6 +469,23 @@ pub(crate) mod tests {
         ];
         let ips = answer(&ask, &response(&ask, 0, &records)).ips;
         assert_eq!(ips, ["192.0.2.1", "192.0.2.2"].map(|ip| ip.parse::<IpAddr>().expect("address")));
+        // Those of services come with a hint.
+        let mut service =
+            vec![0, 1, 0, 0, 1, 0, 3, 2, b'h', b'2', 0, 4, 0, 8, 192, 0, 2, 1, 192, 0, 2, 2, 0, 6, 0, 16];
+        service.extend("2001:db8::1".parse::<std::net::Ipv6Addr>().expect("address").octets());
+        for kind in [TYPE_SVCB, TYPE_HTTPS] {
+            let ask = query(7, "a.example", kind, true);
+            let records = [
+                (0, "a.example", TYPE_CNAME, 60, cname("b.example")),
+                (0, "b.example", kind, 60, service.clone()),
+                (0, "other.example", kind, 60, service.clone()),
+            ];
+            let ips = answer(&ask, &response(&ask, 0, &records)).ips;
+            assert_eq!(
+                ips,
+                ["192.0.2.1", "192.0.2.2", "2001:db8::1"].map(|ip| ip.parse::<IpAddr>().expect("address"))
+            );
+        }
         let looped = [
             (0, "a.example", TYPE_CNAME, 60, cname("b.example")),
             (0, "b.example", TYPE_CNAME, 60, cname("a.example")),

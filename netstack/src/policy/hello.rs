@@ -193,12 +193,12 @@ fn host_name(mut data: &[u8]) -> Option<String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::ingress::tests::Seeded;
 
     /// What programs send: their name, and the bytes.
-    fn real() -> Vec<(&'static str, Vec<u8>)> {
+    pub(crate) fn real() -> Vec<(&'static str, Vec<u8>)> {
         let byte =
             |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).expect("ASCII"), 16).expect("hex");
         let line = |line: &'static str| {

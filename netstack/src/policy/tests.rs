@@ -62,6 +62,15 @@ fn ranges_without_a_host_are_refused_by_name() {
         ("169.254.169.254:80", Reason::LinkLocal),
         ("[::ffff:169.254.169.254]:80", Reason::LinkLocal),
         ("[64:ff9b::a9fe:a9fe]:80", Reason::LinkLocal),
+        // By a prefix for local use of 96, 48, 56 or 64 bits; and translated without state.
+        ("[64:ff9b:1::a9fe:a9fe]:80", Reason::LinkLocal),
+        ("[64:ff9b:1:abcd::a9fe:a9fe]:80", Reason::LinkLocal),
+        ("[64:ff9b:1:a9fe:a9:fe00::]:80", Reason::LinkLocal),
+        ("[64:ff9b:1:a9:fe:a9fe::]:80", Reason::LinkLocal),
+        ("[64:ff9b:1:0:a9:fea9:fe00:0]:80", Reason::LinkLocal),
+        ("[64:ff9b:1::7f00:1]:80", Reason::HostLoopback),
+        ("[::ffff:0:a9fe:a9fe]:80", Reason::LinkLocal),
+        ("[::ffff:0:7f00:1]:80", Reason::HostLoopback),
         ("[fe80::1]:80", Reason::LinkLocal),
         ("[fec0::1]:80", Reason::LinkLocal),
         ("100.100.100.200:80", Reason::Metadata),
@@ -128,14 +137,18 @@ fn verdict(rules: &Rules, wanted: &str, route: RouteKind) -> String {
     verdict_by_name(rules, wanted, route, &[])
 }
 
-fn verdict_by_name(rules: &Rules, wanted: &str, route: RouteKind, names: &[&str]) -> String {
+fn verdict_by_name(rules: &Rules, wanted: &str, route: RouteKind, names: &[&'static str]) -> String {
     let (transport, to) = wanted.split_once(' ').expect(wanted);
     let transport = match transport {
         "tcp" => Transport::Tcp,
         "udp" => Transport::Udp,
         _ => Transport::Ping,
     };
-    match decide(rules, transport, to.parse().expect(to), route, names) {
+    // Those that the spec knows are marked.
+    let known =
+        |name: &&'static str| KnownAs { name: name.trim_start_matches('='), by_spec: name.starts_with('=') };
+    let names: Vec<KnownAs<'_>> = names.iter().map(known).collect();
+    match decide(rules, transport, to.parse().expect(to), route, &names) {
         Verdict::Gateway => "gateway".into(),
         Verdict::Allow(real) if real == to.parse().expect(to) => "ok".into(),
         Verdict::Allow(real) => real.to_string(),
@@ -195,11 +208,17 @@ fn rules_decide() {
         ),
         // A denied IPv4 address is not reached through a translator, an allowed one is not by itself.
         (
-            &["192.0.2.0/24", "[2002::/16]"],
+            &["192.0.2.0/24", "[2002::/16]", "[64:ff9b:1::/48]"],
             &["192.0.2.9"],
             &[
                 ("tcp [2002:c000:209::1]:80", "deny 192.0.2.9"),
+                ("tcp [64:ff9b:1::c000:209]:80", "deny 192.0.2.9"),
+                ("tcp [64:ff9b:1:c000:2:900::]:80", "deny 192.0.2.9"),
+                ("tcp [::ffff:0:c000:209]:80", "deny 192.0.2.9"),
                 ("tcp [2002:c000:201::1]:80", "ok"),
+                ("tcp [64:ff9b:1::c000:201]:80", "ok"),
+                ("tcp [64:ff9b:1:fffe::c000:201]:80", "ok"),
+                ("tcp [64:ff9b:1:c000:2:100::]:80", "ok"),
                 ("tcp [64:ff9b::c000:201]:80", "not-allowed"),
             ],
         ),
@@ -386,6 +405,23 @@ fn names_decide_and_the_hello_after_them() {
             name("bad.example"),
             false,
         ),
+        // Whoever runs a zone does not open private networks, the spec does.
+        ("", "*.example.com", "", "tcp 10.1.2.3:443", shop, "private-address", Hello::Nameless, true),
+        ("", "*.example.com", "", "udp 100.64.0.1:443", shop, "private-address", Hello::Nameless, true),
+        ("", "*.example.com", "", "tcp [fd12::1]:443", shop, "private-address", Hello::Nameless, true),
+        (
+            "",
+            "*.example.com",
+            "",
+            "tcp [64:ff9b::a01:203]:443",
+            shop,
+            "private-address",
+            Hello::Nameless,
+            true,
+        ),
+        ("", "*.example.com", "", "tcp 10.1.2.3:443", &["=db.example.com"], "peek", Hello::Nameless, true),
+        ("", "*.example.com", "", "tcp 10.1.2.3:443", &["=db.example"], "not-allowed", Hello::Nameless, true),
+        ("10.0.0.0/8", "*.example.com", "", "tcp 10.1.2.3:443", shop, "ok", Hello::Nameless, true),
         // Names open nothing that is refused always.
         ("", "*.example.com", "", "tcp 127.0.0.1:443", shop, "host-loopback", Hello::Nameless, true),
         ("", "*.example.com", "", "tcp 169.254.169.254:80", shop, "link-local", Hello::Nameless, true),

@@ -11,8 +11,8 @@ use crate::dns::response::tests::{Record, response, soa};
 const A: [u8; 4] = [192, 0, 2, 1];
 
 /// A resolver and the guest that is to use it.
-struct Dns {
-    script: Script,
+pub(super) struct Dns {
+    pub(super) script: Script,
     server: UdpSocket,
 }
 
@@ -22,7 +22,7 @@ impl Dns {
     }
 
     /// The resolver is taken for one that is far away.
-    fn with(change: impl FnOnce(&mut StackSpec)) -> Self {
+    pub(super) fn with(change: impl FnOnce(&mut StackSpec)) -> Self {
         let mut dns = Self::near(change);
         dns.script.engine.take_resolvers_for_distant();
         dns
@@ -40,7 +40,7 @@ impl Dns {
     }
 
     /// The guest asks from `port`.
-    fn ask(&mut self, port: u16, query: &[u8]) {
+    pub(super) fn ask(&mut self, port: u16, query: &[u8]) {
         self.script.send_ip(&udp((GUEST_V4, port), (GATEWAY_V4, 53), query));
         self.script.settle();
     }
@@ -60,7 +60,7 @@ impl Dns {
     }
 
     /// The resolver answers what it is asked next.
-    fn answers(&self, code: u8, records: &[Record<'_>]) {
+    pub(super) fn answers(&self, code: u8, records: &[Record<'_>]) {
         let (ask, from) = self.asked();
         self.server.send_to(&response(&ask, code, records), from).expect("send");
     }
@@ -74,7 +74,7 @@ impl Dns {
     }
 
     /// The same, understood.
-    fn heard(&mut self, port: u16) -> Message {
+    pub(super) fn heard(&mut self, port: u16) -> Message {
         Message::from_vec(&self.told(port)).expect("a message")
     }
 }
@@ -567,6 +567,23 @@ fn questions_that_have_no_answer_are_refused_here() {
         assert_eq!(dns.heard(1_000).metadata.response_code, code);
     }
     dns.not_asked();
+}
+
+#[test]
+fn hints_of_services_are_pinned_to_their_hosts() {
+    let mut dns = Dns::new();
+    let service = vec![0, 1, 0, 0, 4, 0, 4, 192, 0, 2, 1];
+    for (name, kind) in [("a.example", 65), ("_8443._https.b.example", 65), ("_dns.c.example", 64)] {
+        dns.ask(1_000, &query(1, name, kind, true));
+        dns.answers(0, &[(0, name, kind, 60, service.clone())]);
+        dns.heard(1_000);
+    }
+    // Only services have names of that kind.
+    dns.ask(1_000, &query(1, "_d.example", TYPE_A, true));
+    dns.answers(0, &[(0, "_d.example", TYPE_A, 60, A.into())]);
+    dns.heard(1_000);
+    let names = dns.script.engine.names_of(dns.script.now, ip("192.0.2.1"));
+    assert_eq!(names, ["a.example", "b.example", "c.example", "_d.example"]);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 
 /// Runs the test `name` again, alone, in a network namespace in which every address is the host's own and nobody
 /// listens; `true` if this is that run.
-fn in_empty_namespace(name: &str) -> bool {
+pub(super) fn in_empty_namespace(name: &str) -> bool {
     const INSIDE: &str = "NETSTACK_SCRIPT_INSIDE";
     if std::env::var_os(INSIDE).is_some() {
         return true;

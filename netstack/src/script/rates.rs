@@ -139,6 +139,52 @@ fn datagrams_of_the_guest_wait_in_the_tap() {
 }
 
 #[test]
+fn what_does_not_leave_for_the_world_is_free() {
+    let mut script = script(LIMIT, None);
+    let server = UdpSocket::bind("127.0.0.1:0").expect("socket");
+    let port = server.local_addr().expect("address").port();
+    server.set_nonblocking(true).expect("non-blocking");
+    let mut request = vec![8, 0, 0, 0, 0, 7, 0, 1];
+    request.resize(1_000, 0);
+    Icmpv4Packet::new_unchecked(&mut request[..]).fill_checksum();
+    for _ in 0..BURST / 1_000 + 10 {
+        // Refused, and answered here.
+        script.send_ip(&udp((GUEST_V4, 5_000), ("127.0.0.1", port), &[9; 1_000]));
+        script.send_ip(&ingress::rebuild(ip(GUEST_V4), ip(GATEWAY_V4), ingress::ICMP, 64, &request));
+        script.settle();
+        while script.try_recv().is_some() {}
+    }
+    // So the whole burst is still there.
+    for _ in 0..BURST / 1_000 {
+        script.send_ip(&udp((GUEST_V4, 5_000), (GATEWAY_V4, port), &[9; 1_000]));
+    }
+    script.settle();
+    let count = std::iter::from_fn(|| server.recv(&mut [0; 2_000]).ok()).count();
+    assert_eq!(count, BURST / 1_000);
+}
+
+#[test]
+fn echo_requests_to_the_world_wait_in_the_tap() {
+    if !super::hostile::in_empty_namespace("script::rates::echo_requests_to_the_world_wait_in_the_tap") {
+        return;
+    }
+    let mut script = script(LIMIT, None);
+    let mut request = vec![8, 0, 0, 0, 0, 7, 0, 1];
+    request.resize(1_000, 0);
+    Icmpv4Packet::new_unchecked(&mut request[..]).fill_checksum();
+    for _ in 0..80 {
+        script.send_ip(&ingress::rebuild(ip(GUEST_V4), ip("192.0.2.1"), ingress::ICMP, 64, &request));
+    }
+    let replies = |script: &mut Script| {
+        script.settle();
+        std::iter::from_fn(|| script.try_recv()).count()
+    };
+    assert_eq!(replies(&mut script), BURST / 1_000 + 1);
+    script.advance_millis(5_000);
+    assert_eq!(replies(&mut script), 80 - (BURST / 1_000 + 1));
+}
+
+#[test]
 fn datagrams_for_the_guest_wait_in_the_hosts_queue() {
     let mut script = script(None, LIMIT);
     let server = UdpSocket::bind("127.0.0.1:0").expect("socket");
