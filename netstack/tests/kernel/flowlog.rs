@@ -139,12 +139,12 @@ fn flows_that_the_host_cannot_begin_are_told(world: &World) {
     // Without a descriptor for it.
     let (log, lines) = flow_lines();
     let port = serve(&world.internet, INTERNET_V4, |mut stream| drop(stream.read(&mut [0; 1])));
-    let guest = with_descriptors(64, || Guest::with(&StackSpec { flow_log: Some(log), ..spec() }, &[]));
+    let guest = with_descriptors(512, || Guest::with(&StackSpec { flow_log: Some(log), ..spec() }, &[]));
     let begun = guest.net.run(move || {
-        let streams: Vec<_> = std::iter::from_fn(|| connect(at(INTERNET_V4, port)).ok()).take(64).collect();
+        let streams: Vec<_> = std::iter::from_fn(|| connect(at(INTERNET_V4, port)).ok()).take(512).collect();
         streams.len()
     });
-    assert!((1..32).contains(&begun));
+    assert!((1..256).contains(&begun));
     for _ in 0..begun {
         assert_eq!(lines.recv_timeout(PATIENCE).unwrap(), format!("tcp out {INTERNET_V4} opened"));
     }
