@@ -769,7 +769,10 @@ impl Engine {
             return;
         }
         match (packet.protocol, packet.is_v6()) {
-            (TCP, _) => self.tcp.ingress(&mut self.sh, now, packet),
+            (TCP, _) if self.sh.spec.is_ours(packet.dst) || !self.expired(packet) => {
+                self.tcp.ingress(&mut self.sh, now, packet);
+            }
+            (TCP, _) => {}
             (UDP, _) => self.udp_datagram(now, packet),
             (ICMP, false) | (ICMPV6, true) => {
                 if let Some(key) = ingress::refused_datagram(packet) {
@@ -786,6 +789,17 @@ impl Engine {
                 crate::udp::unreachable(&mut self.sh, packet, emit::Unreachable::Prohibited);
             }
         }
+    }
+
+    /// Whether a packet has no hop left for the way beyond the gateway, which then says so, as traceroute wants it.
+    fn expired(&mut self, packet: &Packet<'_>) -> bool {
+        let expired = packet.hop_limit <= 1;
+        if expired && emit::deserves_icmp_error(packet) && !self.sh.tap.is_congested() {
+            let from = self.sh.spec.gateway.ip_like(packet.dst);
+            let error = emit::IcmpError::time_exceeded(packet.is_v6());
+            emit::icmp_error(&mut self.sh.tap, from, packet.src, error, packet.bytes);
+        }
+        expired
     }
 
     fn udp_datagram(&mut self, now: Instant, packet: &Packet<'_>) {
@@ -809,10 +823,8 @@ impl Engine {
             }
             return;
         }
-        if packet.hop_limit <= 1 && emit::deserves_icmp_error(packet) && !self.sh.tap.is_congested() {
-            let from = self.sh.spec.gateway.ip_like(packet.dst);
-            let error = emit::IcmpError::time_exceeded(packet.is_v6());
-            return emit::icmp_error(&mut self.sh.tap, from, packet.src, error, packet.bytes);
+        if self.expired(packet) {
+            return;
         }
         self.udp.ingress(&mut self.sh, now, packet, &self.forward);
     }

@@ -1,6 +1,11 @@
 //! Ping and what it tells.
 
+use std::net::{IpAddr, TcpStream};
+use std::os::fd::AsRawFd;
 use std::process::Command;
+
+use nix::errno::Errno;
+use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::common::*;
 
@@ -46,5 +51,23 @@ fn traceroute_sees_the_gateway(_: &World) {
             first.contains(&format!("From {gateway}")) && first.to_lowercase().contains("exceeded"),
             "{first}"
         );
+        // A connection that would end at the first hop, too: traceroute -T.
+        let refused = guest.net.run(move || {
+            use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, connect, socket};
+            let (to, family) = match ip.parse::<IpAddr>().unwrap() {
+                IpAddr::V4(_) => (at(ip, 80), AddressFamily::Inet),
+                IpAddr::V6(_) => (at(ip, 80), AddressFamily::Inet6),
+            };
+            let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+            let hops = TcpStream::from(fd.try_clone().unwrap());
+            if to.is_ipv4() {
+                hops.set_ttl(1).unwrap();
+            } else {
+                setsockopt(&fd, sockopt::Ipv6Ttl, &1).unwrap();
+            }
+            connect(fd.as_raw_fd(), &SockaddrStorage::from(to))
+        });
+        assert_eq!(refused, Err(Errno::EHOSTUNREACH), "{ip}");
     }
+    assert_eq!(guest.stack.stats().tcp_flows, 0);
 }
