@@ -189,6 +189,8 @@ impl Shared {
 
     /// Watches a descriptor. It is forgotten when it is closed, as no other copy of it exists.
     pub(crate) fn watch(&self, fd: BorrowedFd<'_>, token: Token, flags: EpollFlags) -> nix::Result<()> {
+        #[cfg(test)]
+        crate::calls::may_fail(crate::calls::Call::EpollAdd, std::os::fd::AsRawFd::as_raw_fd(&fd))?;
         self.epoll.add(fd, EpollEvent::new(flags, token.pack()))
     }
 
@@ -922,6 +924,28 @@ impl Engine {
         self.patience(now) != Some(Duration::ZERO) && poll(&mut fds, PollTimeout::ZERO) == Ok(0)
     }
 
+    /// Has epoll tell again of every connection's socket that is ready.
+    pub(crate) fn tell_again(&self) {
+        self.tcp.each_host(|fd, id, flags| {
+            let mut event = EpollEvent::new(flags, Token::Tcp(id).pack());
+            self.sh.epoll.modify(fd, &mut event).expect("a watched socket");
+        });
+    }
+
+    /// What keeps the engine from resting, for whoever has to find out.
+    pub(crate) fn restless(&self, now: Instant) -> String {
+        let mut events = [EpollEvent::empty(); 16];
+        let count = self.sh.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
+        let events: Vec<_> =
+            events.iter().take(count).map(|event| (Token::unpack(event.data()), event.events())).collect();
+        let Self { more_frames, more_work, .. } = self;
+        let unread = self.sh.unread.queue.len();
+        format!(
+            "{events:?}, frames {more_frames}, work {more_work}, unread {unread}, patience {:?}",
+            self.patience(now)
+        )
+    }
+
     pub(crate) fn is_blocked(&self) -> bool {
         self.sh.tap.is_blocked()
     }
@@ -942,6 +966,11 @@ impl Engine {
 
     pub(crate) fn names_of(&self, now: Instant, ip: IpAddr) -> Vec<String> {
         self.sh.pins.names(now, ip).map(String::from).collect()
+    }
+
+    /// Descriptors of the host's side that are open.
+    pub(crate) fn descriptors(&self) -> usize {
+        self.sh.budget.used()
     }
 
     pub(crate) fn timers(&self) -> usize {

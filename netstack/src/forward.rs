@@ -15,11 +15,11 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::{
-    Backlog, SockFlag, SockType, SockaddrStorage, bind, getpeername, getsockname, listen, setsockopt, socket,
-    sockopt,
+    Backlog, SockFlag, SockType, SockaddrStorage, bind, getsockname, listen, setsockopt, socket, sockopt,
 };
 use smoltcp::time::{Duration, Instant};
 
+use crate::calls::getpeername;
 use crate::config::{Error, Link, Outbound, Protocol, Publish};
 use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};

@@ -6,11 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, connect, setsockopt, socket,
-    sockopt,
-};
+use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, SockaddrStorage, sockopt};
 
+use crate::calls::{bind, connect, getsockopt, setsockopt, socket};
 use crate::config::Outbound;
 
 /// How many descriptors the stack may use, and does: half of the process's limit, and a sixteenth of what that is above
@@ -41,6 +39,12 @@ impl Budget {
     pub(crate) fn hold(&self, fd: OwnedFd) -> HostFd {
         self.used.fetch_add(1, Ordering::Relaxed);
         HostFd { fd, used: Arc::clone(&self.used) }
+    }
+
+    /// How many are open.
+    #[cfg(test)]
+    pub(crate) fn used(&self) -> usize {
+        self.used.load(Ordering::Relaxed)
     }
 
     /// Descriptors that TCP leaves to names and datagrams: an eighth, 512 at most.
@@ -126,7 +130,7 @@ pub(crate) fn reset_on_close(fd: BorrowedFd<'_>) {
 
 /// The pending error of a socket.
 pub(crate) fn socket_error(fd: BorrowedFd<'_>) -> Option<Errno> {
-    match nix::sys::socket::getsockopt(&fd, sockopt::SocketError) {
+    match getsockopt(&fd, sockopt::SocketError) {
         Ok(0) => None,
         Ok(errno) => Some(Errno::from_raw(errno)),
         Err(errno) => Some(errno),

@@ -59,6 +59,7 @@
 //! The guest's side has to be configured by the caller: the TAP's Ethernet address and MTU as in the spec, link up, both
 //! addresses (IPv6 without duplicate address detection), default routes through the gateway's addresses.
 
+mod calls;
 mod config;
 mod control;
 mod defect;

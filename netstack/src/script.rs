@@ -27,6 +27,7 @@ use crate::sys::VNET_HEADER_LEN;
 
 mod defects;
 mod dns;
+mod faults;
 mod hostile;
 mod lossy;
 mod names;

@@ -93,6 +93,8 @@ pub(crate) fn set_offload(fd: BorrowedFd<'_>) -> nix::Result<Segmentation> {
 /// Accepts one connection, non-blocking and close-on-exec from birth.
 pub(crate) fn accept(fd: BorrowedFd<'_>) -> nix::Result<OwnedFd> {
     use nix::sys::socket::{SockFlag, accept4};
+    #[cfg(test)]
+    crate::calls::may_fail(crate::calls::Call::Accept, fd.as_raw_fd())?;
     let raw = accept4(fd.as_raw_fd(), SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC)?;
     // SAFETY: accept4 returned a new descriptor that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
@@ -122,6 +124,8 @@ unsafe impl Send for Rings {}
 impl Rings {
     /// Reserves address space; no page is touched.
     pub(crate) fn map(capacity: usize) -> io::Result<Self> {
+        #[cfg(test)]
+        crate::calls::may_fail(crate::calls::Call::Map, -1)?;
         let len = capacity * 2;
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;

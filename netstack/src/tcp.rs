@@ -30,13 +30,14 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
-use nix::sys::socket::{MsgFlags, Shutdown, recv, send, shutdown};
+use nix::sys::socket::{MsgFlags, Shutdown};
 use smoltcp::iface::{Interface, SocketSet};
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::socket::tcp::State;
 use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::{TcpControl, TcpPacket, TcpRepr, TcpSeqNumber};
 
+use crate::calls::{recv, send, shutdown};
 use crate::config::{
     DNS_TCP_IDLE, GUEST_SILENCE, INBOUND_CONNECT, LARGEST_RING, MAX_DNS_CONNECTIONS, MAX_DNS_PIPELINE,
     MAX_HALF_OPEN, MAX_TCP_FLOWS, RING_POOL, RINGS,
@@ -294,6 +295,16 @@ impl Tcp {
         assert!(self.pool.len() <= RING_POOL && self.connecting.len() <= 2 * MAX_HALF_OPEN);
         assert!(self.dns_bytes() <= self.dns_flows * (2 + MAX_DNS_PIPELINE) * 65_537);
         assert!(self.held_bytes() <= self.half_open * 256);
+    }
+
+    /// Every host socket, by its flow, and what it is watched for.
+    #[cfg(test)]
+    pub(crate) fn each_host(&self, mut each: impl FnMut(std::os::fd::BorrowedFd<'_>, FlowId, EpollFlags)) {
+        for (id, flow) in self.flows.iter() {
+            if let Far::Host(host) = &flow.far {
+                each(host.fd.as_fd(), id, WATCHED);
+            }
+        }
     }
 
     /// Bytes of SYNs that are held.
@@ -736,9 +747,17 @@ impl Tcp {
     /// The other side is there: lets smoltcp answer the held SYN.
     fn establish(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
         let others = self.flows.len().saturating_sub(1);
-        let Some(mut socket) = self.new_socket(others) else { return self.remove(sh, id, true) };
+        let opened = self.new_socket(others);
         let Some(flow) = self.flows.get_mut(id) else { return };
         let Phase::Connecting { syn } = &mut flow.phase else { return };
+        let Some(mut socket) = opened else {
+            let syn = std::mem::take(syn);
+            self.remove(sh, id, true);
+            if let Ok(packet) = ingress::parse_ip(&syn, true) {
+                self.fail_syn(sh, now, &packet, Errno::ENOMEM);
+            }
+            return;
+        };
         let is_v6 = flow.key.remote.ip.is_ipv6();
         flow.mss = sh.tap.widen_syn(syn, if is_v6 { 40 } else { 20 }, is_v6);
         let mut device = FlowDevice { tap: &mut sh.tap, rx: Some(syn), mss: flow.mss };

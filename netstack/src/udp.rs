@@ -33,12 +33,11 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
-use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, sockopt,
-};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, sockopt};
 use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::UdpPacket;
 
+use crate::calls::{self, recvmsg, sendmsg};
 use crate::config::{
     MAX_UDP_INBOUND, MAX_UDP_PEERS, MAX_UDP_SOCKETS, UDP_DNS_IDLE, UDP_IDLE, UDP_UNANSWERED, VERDICT_AGE,
 };
@@ -56,8 +55,6 @@ use crate::policy::{DNS_PORT, Transport, Verdict};
 pub(crate) const READABLE: EpollFlags = EpollFlags::EPOLLIN.union(EpollFlags::EPOLLET);
 /// Datagrams read from one socket before others get their turn.
 const TURN_DATAGRAMS: usize = 64;
-/// Errors of earlier datagrams that are met on the way.
-const MAX_FAILURES: usize = 8;
 /// Hop limits below this are passed on, one less, so that traceroute works; others mean "far enough".
 const TRACEROUTE_HOPS: u8 = 40;
 /// Ports that a peer may get which looks like another one to the guest.
@@ -408,6 +405,8 @@ impl Udp {
         if let Err(errno) = sh.watch(flow.fd.as_fd(), Token::Udp(id), READABLE) {
             tracing::debug!(%errno, "no socket for a UDP flow");
             self.remove(sh, id, "failed");
+            sh.refused_by_limit(Transport::Udp, key);
+            unreachable(sh, packet, Unreachable::Prohibited);
             return None;
         }
         sh.timers.set(now + UDP_DNS_IDLE, TimerKey::Udp);
@@ -675,7 +674,7 @@ pub(crate) fn send_to(
     let flags = MsgFlags::MSG_NOSIGNAL;
     let part = [IoSlice::new(payload)];
     match (first, second) {
-        (None, None) => nix::sys::socket::sendto(raw, payload, &to_raw, flags).map(drop),
+        (None, None) => calls::sendto(raw, payload, &to_raw, flags).map(drop),
         (Some(one), None) | (None, Some(one)) => sendmsg(raw, &part, &[one], flags, Some(&to_raw)).map(drop),
         (Some(one), Some(two)) => sendmsg(raw, &part, &[one, two], flags, Some(&to_raw)).map(drop),
     }
@@ -684,15 +683,15 @@ pub(crate) fn send_to(
 /// Asks for the local address of each datagram.
 pub(crate) fn want_local_address(fd: &impl AsFd, is_v6: bool) -> nix::Result<()> {
     if is_v6 {
-        nix::sys::socket::setsockopt(fd, sockopt::Ipv6RecvPacketInfo, &true)
+        calls::setsockopt(fd, sockopt::Ipv6RecvPacketInfo, &true)
     } else {
-        nix::sys::socket::setsockopt(fd, sockopt::Ipv4PacketInfo, &true)
+        calls::setsockopt(fd, sockopt::Ipv4PacketInfo, &true)
     }
 }
 
 /// Asks for datagrams that came together to be given together. Kernels before 5.0 do not.
 pub(crate) fn want_runs(fd: &impl AsFd) {
-    let _ = nix::sys::socket::setsockopt(fd, sockopt::UdpGroSegment, &true);
+    let _ = calls::setsockopt(fd, sockopt::UdpGroSegment, &true);
 }
 
 /// What was received.
@@ -739,7 +738,10 @@ pub(crate) fn read_all(
     let mut failures = 0;
     for count in 0.. {
         if sh.tap.is_blocked() || sh.received.is_dry() || count >= TURN_DATAGRAMS {
-            sh.come_back(token);
+            // Nothing but errors: it is the socket that fails, and will.
+            if failures < TURN_DATAGRAMS {
+                sh.come_back(token);
+            }
             break;
         }
         match receive(fd, &mut buffer) {
@@ -761,12 +763,8 @@ pub(crate) fn read_all(
             // Not the datagrams' fault, and no better at once: the next one wakes us.
             Err(Errno::ENOMEM | Errno::ENOBUFS | Errno::EBADF | Errno::ENOTSOCK | Errno::EFAULT) => break,
             // An error of an earlier datagram, reported once.
-            Err(_) if failures < MAX_FAILURES => failures += 1,
-            // Datagrams may wait behind the errors, and nothing would tell of them again.
-            Err(_) => {
-                sh.come_back(token);
-                break;
-            }
+            // Datagrams may wait behind it, and nothing would tell of them again.
+            Err(_) => failures += 1,
         }
     }
     sh.datagram = buffer;

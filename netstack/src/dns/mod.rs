@@ -44,9 +44,10 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
-use nix::sys::socket::{MsgFlags, SockaddrStorage, connect, recv, send};
+use nix::sys::socket::{MsgFlags, SockaddrStorage};
 use smoltcp::time::{Duration, Instant};
 
+use crate::calls::{connect, recv, send};
 use crate::config::{MAX_DNS_LOCAL_TTL, MAX_DNS_QUERIES, MAX_DNS_WAITERS};
 use crate::emit;
 use crate::engine::{Shared, Token};
