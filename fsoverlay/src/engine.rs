@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use rustix::fs::{AtFlags, Mode, OFlags};
 
+use crate::ahead::Ahead;
 use crate::attr::{Attr, Key, Kind, Meta, Stat, Time};
 use crate::config::{Branch, OverlaySpec, Owners, Records};
 use crate::errno::{Errno, Res, missing_ok};
@@ -83,6 +84,8 @@ pub(crate) struct Engine {
     /// Held by one sync at a time; nobody waits for it.
     pub(crate) syncing: Mutex<()>,
     pub(crate) listings: crate::readdir::Kept,
+    /// `None`: nothing is looked up before it is asked for.
+    pub(crate) ahead: Option<Ahead>,
     /// Keys the positions of directory entries.
     pub(crate) hasher: RandomState,
     pub(crate) opened: Time,
@@ -198,6 +201,7 @@ impl Engine {
             no_acl,
             syncing: Mutex::default(),
             listings: Default::default(),
+            ahead: (spec.workers > 1 && spec.live.is_none() && far.is_empty()).then(Ahead::default),
             hasher: RandomState::new(),
             opened,
             live: spec.live,
@@ -219,6 +223,9 @@ impl Engine {
             if let Some(upper) = &self.upper {
                 let _ = upper.sidecar.quota.set(quota.clone());
             }
+        }
+        if hooks.trace.is_some() {
+            self.ahead = None;
         }
         self.journal = Journal::new(hooks.journal);
         self.hooks = hooks;

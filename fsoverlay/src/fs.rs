@@ -36,6 +36,7 @@ use fuser::{
 };
 use rustix::fs::XattrFlags;
 
+use crate::ahead::Begun;
 use crate::attr::{Attr, Kind, Time};
 use crate::create::NewObject;
 use crate::data::bytes_of;
@@ -849,21 +850,13 @@ impl Filesystem for FuseFs {
                 Ok(dir) => dir,
                 Err(err) => return reply.error(errno(err)),
             };
-            let mut at = offset;
-            loop {
-                let batch = match self.engine().read_dir(&dir, at, 32) {
-                    Ok(batch) => batch,
-                    Err(err) => return reply.error(errno(err)),
-                };
-                if batch.is_empty() {
-                    return reply.ok();
-                }
-                for (next, entry) in batch {
-                    if self.add_plus(&dir, next, &entry, &mut reply) {
-                        return reply.ok();
-                    }
-                    at = next;
-                }
+            let mut begun = self.engine().begin_listing(&dir);
+            if let Err(err) = self.fill_plus(&dir, offset, &mut begun, &mut reply) {
+                return reply.error(errno(err));
+            }
+            reply.ok();
+            if offset == 0 {
+                self.engine().look_ahead(&dir, &begun);
             }
         });
     }
@@ -1015,12 +1008,44 @@ impl FuseFs {
         Ok(Batch { fs: self.clone(), entries: entries.collect() })
     }
 
+    /// Adds entries with their attributes, as many as there is room for.
+    fn fill_plus(
+        &self,
+        dir: &Arc<Node>,
+        mut offset: u64,
+        begun: &mut Begun,
+        reply: &mut ReplyDirectoryPlus,
+    ) -> Res<()> {
+        loop {
+            let batch = self.engine().read_dir(dir, offset, 32)?;
+            if batch.is_empty() {
+                return Ok(());
+            }
+            for (next, entry) in batch {
+                if self.add_plus(dir, next, &entry, begun, reply) {
+                    return Ok(());
+                }
+                offset = next;
+            }
+        }
+    }
+
     /// Adds one entry with its attributes; true if there was no room for it.
-    fn add_plus(&self, dir: &Arc<Node>, next: u64, entry: &Entry, reply: &mut ReplyDirectoryPlus) -> bool {
+    fn add_plus(
+        &self,
+        dir: &Arc<Node>,
+        next: u64,
+        entry: &Entry,
+        begun: &mut Begun,
+        reply: &mut ReplyDirectoryPlus,
+    ) -> bool {
         if next <= 2 {
             return self.add_found(next, entry, None, reply);
         }
-        let found = self.engine().lookup_known(dir, &entry.name);
+        let found = match self.engine().lookup_ready(dir, next, begun) {
+            Some(attr) => Ok((None, attr)),
+            None => self.engine().lookup_known(dir, &entry.name),
+        };
         self.add_known(next, entry, found, reply)
     }
 

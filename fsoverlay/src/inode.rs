@@ -475,24 +475,18 @@ impl Table {
 
     /// The kernel is about to learn of a file of a layer that needs no node yet. False, and nothing is
     /// done, if there is one, or its number stands for something else.
-    pub(crate) fn remember_name(
-        &self,
-        ino: u64,
-        parent: &Node,
-        name: &[u8],
-        make: impl FnOnce() -> Named,
-    ) -> bool {
+    pub(crate) fn remember_name(&self, ino: u64, new: Box<Named>) -> bool {
         match self.shard(ino).lock().entry(ino) {
             hash_map::Entry::Vacant(vacant) => {
-                vacant.insert(Entry { what: Known::Name(Box::new(make())), lookups: 1 });
+                vacant.insert(Entry { what: Known::Name(new), lookups: 1 });
                 true
             }
             hash_map::Entry::Occupied(mut known) => {
                 let Entry { what: Known::Name(named), lookups } = known.get_mut() else { return false };
-                let same = named.parent.ino == parent.ino && *named.name == *name;
+                let same = named.parent.ino == new.parent.ino && *named.name == *new.name;
                 if same {
                     // The layer may say something else by now.
-                    **named = make();
+                    *named = new;
                     *lookups += 1;
                 }
                 same

@@ -66,6 +66,7 @@
 //!   changed (`EACCES`); a directory he may not read appears empty and is writable.
 
 mod acl;
+mod ahead;
 mod attr;
 mod changes;
 mod claim;

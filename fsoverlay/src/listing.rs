@@ -94,6 +94,11 @@ impl Listing {
         }
     }
 
+    /// Where a name stands.
+    pub(crate) fn position(&self, hasher: &RandomState, name: &[u8]) -> Option<u64> {
+        self.find(hasher, name).ok()
+    }
+
     pub(crate) fn contains(&self, hasher: &RandomState, name: &[u8]) -> bool {
         self.find(hasher, name).is_ok()
     }

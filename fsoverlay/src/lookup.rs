@@ -64,6 +64,14 @@ pub(crate) struct Found {
     state: DirState,
 }
 
+/// What a lookup found of a file that is a name in a layer and nothing else.
+#[derive(Debug)]
+pub(crate) struct Plain {
+    ino: u64,
+    stat: Stat,
+    named: Box<Named>,
+}
+
 /// What is far of the directories that one is merged from, and whether one is the root of that.
 fn far_of(lowers: &[Arc<RealDir>]) -> Option<(Arc<Far>, bool)> {
     let far = lowers.iter().find_map(|dir| dir.far.clone())?;
@@ -549,8 +557,9 @@ impl Engine {
     pub(crate) fn lookup_known(&self, parent: &Arc<Node>, name: &[u8]) -> Res<(Option<Arc<Node>>, Attr)> {
         let state = parent.dir()?.state.read();
         let found = self.find(parent, &state, name)?;
-        if let Some(stat) = self.remember_name(parent, name, &found) {
-            return Ok((None, self.report_as(found.ino, found.meta, stat, 0)));
+        let plain = self.plain(parent, name, &found);
+        if let Some(attr) = plain.and_then(|plain| self.remember_plain(plain)) {
+            return Ok((None, attr));
         }
         let (node, stat) = self.settle(parent, state, name, found);
         self.table.remember(&node);
@@ -559,15 +568,16 @@ impl Engine {
         Ok((Some(node), attr))
     }
 
-    /// Gives the stat of what was found if the kernel can learn of it without a node: it has one name, in a
-    /// layer, and there is nothing to keep about it.
-    fn remember_name(&self, parent: &Arc<Node>, name: &[u8], found: &Found) -> Option<Stat> {
+    /// What the kernel can learn of without a node: of what was found, if it has one name, in a layer, and
+    /// there is nothing to keep about it.
+    pub(crate) fn plain(&self, parent: &Arc<Node>, name: &[u8], found: &Found) -> Option<Plain> {
         let stat = found.stat.filter(|stat| stat.nlink == 1 && self.live.is_none())?;
         let Place::Lower { dir, name: lower_name } = &found.place else { return None };
-        if found.meta.kind == Kind::Dir || dir.far.is_some() || dir.far_at(lower_name).is_some() {
+        let far = dir.far.is_some() || dir.far_at(lower_name).is_some();
+        if found.meta.kind == Kind::Dir || far || **lower_name != *name {
             return None;
         }
-        let named = || Named {
+        let named = Named {
             parent: parent.clone(),
             dir: dir.clone(),
             name: lower_name.clone(),
@@ -577,11 +587,19 @@ impl Engine {
             has_acl: found.marks.acl,
             no_capability: found.marks.was_read && !found.marks.capability,
         };
-        (**lower_name == *name && self.table.remember_name(found.ino, parent, name, named)).then_some(stat)
+        Some(Plain { ino: found.ino, stat, named: Box::new(named) })
+    }
+
+    /// The attributes of that, if the kernel may learn of it now, as with [`Engine::lookup_known`]. The caller
+    /// holds the parent's lock.
+    pub(crate) fn remember_plain(&self, plain: Plain) -> Option<Attr> {
+        let Plain { ino, stat, named } = plain;
+        let meta = named.meta;
+        self.table.remember_name(ino, named).then(|| self.report_as(ino, meta, stat, 0))
     }
 
     /// What a name in a directory stands for. The caller holds (at least) its read lock.
-    fn find(&self, parent: &Node, state: &DirState, name: &[u8]) -> Res<Found> {
+    pub(crate) fn find(&self, parent: &Node, state: &DirState, name: &[u8]) -> Res<Found> {
         if let Some(listing) = state.listing.as_ref().filter(|l| !l.partial && self.live.is_none())
             && !listing.contains(&self.hasher, name)
         {

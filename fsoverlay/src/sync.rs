@@ -7,6 +7,7 @@
 //! And threads that cannot be had: whoever wants one has to go on without.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{MutexGuard, PoisonError, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 use std::thread::{Builder, JoinHandle};
 
@@ -39,28 +40,42 @@ impl<T> Mutex<T> {
 
 /// A reader-writer lock whose `read` and `write` always succeed.
 #[derive(Debug, Default)]
-pub(crate) struct RwLock<T>(std::sync::RwLock<T>);
+pub(crate) struct RwLock<T> {
+    lock: std::sync::RwLock<T>,
+    written: AtomicU64,
+}
 
 impl<T> RwLock<T> {
     pub(crate) const fn new(value: T) -> Self {
-        Self(std::sync::RwLock::new(value))
+        Self { lock: std::sync::RwLock::new(value), written: AtomicU64::new(0) }
     }
 
     pub(crate) fn read(&self) -> RwLockReadGuard<'_, T> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner)
+        self.lock.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How often it was locked for writing. For who holds it for reading: what he saw with the same number is
+    /// still so.
+    pub(crate) fn written(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
     }
 
     /// The lock for writing, if nobody holds it.
     pub(crate) fn try_write(&self) -> Option<RwLockWriteGuard<'_, T>> {
-        match self.0.try_write() {
-            Ok(guard) => Some(guard),
-            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
+        let guard = match self.lock.try_write() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        self.written.fetch_add(1, Ordering::Relaxed);
+        Some(guard)
     }
 
     pub(crate) fn write(&self) -> RwLockWriteGuard<'_, T> {
-        self.0.write().unwrap_or_else(PoisonError::into_inner)
+        let guard = self.lock.write().unwrap_or_else(PoisonError::into_inner);
+        // Seen by whoever gets the lock after this.
+        self.written.fetch_add(1, Ordering::Relaxed);
+        guard
     }
 }
 

@@ -1,0 +1,321 @@
+//! Looking ahead: the directory that will be listed next.
+//!
+//! Who walks a tree lists directory after directory, and waits for a reply with the attributes of all entries,
+//! each of which costs a stat(2) of a layer. While the kernel makes inodes of one reply, a worker makes the
+//! next one ready: with two processors that hides a large part of it.
+//!
+//! After a listing the next one is guessed: the first directory in it, or else the next one beside it, or
+//! beside one of those above (the order in which find(1), du(1) and tar(1) go). Only if this listing was
+//! guessed rightly itself something is done: it has been read, so a wrong guess costs one directory. One
+//! worker at a time does so, after its reply, so that others go on serving.
+//!
+//! What is found is what a lookup finds, of a layer's files with one name in directories that are not in the
+//! upper. It says the same as long as nobody has had the directory's lock for writing, which every
+//! change of a name and every copy-up takes; this is counted ([`crate::sync::RwLock::written`]). It is
+//! thrown away after [`MAX_AGE`], since a read changes the access time of a layer's file.
+//!
+//! Nothing is done where somebody else than the kernel would notice or wait: with an access trace, far
+//! mounts, layers that change, or a single worker.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::attr::{Attr, Kind};
+use crate::engine::Engine;
+use crate::errno::Res;
+use crate::inode::Node;
+use crate::listing::FIRST;
+use crate::lookup::Plain;
+use crate::sync::Mutex;
+
+/// How many walks are followed at a time.
+const MAX_WALKS: usize = 4;
+/// How many entries are looked up for one reply, and for how long: what is not in memory is not waited for twice.
+const MAX_ENTRIES: usize = 512;
+const MAX_TIME: Duration = Duration::from_millis(2);
+/// Directories of more bytes are not read ahead.
+const MAX_SIZE: u64 = 64 << 10;
+/// How far a guess looks around.
+const MAX_STEPS: usize = 1000;
+const MAX_AGE: Duration = Duration::from_secs(1);
+
+/// What will be asked for next.
+#[derive(Debug, Default)]
+pub(crate) struct Ahead {
+    guesses: Mutex<VecDeque<Guess>>,
+    /// Held by who makes something ready.
+    busy: Mutex<()>,
+}
+
+#[derive(Debug)]
+struct Guess {
+    ino: u64,
+    ready: Option<Arc<Mutex<Ready>>>,
+}
+
+/// What was found in a directory, by position.
+#[derive(Debug, Default)]
+pub(crate) struct Ready {
+    found: VecDeque<(u64, Plain)>,
+    /// How often the directory was locked for writing until then.
+    written: u64,
+    since: Option<Instant>,
+}
+
+impl Ready {
+    /// What was found at this position, or after it.
+    fn take(&mut self, position: u64) -> Option<Plain> {
+        while let Some((at, _)) = self.found.front()
+            && *at <= position
+        {
+            let (at, found) = self.found.pop_front()?;
+            if at == position {
+                return Some(found);
+            }
+        }
+        None
+    }
+}
+
+/// A listing that has begun.
+#[derive(Debug, Default)]
+pub(crate) struct Begun {
+    guessed: bool,
+    ready: Option<Ready>,
+}
+
+impl Engine {
+    /// A listing begins, or goes on.
+    pub(crate) fn begin_listing(&self, dir: &Node) -> Begun {
+        let Some(ahead) = &self.ahead else { return Begun::default() };
+        let guess = {
+            let mut guesses = ahead.guesses.lock();
+            let at = guesses.iter().position(|guess| guess.ino == dir.ino);
+            at.and_then(|at| guesses.remove(at))
+        };
+        let Some(guess) = guess else { return Begun::default() };
+        // Somebody may be at it.
+        let ready = guess.ready.map(|ready| std::mem::take(&mut *ready.lock()));
+        let fresh = |ready: &Ready| ready.since.is_some_and(|since| since.elapsed() < MAX_AGE);
+        Begun { guessed: true, ready: ready.filter(fresh) }
+    }
+
+    /// Like [`Engine::lookup_known`], of what was found before.
+    pub(crate) fn lookup_ready(&self, dir: &Node, position: u64, begun: &mut Begun) -> Option<Attr> {
+        let ready = begun.ready.as_mut()?;
+        let found = ready.take(position)?;
+        let part = dir.dir().ok()?;
+        let _unchanged = part.state.read();
+        if part.state.written() != ready.written {
+            begun.ready = None;
+            return None;
+        }
+        self.remember_plain(found)
+    }
+
+    /// After the reply: guesses what comes next, and gets it ready if `begun` was guessed. Failures show when it
+    /// is really asked for.
+    pub(crate) fn look_ahead(&self, dir: &Arc<Node>, begun: &Begun) {
+        let Some(ahead) = &self.ahead else { return };
+        let Some(next) = self.next_listing(dir) else { return };
+        let busy = if begun.guessed { ahead.busy.try_lock() } else { None };
+        let ready = busy.is_some().then(Arc::<Mutex<Ready>>::default);
+        // Whoever begins with it from here on waits for what is found.
+        let mut filled = ready.as_ref().map(|ready| ready.lock());
+        {
+            let mut guesses = ahead.guesses.lock();
+            guesses.retain(|guess| guess.ino != next.ino);
+            if guesses.len() >= MAX_WALKS {
+                guesses.pop_front();
+            }
+            guesses.push_back(Guess { ino: next.ino, ready: ready.clone() });
+        }
+        if let Some(ready) = &mut filled
+            && let Err(err) = self.get_ready(&next, ready)
+        {
+            tracing::debug!(?err, "nothing is ready ahead of a listing");
+        }
+    }
+
+    /// The directory after this one, where directories are listed before what is in them.
+    fn next_listing(&self, dir: &Arc<Node>) -> Option<Arc<Node>> {
+        let mut steps = 0;
+        let mut first_after = |dir: &Arc<Node>, position: u64| -> Option<Arc<Node>> {
+            let state = dir.dir().ok()?.state.read();
+            let mut next = None;
+            state.listing.as_ref()?.visit(position, |_, name, ino, kind| {
+                steps += 1;
+                if kind == Kind::Dir {
+                    next = self.table.get(ino).filter(|node| node.dir.is_some() && node.has_link(dir, name));
+                }
+                kind != Kind::Dir && steps < MAX_STEPS
+            });
+            next
+        };
+        if let Some(child) = first_after(dir, FIRST - 1) {
+            return Some(child);
+        }
+        let mut last = dir.clone();
+        for _ in 0..MAX_STEPS {
+            let link = last.first_link()?;
+            let position = {
+                let state = link.parent.dir().ok()?.state.read();
+                state.listing.as_ref()?.position(&self.hasher, &link.name)?
+            };
+            if let Some(next) = first_after(&link.parent, position) {
+                return Some(next);
+            }
+            last = link.parent;
+        }
+        None
+    }
+
+    fn get_ready(&self, dir: &Arc<Node>, ready: &mut Ready) -> Res<()> {
+        let begin = Instant::now();
+        let part = dir.dir()?;
+        if part.upper.get().is_some() {
+            return Ok(());
+        }
+        let listed = {
+            let state = part.state.read();
+            let mut size = 0;
+            for lower in &state.lowers {
+                size += crate::layer::stat_at(std::os::fd::AsFd::as_fd(&*self.fd(lower)?), b".")?.size;
+            }
+            if size > MAX_SIZE {
+                return Ok(());
+            }
+            state.listing.is_some()
+        };
+        if !listed {
+            self.read_dir(dir, FIRST - 1, 0)?;
+        }
+        let state = part.state.read();
+        // Nobody is writing.
+        ready.written = part.state.written();
+        ready.since = Some(begin);
+        let Some(listing) = &state.listing else { return Ok(()) };
+        ready.found.reserve(listing.len().min(MAX_ENTRIES));
+        listing.visit(FIRST - 1, |at, name, _, kind| {
+            if kind != Kind::Dir
+                && let Ok(found) = self.find(dir, &state, name)
+                && let Some(found) = self.plain(dir, name, &found)
+            {
+                ready.found.push_back((at, found));
+            }
+            ready.found.len() < MAX_ENTRIES && begin.elapsed() < MAX_TIME
+        });
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::tests::Scratch;
+    use crate::errno::Errno;
+    use crate::rename::How;
+    use crate::setattr::SetAttr;
+
+    /// Directories with two files, a file with two names and a directory with a file each.
+    fn tree(name: &str) -> Scratch {
+        let mut scratch = Scratch::new(name);
+        scratch.engine.ahead = Some(Ahead::default());
+        for dir in ["a", "b", "c", "d", "e"].map(|dir| scratch.dir.join("lower").join(dir)) {
+            std::fs::create_dir_all(dir.join("sub")).expect("made");
+            for file in ["f", "g", "h", "sub/x"] {
+                std::fs::write(dir.join(file), file).expect("written");
+            }
+            std::fs::hard_link(dir.join("h"), dir.join("i")).expect("linked");
+        }
+        scratch
+    }
+
+    /// Lists a directory as the kernel asks for it; gives the directories in it, and how many of its entries were
+    /// there before.
+    fn list(engine: &Engine, dir: &Arc<Node>) -> (Vec<Arc<Node>>, usize) {
+        let mut begun = engine.begin_listing(dir);
+        let (mut dirs, mut ready) = (Vec::new(), 0);
+        for (position, entry) in engine.read_dir(dir, FIRST - 1, 99).expect("listed") {
+            if let Some(attr) = engine.lookup_ready(dir, position, &mut begun) {
+                ready += 1;
+                engine.table.forget(attr.ino, 1);
+                let (node, asked) = engine.lookup_attr(dir, &entry.name).expect("found");
+                assert_eq!(format!("{attr:?}"), format!("{asked:?}"));
+                assert_eq!(node.ino, entry.ino);
+            } else if entry.kind == Kind::Dir {
+                dirs.push(engine.lookup(dir, &entry.name).expect("found"));
+            }
+        }
+        engine.look_ahead(dir, &begun);
+        (dirs, ready)
+    }
+
+    #[test]
+    fn a_walk_meets_what_is_ready() {
+        let scratch = tree("ahead");
+        let engine = &scratch.engine;
+        let mut ready = Vec::new();
+        let (dirs, first) = list(engine, engine.root());
+        ready.push(first);
+        // Kept, as the kernel does.
+        let mut known = Vec::new();
+        for dir in &dirs {
+            let (below, found) = list(engine, dir);
+            ready.push(found);
+            ready.extend(below.iter().map(|dir| list(engine, dir).1));
+            known.extend(below);
+        }
+        // The first is right, and so the second is ready; of the hard links nothing is.
+        assert_eq!(ready, [0, 0, 1, 2, 1, 2, 1, 2, 1, 2, 1]);
+        // In another order nothing is read that nobody asks for.
+        for dir in known.iter().chain(&dirs).rev() {
+            assert_eq!(list(engine, dir).1, 0);
+        }
+    }
+
+    #[test]
+    fn what_changed_since_is_not_what_is_told() {
+        type Change = fn(&Engine, &Arc<Node>) -> Res<()>;
+        let changes: [Change; 5] = [
+            |engine, dir| engine.unlink(dir, b"f"),
+            |engine, dir| engine.rename(dir, b"f", dir, b"g", How::Replace),
+            |engine, dir| engine.rename(dir, b"f", engine.root(), b"f", How::Replace),
+            |engine, dir| {
+                engine.write(&engine.lookup(dir, b"f")?, 0, b"more than there was", false).map(drop)
+            },
+            |engine, dir| {
+                let set = SetAttr { perm: Some(0o600), ..SetAttr::default() };
+                engine.set_attr(&engine.lookup(dir, b"f")?, set).map(drop)
+            },
+        ];
+        for (i, change) in changes.iter().enumerate() {
+            let scratch = tree(&format!("ahead-changed-{i}"));
+            let engine = &scratch.engine;
+            let (dirs, _) = list(engine, engine.root());
+            let (below, _) = list(engine, &dirs[0]);
+            assert_eq!(list(engine, &below[0]).1, 1);
+            // Now the second is ready.
+            assert_eq!(change(engine, &dirs[1]), Ok(()));
+            let mut begun = engine.begin_listing(&dirs[1]);
+            assert!(begun.ready.as_ref().is_some_and(|ready| ready.found.len() == 2));
+            for (position, _) in engine.read_dir(&dirs[1], FIRST - 1, 99).expect("listed") {
+                assert!(engine.lookup_ready(&dirs[1], position, &mut begun).is_none(), "{i}");
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_ready_of_what_the_upper_has() {
+        let scratch = tree("ahead-upper");
+        let engine = &scratch.engine;
+        let (dirs, _) = list(engine, engine.root());
+        assert_eq!(engine.copy_up(&dirs[1]), Ok(()));
+        let (below, _) = list(engine, &dirs[0]);
+        list(engine, &below[0]);
+        let begun = engine.begin_listing(&dirs[1]);
+        assert!(begun.guessed && begun.ready.is_none());
+        assert_eq!(engine.lookup(&dirs[1], b"none").map(|node| node.ino), Err(Errno::NOENT));
+    }
+}
