@@ -33,6 +33,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod error;
 pub mod host;
 pub mod launch;

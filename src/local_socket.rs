@@ -7,6 +7,7 @@
 //! does not keep the waiting thread from its other work; and if there is no descriptor for one, which poll(2) would tell of
 //! again and again, the listener rests for [`REST`].
 
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
@@ -14,8 +15,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, socket, sockopt,
 };
 use nix::sys::stat::{Mode, fchmod};
 
@@ -28,8 +30,7 @@ const REST: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(crate) struct LocalListener {
     listener: UnixListener,
-    /// The socket's file, and which one it is.
-    file: Option<(PathBuf, (u64, u64))>,
+    file: Option<SocketFile>,
     rests_until: Option<Instant>,
 }
 
@@ -40,20 +41,18 @@ impl LocalListener {
     ///
     /// As bind(2): EADDRINUSE if there is anything else, a link included.
     pub(crate) fn bind(path: &Path) -> io::Result<Self> {
-        // What is no socket refuses a connection, too.
-        let is_left = || {
-            std::fs::symlink_metadata(path).is_ok_and(|there| there.file_type().is_socket())
-                && UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+        let (listener, id) = match listen_at(path) {
+            Err(error) if error.kind() == ErrorKind::AddrInUse => replace(path).map_err(|_| error)?,
+            other => (other?, identity(path)),
         };
-        let listener = match listen_at(path) {
-            Err(error) if error.kind() == ErrorKind::AddrInUse && is_left() => {
-                std::fs::remove_file(path).and_then(|()| listen_at(path))
-            }
-            other => other,
-        }?;
         // The working directory may be another one when the file goes.
-        let file = std::path::absolute(path).ok().and_then(|path| Some((identity(&path)?, path)));
-        Ok(Self { listener, file: file.map(|(id, path)| (path, id)), rests_until: None })
+        let file = std::path::absolute(path).ok().and_then(|path| Some(SocketFile { path, id: id? }));
+        Ok(Self { listener, file, rests_until: None })
+    }
+
+    /// The file, which then goes with what is returned: for who hands the listener to a thread that he does not wait for.
+    pub(crate) fn take_file(&mut self) -> Option<SocketFile> {
+        self.file.take()
     }
 
     /// What to wait for; nothing while the listener rests.
@@ -97,15 +96,61 @@ impl LocalListener {
     }
 }
 
-impl Drop for LocalListener {
+/// The name of a socket, and which file it was.
+#[derive(Debug)]
+pub(crate) struct SocketFile {
+    path: PathBuf,
+    id: (u64, u64),
+}
+
+impl Drop for SocketFile {
     fn drop(&mut self) {
         // Not what somebody else has put there since.
-        if let Some((path, id)) = &self.file
-            && identity(path) == Some(*id)
-        {
-            let _ = std::fs::remove_file(path);
+        if identity(&self.path) == Some(self.id) {
+            let _ = std::fs::remove_file(&self.path);
         }
     }
+}
+
+/// Listens in place of a socket of the caller's that nobody listens at any more.
+fn replace(path: &Path) -> io::Result<(UnixListener, Option<(u64, u64)>)> {
+    listen_in_place_of(dead_socket(path).ok_or(Errno::EADDRINUSE)?, path)
+}
+
+/// Listens in place of the socket `left`. Another one may have taken its place meanwhile: the two sockets change places, and
+/// if the one that comes out is not the one that was looked at, they change back.
+fn listen_in_place_of(left: (u64, u64), path: &Path) -> io::Result<(UnixListener, Option<(u64, u64)>)> {
+    // Relative to the open directory, so that a path of the greatest length has room for the other name.
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let dir = std::fs::File::open(dir)?;
+    let mut beside = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
+    beside.push(format!(".{:016x}", RandomState::new().build_hasher().finish()));
+    let listener = listen_at(&beside)?;
+    let id = identity(&beside);
+    let exchange = || {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        renameat_with(CWD, &beside, CWD, path, RenameFlags::EXCHANGE).map_err(io::Error::from)
+    };
+    let replaced = exchange().and_then(|()| {
+        if identity(&beside) == Some(left) {
+            return Ok(());
+        }
+        exchange()?;
+        Err(Errno::EADDRINUSE.into())
+    });
+    let removed = std::fs::remove_file(&beside);
+    replaced.and(removed).map(|()| (listener, id))
+}
+
+/// A socket of the caller's at which nobody listens. (What is no socket refuses a connection, too.)
+fn dead_socket(path: &Path) -> Option<(u64, u64)> {
+    let there = std::fs::symlink_metadata(path).ok()?;
+    let is_own = there.file_type().is_socket() && there.uid() == nix::unistd::geteuid().as_raw();
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let probe = socket(AddressFamily::Unix, SockType::Stream, flags, None).ok()?;
+    // One that listens may have no room for another connection: EAGAIN.
+    let is_dead = connect(probe.as_raw_fd(), &UnixAddr::new(path).ok()?) == Err(Errno::ECONNREFUSED);
+    (is_own && is_dead).then_some((there.dev(), there.ino()))
 }
 
 fn listen_at(path: &Path) -> io::Result<UnixListener> {
@@ -177,6 +222,26 @@ mod tests {
         assert_eq!(listener.accept().len(), 1);
         assert!(listener.accept().is_empty() && listener.event().is_some() && listener.patience().is_none());
         drop(clients);
+    }
+
+    #[test]
+    fn of_two_that_find_the_same_dead_socket_one_gets_its_place() {
+        let dir = Place::new("race").0.clone();
+        std::fs::create_dir(&dir).unwrap();
+        let path = &dir.join("socket");
+        drop(UnixListener::bind(path).unwrap());
+        let left = dead_socket(path).unwrap();
+        let mut first = LocalListener::bind(path).unwrap();
+        assert_eq!(dead_socket(path), None);
+        let second = listen_in_place_of(left, path).unwrap_err();
+        assert_eq!(second.raw_os_error(), Some(Errno::EADDRINUSE as i32));
+        // To ask whether anybody listens is to connect.
+        assert_eq!(first.accept().len(), 1);
+        let client = UnixStream::connect(path).unwrap();
+        assert_eq!(first.accept().len(), 1);
+        drop((client, first));
+        // Empty: nothing is left beside.
+        std::fs::remove_dir(&dir).unwrap();
     }
 
     #[test]

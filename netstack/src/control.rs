@@ -22,7 +22,7 @@ use smoltcp::time::Instant;
 use crate::config::{Error, Publish};
 use crate::engine::{Engine, Turn};
 use crate::flowlog::FlowState;
-use crate::forward::{self, PortId, PublishedPort};
+use crate::forward::{self, PortId, Published, PublishedPort};
 use crate::policy::PolicySpec;
 use crate::rate::Rates;
 use crate::stats::{Counters, Stats};
@@ -88,6 +88,15 @@ impl Control {
         self.ask(|engine, _| engine.publish(bound))?
     }
 
+    /// Publishes ports that are bound already, all or none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Listen`] for the first for which no descriptor is left; [`Error::Stopped`].
+    pub fn publish_all(&self, ports: Published) -> Result<Vec<PublishedPort>, Error> {
+        self.ask(|engine, _| engine.publish_all(ports))?
+    }
+
     /// Takes a published port back; what it was, if there was one of this name. Connections that came through it stay.
     ///
     /// # Errors
@@ -133,7 +142,17 @@ impl Control {
     ///
     /// [`Error::Stopped`].
     pub fn flows(&self, most: usize) -> Result<Vec<FlowState>, Error> {
-        self.ask(move |engine, _| engine.flows(most))
+        self.flows_after(0, most)
+    }
+
+    /// The same without the first `skip` of them, for who takes them in parts. Flows come and go meanwhile: one may be
+    /// there in two parts, or in none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Stopped`].
+    pub fn flows_after(&self, skip: usize, most: usize) -> Result<Vec<FlowState>, Error> {
+        self.ask(move |engine, _| engine.flows(skip, most))
     }
 
     /// How fast data may go.

@@ -462,11 +462,14 @@ impl Engine {
         self.icmp.each_flow(each);
     }
 
-    /// See [`Control::flows`].
-    pub(crate) fn flows(&self, most: usize) -> Vec<FlowState> {
+    /// See [`Control::flows_after`].
+    pub(crate) fn flows(&self, skip: usize, most: usize) -> Vec<FlowState> {
         let mut flows = Vec::new();
+        let mut skipped = 0;
         self.each_flow(&mut |transport, inbound, key, account| {
-            if flows.len() < most {
+            if skipped < skip {
+                skipped += 1;
+            } else if flows.len() < most {
                 flows.push(FlowState {
                     transport,
                     inbound,
@@ -485,6 +488,23 @@ impl Engine {
     /// See [`Control::publish`].
     pub(crate) fn publish(&mut self, port: BoundPort) -> Result<PublishedPort, Error> {
         self.forward.add(&mut self.sh, port)
+    }
+
+    /// See [`Control::publish_all`].
+    pub(crate) fn publish_all(&mut self, ports: Published) -> Result<Vec<PublishedPort>, Error> {
+        let mut done: Vec<PublishedPort> = Vec::new();
+        for port in ports.into_ports() {
+            match self.publish(port) {
+                Ok(port) => done.push(port),
+                Err(error) => {
+                    for port in done {
+                        self.unpublish(port.id);
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(done)
     }
 
     /// See [`Control::unpublish`].

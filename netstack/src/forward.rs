@@ -70,6 +70,10 @@ impl Published {
         })
     }
 
+    pub(crate) fn into_ports(self) -> Vec<BoundPort> {
+        self.0
+    }
+
     fn sockets(&self) -> usize {
         self.0.iter().map(|port| port.sockets.len()).sum()
     }

@@ -172,6 +172,9 @@ pub(super) struct RunArgs {
     /// Let all data together be no faster (repeatable, once for each way): 10mbit, or bytes per second as 2m
     #[arg(long, value_name = "[in:|out:]RATE[,burst=SIZE]", help_heading = "Network")]
     pub(super) network_rate: Vec<String>,
+    /// Take commands at this socket: read counters and flows, change ports, rules and rates while it runs
+    #[arg(long, value_name = "PATH", help_heading = "Network")]
+    pub(super) network_control: Option<PathBuf>,
     /// Ask this resolver instead of the host's (repeatable): IP[:PORT]
     #[arg(long, value_name = "IP", help_heading = "Network")]
     pub(super) dns: Vec<String>,

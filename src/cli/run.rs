@@ -466,6 +466,9 @@ fn spec_of(args: &RunArgs) -> Result<SandboxSpec, Failure> {
             }
         }
     }
+    if let Some(path) = &args.network_control {
+        spec.net.control = Some(absolute("network-control", path)?);
+    }
     for text in &args.dns {
         spec.net.dns.push(spec::parse::dns(text).map_err(|error| usage(&error))?);
     }

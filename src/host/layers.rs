@@ -91,6 +91,9 @@ impl LayerError {
             Self::Access { role: "layer", source, .. } if source.kind() == ErrorKind::NotFound => {
                 Some("check the spelling; `mmdebstrap --variant=minbase stable DIR` makes a root file system")
             }
+            Self::Access { role: "control socket", source, .. } if source.kind() == ErrorKind::NotFound => {
+                Some("nothing is made on the host for it: make its directory first")
+            }
             Self::Access { .. } => None,
             Self::NotADirectory { role: "layer", .. } => Some(
                 "a layer is an unpacked directory tree; unpack an archive first, for example with `tar -xf`",
@@ -210,6 +213,13 @@ pub fn inspect(spec: &ValidSpec, facts: &HostFacts) -> Result<RootFacts, LayerEr
         .iter()
         .map(|volume| inspect_volume(&volume.host_path))
         .collect::<Result<Vec<_>, _>>()?;
+
+    if let Some(control) = &spec.net.control {
+        let volumes = volumes.iter().map(|volume| ("volume's source", volume.host_path.clone()));
+        // The upper need not be there yet.
+        let upper = spec.fs.upper.as_ref().and_then(|upper| canonical_new(upper).ok());
+        check_control(control, volumes.chain(upper.map(|upper| ("upper directory", upper))))?;
+    }
 
     let mut view = MergedView::new(layers.iter().map(|layer| layer.host_path.as_path()));
     if host_tree {
@@ -332,6 +342,26 @@ fn inspect_volume(path: &Path) -> Result<VolumeFacts, LayerError> {
         return Err(LayerError::Device { path: path.to_owned() });
     }
     Ok(VolumeFacts { host_path, kind: if meta.is_dir() { Kind::Directory } else { Kind::File } })
+}
+
+/// The control socket must not be where the payload could reach it. (A socket in a layer is the overlay's own object inside,
+/// at which nobody listens.) What one directory is by another name, as by a bind mount of the host, is found by its number.
+fn check_control(
+    control: &Path,
+    given: impl Iterator<Item = (&'static str, PathBuf)>,
+) -> Result<(), LayerError> {
+    let role = "control socket";
+    let dir = control.parent().unwrap_or(Path::new("/"));
+    let dir = std::fs::canonicalize(dir).map_err(access(role, control))?;
+    let id = |path: &Path| std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
+    let around: Vec<_> = dir.ancestors().filter_map(id).collect();
+    let path = dir.join(control.file_name().unwrap_or_default());
+    for (outer_role, outer) in given {
+        if path.starts_with(&outer) || id(&outer).is_some_and(|id| around.contains(&id)) {
+            return Err(LayerError::Nested { inner_role: role, inner: path, outer_role, outer });
+        }
+    }
+    Ok(())
 }
 
 fn read_accounts() -> Accounts {

@@ -24,6 +24,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 
 use self::handshake::{Channel, FromSetup, SetupFailure, Step};
+use crate::control::ControlError;
 use crate::plan::Plan;
 use crate::report::{NetworkRecords, PublishedPort, RunReport};
 use crate::stage::{self, Inherited};
@@ -47,6 +48,9 @@ pub enum LaunchError {
     /// A port cannot be published, or the stack cannot start.
     #[error("cannot set up the network")]
     Network(#[source] netstack::Error),
+    /// There is no control socket.
+    #[error(transparent)]
+    Control(#[from] ControlError),
     /// newuidmap or newgidmap refused or hung.
     #[error("{} failed: {said}", helper.display())]
     MapHelper {

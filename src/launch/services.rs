@@ -6,14 +6,14 @@ use std::os::fd::OwnedFd;
 
 use fsoverlay::Overlay;
 use netstack::{
-    Capture, DnsSpec, HostLoopback, Link, Outbound, PolicySpec, Protocol, Publish, Published, Rate, Rates,
-    Stack, StackSpec,
+    Capture, DnsSpec, Link, Outbound, PolicySpec, Protocol, Publish, Published, Rate, Rates, Stack, StackSpec,
 };
 
 use super::LaunchError;
+use crate::control::network::Network;
+use crate::control::{ControlSocket, Served};
 use crate::plan::{NetPlan, Plan, StackPlan};
 use crate::report::{NetworkLog, NetworkRecords, PublishedPort};
-use crate::spec::{LoopbackSpec, RateSpec};
 
 /// Threads that serve the overlay. At least two, because a request that waits for the disk must not
 /// hold up the others; each costs start-up time, and more than four serve no faster.
@@ -30,6 +30,9 @@ pub(crate) struct Services {
     capture_file: Option<File>,
     capture: Option<Capture>,
     published: Vec<PublishedPort>,
+    control: Option<ControlSocket>,
+    /// Ends when it is dropped.
+    controlled: Option<Served>,
 }
 
 impl Services {
@@ -43,8 +46,11 @@ impl Services {
         let mut network = None;
         let mut capture_file = None;
         let mut published = Vec::new();
+        let mut control = None;
         if let NetPlan::Stack(stack) = &plan.net {
-            let ports = Published::bind(&publish(stack)).map_err(LaunchError::Network)?;
+            let ports: Vec<Publish> = stack.publish.iter().map(Publish::from).collect();
+            let ports = Published::bind(&ports).map_err(LaunchError::Network)?;
+            control = stack.control.as_deref().map(ControlSocket::bind).transpose()?;
             published = ports
                 .addresses()
                 .map(|(host, protocol, inside_port)| PublishedPort {
@@ -68,6 +74,8 @@ impl Services {
             capture_file,
             capture: None,
             published,
+            control,
+            controlled: None,
         })
     }
 
@@ -89,13 +97,22 @@ impl Services {
                 spec.capture = Some(capture.clone());
                 self.capture = Some(capture);
             }
-            self.stack = Some(Stack::start(tap, &spec, published).map_err(LaunchError::Network)?);
+            let stack = Stack::start(tap, &spec, published).map_err(LaunchError::Network)?;
+            if let Some(socket) = self.control.take() {
+                let what = "the thread of the control socket";
+                let served = socket
+                    .serve(Network(stack.control().clone()))
+                    .map_err(|source| LaunchError::Network(netstack::Error::Start { what, source }))?;
+                self.controlled = Some(served);
+            }
+            self.stack = Some(stack);
         }
         Ok(())
     }
 
     /// Leaves the threads to the end of the process, which ends the mount they serve.
     pub(super) fn abandon(&mut self) {
+        drop((self.control.take(), self.controlled.take()));
         std::mem::forget((self.server.take(), self.stack.take()));
     }
 
@@ -106,6 +123,7 @@ impl Services {
 
     /// Ends both once the sandbox is gone; whether the overlay's upper holds a change.
     pub(super) fn finish(&mut self) -> bool {
+        drop((self.control.take(), self.controlled.take()));
         if let Some(stack) = self.stack.take() {
             stack.stop();
         }
@@ -158,34 +176,13 @@ fn stack_spec(plan: &StackPlan, hostname: &str) -> StackSpec {
         policy: PolicySpec {
             allow: plan.allow.clone(),
             deny: plan.deny.clone(),
-            host_loopback: match &plan.host_loopback {
-                LoopbackSpec::Refused => HostLoopback::Refused,
-                LoopbackSpec::Ports(ports) => HostLoopback::Ports(ports.clone()),
-                LoopbackSpec::All => HostLoopback::All,
-            },
+            host_loopback: plan.host_loopback.clone().into(),
             // Rules by name are the crate's, and no option's yet.
             ..PolicySpec::default()
         },
         flow_log: None,
         capture: None,
-        rates: Rates { sent: plan.rate_out.map(rate), received: plan.rate_in.map(rate) },
+        rates: Rates { sent: plan.rate_out.map(Rate::from), received: plan.rate_in.map(Rate::from) },
         outbound: Outbound::default(),
     }
-}
-
-fn rate(RateSpec { bytes_per_second, burst }: RateSpec) -> Rate {
-    Rate { bytes_per_second, burst }
-}
-
-fn publish(plan: &StackPlan) -> Vec<Publish> {
-    plan.publish
-        .iter()
-        .map(|p| Publish {
-            host_ip: p.host_ip,
-            host_port: p.host_port,
-            inside_ip: None,
-            inside_port: p.inside_port,
-            protocol: if p.udp { Protocol::Udp } else { Protocol::Tcp },
-        })
-        .collect()
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::{MapWriter, MountStep, NetPlan, Plan, SeccompPlan};
 use crate::log::{escape, escape_os};
+use crate::spec::parse::port_ranges;
 use crate::spec::{IdExtent, LoopbackSpec, RateSpec};
 
 /// The plan as text: one thing a line, in the order in which it is done. Names are escaped
@@ -149,7 +150,10 @@ impl Lines {
             LoopbackSpec::Ports(ports) => {
                 self.line(
                     "",
-                    format_args!("the host's loopback is the gateway's address, ports {}", ranges(ports)),
+                    format_args!(
+                        "the host's loopback is the gateway's address, ports {}",
+                        port_ranges(ports).join(" ")
+                    ),
                 )?;
             }
             LoopbackSpec::All => self.line("", "the host's loopback is the gateway's address")?,
@@ -165,6 +169,9 @@ impl Lines {
                 let burst = burst.map(|burst| format!(", {burst} bytes at once")).unwrap_or_default();
                 self.line("rate", format_args!("{way}: {bytes_per_second} bytes per second{burst}"))?;
             }
+        }
+        if let Some(path) = &stack.control {
+            self.line("control", shown(path))?;
         }
         if !stack.dns.is_empty() {
             let servers: Vec<String> = stack.dns.iter().map(ToString::to_string).collect();
@@ -213,19 +220,6 @@ impl Lines {
         }
         Ok(())
     }
-}
-
-/// Ports, with neighbours as ranges.
-fn ranges(ports: &std::collections::BTreeSet<u16>) -> String {
-    let mut ranges: Vec<(u16, u16)> = Vec::new();
-    for &port in ports {
-        match ranges.last_mut() {
-            Some((_, last)) if *last + 1 == port => *last = port,
-            _ => ranges.push((port, port)),
-        }
-    }
-    let text = |(first, last)| if first == last { format!("{first}") } else { format!("{first}-{last}") };
-    ranges.into_iter().map(text).collect::<Vec<_>>().join(" ")
 }
 
 fn shown(path: &Path) -> String {

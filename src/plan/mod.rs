@@ -268,6 +268,9 @@ pub struct StackPlan {
     pub rate_in: Option<RateSpec>,
     /// How fast data may go.
     pub rate_out: Option<RateSpec>,
+    /// A socket that takes commands while it runs.
+    #[serde(with = "crate::spec::os::option")]
+    pub control: Option<PathBuf>,
 }
 
 impl StackPlan {

@@ -66,6 +66,7 @@ pub(super) fn plan_net(
                 deny: spec.net.deny.clone(),
                 rate_in: spec.net.rate_in,
                 rate_out: spec.net.rate_out,
+                control: spec.net.control.clone(),
             })))
         }
     }

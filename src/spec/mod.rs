@@ -211,6 +211,9 @@ pub struct NetSpec {
     pub rate_out: Option<RateSpec>,
     /// The other way.
     pub rate_in: Option<RateSpec>,
+    /// A socket that takes commands while it runs.
+    #[serde(with = "os::option")]
+    pub control: Option<PathBuf>,
 }
 
 /// `--network-rate`: how fast all flows together may be one way.
@@ -220,6 +223,12 @@ pub struct RateSpec {
     pub bytes_per_second: u64,
     /// Bytes that may go at once; `None`: those of a tenth of a second.
     pub burst: Option<u64>,
+}
+
+impl From<RateSpec> for netstack::Rate {
+    fn from(RateSpec { bytes_per_second, burst }: RateSpec) -> Self {
+        Self { bytes_per_second, burst }
+    }
 }
 
 /// `--allow-host-loopback[=PORT[,PORT...]]`: whether the gateway's address stands for the host's
@@ -234,6 +243,16 @@ pub enum LoopbackSpec {
     Ports(BTreeSet<u16>),
     /// Both, wholly.
     All,
+}
+
+impl From<LoopbackSpec> for netstack::HostLoopback {
+    fn from(spec: LoopbackSpec) -> Self {
+        match spec {
+            LoopbackSpec::Refused => Self::Refused,
+            LoopbackSpec::Ports(ports) => Self::Ports(ports),
+            LoopbackSpec::All => Self::All,
+        }
+    }
 }
 
 /// `--add-host NAME:IP`
@@ -269,6 +288,18 @@ pub struct PublishSpec {
     pub inside_port: u16,
     /// UDP instead of TCP.
     pub udp: bool,
+}
+
+impl From<&PublishSpec> for netstack::Publish {
+    fn from(spec: &PublishSpec) -> Self {
+        Self {
+            host_ip: spec.host_ip,
+            host_port: spec.host_port,
+            inside_ip: None,
+            inside_port: spec.inside_port,
+            protocol: if spec.udp { netstack::Protocol::Udp } else { netstack::Protocol::Tcp },
+        }
+    }
 }
 
 /// Offsets of a time namespace in seconds (time_namespaces(7)).

@@ -204,11 +204,19 @@ impl SandboxSpec {
                 "dns"
             } else if net.dns_search.is_some() {
                 "dns-search"
+            } else if net.control.is_some() {
+                "network-control"
             } else {
                 return Ok(());
             };
             let other = if net.mode == NetMode::Host { "network host" } else { "network none" };
             return Err(SpecError::Conflict { field, other, reason: reason.into() });
+        }
+        if let Some(control) = &net.control {
+            check_host_path("network-control", control)?;
+            if control.file_name().is_none() {
+                return Err(invalid("network-control", control, "it must name a socket in a directory"));
+            }
         }
         let mut taken = HashSet::new();
         for publish in &net.publish {

@@ -6,6 +6,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod control_socket;
 mod descriptors;
 mod hostile_rootfs;
 mod init_process;

@@ -8,6 +8,7 @@ mod common;
 mod bad_input;
 mod boxes;
 mod cli;
+mod control;
 mod docs;
 mod files;
 mod kill;

@@ -56,10 +56,10 @@ fn a_connection_gets_its_burst_and_then_the_rate() {
     server.write_all(&[7; 300_000]).expect("write");
     takes(&mut script, &mut peer, BURST);
     // What may not go yet is not counted.
-    let flows = script.engine.flows(9);
+    let flows = script.engine.flows(0, 9);
     assert_eq!((flows.len(), flows[0].received.bytes, flows[0].sent.bytes), (1, BURST as u64, 0));
     assert_eq!((flows[0].remote, flows[0].inbound), (SocketAddr::from(peer.remote), false));
-    assert!(script.engine.flows(0).is_empty());
+    assert!(script.engine.flows(0, 0).is_empty());
     script.advance(Duration::from_micros(9_000));
     rests(&mut script);
     script.advance(Duration::from_micros(1_000));

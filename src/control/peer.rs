@@ -1,0 +1,128 @@
+//! Who may command: processes of the caller's, and of root's ([`crate::local_socket`] sends all others away), that are in our
+//! own user namespace.
+//!
+//! The payload has the caller's ids, seen from here, so ids alone do not tell it from the caller. Every sandbox has a user
+//! namespace of its own, which no process of it can leave for ours (setns(2) needs a capability there).
+//!
+//! Whose namespace it is, is read from /proc by the peer's number, which the kernel kept when it connected. A pidfd
+//! of the peer (SO_PEERPIDFD, Linux 6.5) that is still alive afterwards says that the number was not another's meanwhile;
+//! who has ended, or cannot be looked at, is nobody. Before 6.5 the pidfd is made from the number: who connects, ends, and
+//! has its number taken over by a process of the caller's, all before we accept, passes for that one.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::net::UnixStream;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{getsockopt, sockopt};
+
+/// Why a peer may not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Stranger {
+    #[error("a process of another user namespace has connected, such as that of the sandbox")]
+    OtherNamespace,
+    #[error("a process has connected that has ended, or cannot be looked at")]
+    Unknown,
+}
+
+/// A user namespace, by its inode on nsfs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct UserNamespace {
+    dev: u64,
+    ino: u64,
+}
+
+/// Those who may.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Peers {
+    uid: u32,
+    namespace: UserNamespace,
+}
+
+impl Peers {
+    /// Processes like this one.
+    ///
+    /// # Errors
+    ///
+    /// When /proc does not tell in which user namespace this process is.
+    pub(super) fn like_us() -> std::io::Result<Self> {
+        let namespace = user_namespace("self")?;
+        Ok(Self { uid: rustix::process::geteuid().as_raw(), namespace })
+    }
+
+    /// Whether the other end of `stream` was one of them when it connected.
+    pub(super) fn check(&self, stream: &UnixStream) -> Result<(), Stranger> {
+        let peer = getsockopt(stream, sockopt::PeerCredentials).map_err(|_| Stranger::Unknown)?;
+        // 0 is who is not in our pid namespace.
+        let pid = rustix::process::Pid::from_raw(peer.pid()).ok_or(Stranger::Unknown)?;
+        let pidfd = pidfd_of(stream, pid).ok_or(Stranger::Unknown)?;
+        let found = user_namespace(&peer.pid().to_string());
+        if !is_alive(&pidfd) {
+            return Err(Stranger::Unknown);
+        }
+        match found {
+            Ok(namespace) if namespace == self.namespace => Ok(()),
+            Ok(_) => Err(Stranger::OtherNamespace),
+            // An ordinary user may not look at root's processes. Those of the sandbox he may: he made their user namespace,
+            // and so has every capability there (user_namespaces(7)).
+            Err(error)
+                if peer.uid() == 0
+                    && self.uid != 0
+                    && matches!(
+                        error.raw_os_error().map(Errno::from_raw),
+                        Some(Errno::EACCES | Errno::EPERM)
+                    ) =>
+            {
+                Ok(())
+            }
+            Err(_) => Err(Stranger::Unknown),
+        }
+    }
+}
+
+fn pidfd_of(stream: &UnixStream, pid: rustix::process::Pid) -> Option<OwnedFd> {
+    match getsockopt(stream, sockopt::PeerPidfd) {
+        Ok(pidfd) => Some(pidfd),
+        Err(Errno::ENOPROTOOPT) => {
+            rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()
+        }
+        // It was reaped already; or there is no descriptor.
+        Err(_) => None,
+    }
+}
+
+/// A pidfd becomes readable when its process ends.
+fn is_alive(pidfd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ended| ended == 0)
+}
+
+fn user_namespace(process: &str) -> std::io::Result<UserNamespace> {
+    let file = std::fs::metadata(format!("/proc/{process}/ns/user"))?;
+    Ok(UserNamespace { dev: file.dev(), ino: file.ino() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    /// A stream whose other end this process has made.
+    fn connected() -> (UnixStream, UnixStream) {
+        let path = std::env::temp_dir().join(format!("rootlet-peer-{}", std::process::id()));
+        let listener = UnixListener::bind(&path).unwrap();
+        let ours = UnixStream::connect(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        (listener.accept().unwrap().0, ours)
+    }
+
+    #[test]
+    fn only_the_same_namespace_may() {
+        let (stream, _other) = connected();
+        let like_us = Peers::like_us().unwrap();
+        assert_eq!(like_us.check(&stream), Ok(()));
+        let namespace = UserNamespace { ino: like_us.namespace.ino + 1, ..like_us.namespace };
+        assert_eq!(Peers { namespace, ..like_us }.check(&stream), Err(Stranger::OtherNamespace));
+    }
+}
