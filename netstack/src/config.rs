@@ -227,8 +227,10 @@ pub(crate) const LARGEST_RING: usize = 512 * 1024;
 pub(crate) const RING_POOL: usize = 32;
 /// TCP flows at once, whatever the descriptor limit.
 pub(crate) const MAX_TCP_FLOWS: usize = 16_384;
-/// TCP flows whose other end has not answered yet, at once.
+/// TCP flows whose other end has not answered yet, at once (half of the descriptors if that is fewer).
 pub(crate) const MAX_HALF_OPEN: usize = 2_048;
+/// How long the other end must have been silent before its flow gives way to another, when descriptors run out.
+pub(crate) const HALF_OPEN_SPARE: Duration = Duration::from_secs(1);
 /// How long the guest may leave data or a FIN of ours unacknowledged before the flow is given up. Its kernel answers
 /// even window probes, whatever its programs do, so silence means that it is gone.
 pub(crate) const GUEST_SILENCE: Duration = Duration::from_secs(180);
@@ -247,6 +249,8 @@ pub(crate) const MAX_SUPER_SEGMENT: usize = 128;
 pub(crate) const REFUSALS_TOLD: u64 = 1_000;
 /// Refused flows that are told each second after that.
 pub(crate) const REFUSALS_TOLD_PER_SECOND: u64 = 100;
+/// How long a UDP flow must have been idle before it gives way to a connection, when descriptors run out.
+pub(crate) const UDP_SPARE: Duration = Duration::from_secs(5);
 /// Flows of published UDP ports at once.
 pub(crate) const MAX_UDP_INBOUND: usize = 4_096;
 /// Idle time of a UDP flow that got an answer (RFC 4787 REQ-5 asks for two minutes at least).

@@ -589,7 +589,7 @@ impl Engine {
                 Some(Token::Command) => obeyed = self.obey(now),
                 Some(Token::Tcp(id)) => self.tcp.host_event(&mut self.sh, now, id, flags),
                 Some(Token::Dns(id)) => self.dns.host_event(&mut self.sh, now, id),
-                Some(Token::TcpListener(i)) => self.forward.accept(&mut self.sh, now, i, &mut self.tcp),
+                Some(Token::TcpListener(i)) => self.accept(now, i),
                 Some(token) => self.datagrams(now, token, flags),
                 None => {}
             }
@@ -598,7 +598,7 @@ impl Engine {
             return Turn::Ends;
         }
         for index in self.forward.take_eager() {
-            self.forward.accept(&mut self.sh, now, index, &mut self.tcp);
+            self.accept(now, index);
         }
         if frames && self.read_frames(now) == Turn::Ends {
             return Turn::Ends;
@@ -634,6 +634,14 @@ impl Engine {
         self.watch_tap();
         self.await_tokens();
         Turn::Goes
+    }
+
+    /// Connections wait at a listener.
+    fn accept(&mut self, now: Instant, listener: FlowId) {
+        self.forward.accept(&mut self.sh, now, listener, &mut self.tcp);
+        if self.forward.is_starved() {
+            self.udp.spare(&mut self.sh, now);
+        }
     }
 
     /// A datagram socket has something to say.
@@ -792,6 +800,11 @@ impl Engine {
         }
         match (packet.protocol, packet.is_v6()) {
             (TCP, _) if self.sh.spec.is_ours(packet.dst) || !self.expired(packet) => {
+                // What begins a connection needs a descriptor.
+                let begins = packet.payload().get(13).is_some_and(|flags| flags & 0x12 == 0x02);
+                if begins && self.sh.budget.is_short() {
+                    self.udp.spare(&mut self.sh, now);
+                }
                 self.tcp.ingress(&mut self.sh, now, packet);
             }
             (TCP, _) => {}

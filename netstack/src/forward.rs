@@ -304,7 +304,8 @@ impl Forward {
     pub(crate) fn accept(&mut self, sh: &mut Shared, now: Instant, id: FlowId, tcp: &mut Tcp) {
         let Some(Socket { fd: listener, inside }) = self.tcp.get(id) else { return };
         for _ in 0..TURN {
-            if sh.budget.check_leaving(sh.budget.reserve()).is_err() {
+            // Who gets no answer inside makes room, or a flood at one port would take those of the others.
+            if sh.budget.is_short() && !tcp.spare(sh) {
                 return self.starve(sh, now, id);
             }
             let fd = match crate::sys::accept(listener.as_fd()) {
@@ -337,6 +338,11 @@ impl Forward {
             sh.stats.refused_by_limit.one();
             self.starved.push(id);
         }
+    }
+
+    /// Whether there are listeners that wait for descriptors.
+    pub(crate) fn is_starved(&self) -> bool {
+        !self.starved.is_empty()
     }
 
     /// Listeners to go on with, since they had more than one turn takes.

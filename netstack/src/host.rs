@@ -57,6 +57,11 @@ impl Budget {
         self.check_leaving(0)
     }
 
+    /// Whether there is none left for a connection.
+    pub(crate) fn is_short(&self) -> bool {
+        self.check_leaving(self.reserve()).is_err()
+    }
+
     /// Whether one more may be opened, with `rest` left for others then.
     pub(crate) fn check_leaving(&self, rest: usize) -> nix::Result<()> {
         if self.used.load(Ordering::Relaxed) + rest < self.limit { Ok(()) } else { Err(Errno::EMFILE) }

@@ -39,8 +39,8 @@ use smoltcp::wire::{TcpControl, TcpPacket, TcpRepr, TcpSeqNumber};
 
 use crate::calls::{recv, send, shutdown};
 use crate::config::{
-    DNS_TCP_IDLE, GUEST_SILENCE, INBOUND_CONNECT, LARGEST_RING, MAX_DNS_CONNECTIONS, MAX_DNS_PIPELINE,
-    MAX_HALF_OPEN, MAX_TCP_FLOWS, RING_POOL, RINGS,
+    DNS_TCP_IDLE, GUEST_SILENCE, HALF_OPEN_SPARE, INBOUND_CONNECT, LARGEST_RING, MAX_DNS_CONNECTIONS,
+    MAX_DNS_PIPELINE, MAX_HALF_OPEN, MAX_TCP_FLOWS, RING_POOL, RINGS,
 };
 use crate::defect::At;
 use crate::device::FlowDevice;
@@ -233,6 +233,8 @@ pub(crate) struct Tcp {
     dns_flows: usize,
     /// Flows that have begun to connect, oldest first; some are connected or gone by now.
     connecting: VecDeque<FlowId>,
+    /// Connections to published ports, oldest first; some have been answered by the guest, or are gone by now.
+    arriving: VecDeque<FlowId>,
     dirty: Vec<FlowId>,
     /// Flows with data for the world, and for the guest, that may not go yet.
     held: [Held; 2],
@@ -277,6 +279,7 @@ impl Tcp {
             half_open: 0,
             dns_flows: 0,
             connecting: VecDeque::new(),
+            arriving: VecDeque::new(),
             dirty: Vec::new(),
             held: Default::default(),
             pool: Vec::new(),
@@ -293,6 +296,7 @@ impl Tcp {
         assert_eq!(self.dns_flows, count(&|flow| matches!(flow.far, Far::Dns(_))));
         assert!(self.half_open <= MAX_HALF_OPEN && self.dns_flows <= MAX_DNS_CONNECTIONS);
         assert!(self.pool.len() <= RING_POOL && self.connecting.len() <= 2 * MAX_HALF_OPEN);
+        assert!(self.arriving.len() <= 2 * MAX_TCP_FLOWS);
         assert!(self.dns_bytes() <= self.dns_flows * (2 + MAX_DNS_PIPELINE) * 65_537);
         assert!(self.held_bytes() <= self.half_open * 256);
     }
@@ -466,14 +470,18 @@ impl Tcp {
         to: SocketAddr,
         peek: bool,
     ) {
-        if self.half_open >= MAX_HALF_OPEN {
-            self.evict_half_open(sh);
+        if self.half_open >= MAX_HALF_OPEN.min(sh.budget.limit / 2) {
+            self.evict_half_open(sh, Duration::ZERO);
         }
         if self.flows.len() >= MAX_TCP_FLOWS {
             sh.refused_by_limit(Transport::Tcp, key);
             return self.refuse(sh, now, packet);
         }
-        let (fd, connected) = match host::tcp_connect(&sh.budget, to, sh.budget.reserve()) {
+        let mut opened = host::tcp_connect(&sh.budget, to, sh.budget.reserve());
+        if matches!(opened, Err(Errno::EMFILE | Errno::ENFILE)) && self.spare(sh) {
+            opened = host::tcp_connect(&sh.budget, to, sh.budget.reserve());
+        }
+        let (fd, connected) = match opened {
             Ok(opened) => opened,
             Err(errno) => {
                 if is_want(errno) {
@@ -512,16 +520,48 @@ impl Tcp {
         self.connecting.push_back(id);
     }
 
-    /// Forgets the flow that has been connecting for longest, without a word: if the guest still wants it, it repeats its
-    /// SYN. So a guest that tries thousands of hosts that do not answer does not keep itself from reaching others.
-    fn evict_half_open(&mut self, sh: &mut Shared) {
-        while let Some(id) = self.connecting.pop_front() {
+    /// Forgets the flow that has been connecting for longest, and for `least`, without a word: if the guest still wants it,
+    /// it repeats its SYN. So a guest that tries thousands of hosts that do not answer does not keep itself from reaching
+    /// others. Whether there was one.
+    fn evict_half_open(&mut self, sh: &mut Shared, least: Duration) -> bool {
+        while let Some(&id) = self.connecting.front() {
             if is_connecting(&self.flows, id) {
+                let lasted = self.flows.get(id).map(|flow| flow.account.lasted(sh.now));
+                if lasted.is_none_or(|lasted| lasted < least.into()) {
+                    return false;
+                }
+                self.connecting.pop_front();
                 sh.stats.evicted.one();
                 self.give_reason(id, "evicted");
-                return self.remove(sh, id, true);
+                self.remove(sh, id, true);
+                return true;
+            }
+            self.connecting.pop_front();
+        }
+        false
+    }
+
+    /// Ends the connection of either direction that has waited for its answer for longest, and long enough, so that
+    /// another gets its descriptor; whether there was one.
+    pub(crate) fn spare(&mut self, sh: &mut Shared) -> bool {
+        if self.evict_half_open(sh, HALF_OPEN_SPARE) {
+            return true;
+        }
+        while let Some(&id) = self.arriving.front() {
+            let waits = self.flows.get(id).filter(|flow| flow.inbound_until.is_some());
+            if waits.is_some_and(|flow| flow.account.lasted(sh.now) < HALF_OPEN_SPARE.into()) {
+                return false;
+            }
+            let evicted = waits.is_some();
+            self.arriving.pop_front();
+            if evicted {
+                sh.stats.evicted.one();
+                self.give_reason(id, "evicted");
+                self.remove(sh, id, true);
+                return true;
             }
         }
+        false
     }
 
     fn outbound_dns(&mut self, sh: &mut Shared, now: Instant, key: FlowKey, packet: &Packet<'_>) {
@@ -553,6 +593,11 @@ impl Tcp {
         let far = HostSide { readable: true, ..HostSide::new(fd, true) };
         let id = self.insert(sh, now, key, Phase::Open(Box::new(socket)), Far::Host(far));
         sh.stats.tcp_in.one();
+        if self.arriving.len() >= 2 * MAX_TCP_FLOWS {
+            let flows = &self.flows;
+            self.arriving.retain(|&id| flows.get(id).is_some_and(|flow| flow.inbound_until.is_some()));
+        }
+        self.arriving.push_back(id);
         let Some(flow) = self.flows.get_mut(id) else { return };
         flow.inbound = true;
         flow.inbound_until = Some(now + INBOUND_CONNECT);

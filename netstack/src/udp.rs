@@ -39,7 +39,8 @@ use smoltcp::wire::UdpPacket;
 
 use crate::calls::{self, recvmsg, sendmsg};
 use crate::config::{
-    MAX_UDP_INBOUND, MAX_UDP_PEERS, MAX_UDP_SOCKETS, UDP_DNS_IDLE, UDP_IDLE, UDP_UNANSWERED, VERDICT_AGE,
+    MAX_UDP_INBOUND, MAX_UDP_PEERS, MAX_UDP_SOCKETS, UDP_DNS_IDLE, UDP_IDLE, UDP_SPARE, UDP_UNANSWERED,
+    VERDICT_AGE,
 };
 use crate::device::{MAX_RUN, MAX_RUN_BYTES};
 use crate::emit::{self, IcmpError, Unreachable};
@@ -179,6 +180,8 @@ pub(crate) struct Udp {
     /// Keys the ports of peers that would look like others.
     stand_ins: RandomState,
     outgoing: Outgoing,
+    /// Until then no flow is idle for so long that it gives way to a connection.
+    none_to_spare_until: Option<Instant>,
 }
 
 impl Udp {
@@ -421,6 +424,24 @@ impl Udp {
             self.remove(sh, id, "evicted");
         }
         !oldest.is_empty()
+    }
+
+    /// Closes the flows that have been idle for longest, and long enough, so that connections get their descriptors.
+    pub(crate) fn spare(&mut self, sh: &mut Shared, now: Instant) {
+        // A flood of connections does not look at all flows each time.
+        if self.none_to_spare_until.is_some_and(|until| now < until) {
+            return;
+        }
+        let mut soonest = now + UDP_SPARE;
+        for id in self.flows.first_by(|flow| flow.used) {
+            let Some(idle_at) = self.flows.get(id).map(|flow| flow.used + UDP_SPARE) else { continue };
+            if idle_at <= now {
+                sh.stats.evicted.one();
+                self.remove(sh, id, "evicted");
+            }
+            soonest = soonest.min(idle_at);
+        }
+        self.none_to_spare_until = Some(soonest);
     }
 
     fn remove(&mut self, sh: &mut Shared, id: FlowId, reason: &'static str) {

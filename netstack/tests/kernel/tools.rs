@@ -164,3 +164,16 @@ pub(crate) fn publish(host_ip: Option<&str>, inside_port: u16, protocol: Protoco
         protocol,
     }
 }
+
+/// Numbers that look random and are the same for the same seed.
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    /// A number below `end`.
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 16) % end
+    }
+}
