@@ -12,7 +12,7 @@ use crate::rate::Rates;
 /// Everything the stack needs to know.
 #[derive(Debug, Clone)]
 pub struct StackSpec {
-    /// Link MTU in bytes (the IP packet, without the Ethernet header).
+    /// Link MTU in bytes (the IP packet, without the Ethernet header): 576 at least, with IPv6 1,280.
     pub mtu: u16,
     /// Addresses of the inside.
     pub guest: Link,
@@ -56,6 +56,11 @@ impl Outbound {
 }
 
 impl StackSpec {
+    /// The smallest MTU that the link may have.
+    pub(crate) fn least_mtu(&self) -> u16 {
+        if self.ipv6 { 1280 } else { 576 }
+    }
+
     /// Whether `ip` is an address that the stack answers for.
     pub(crate) fn is_ours(&self, ip: IpAddr) -> bool {
         self.gateway.is(ip) || self.is_resolver(ip)
@@ -202,6 +207,14 @@ pub enum Error {
     /// The stack has ended, so it obeys no commands any more.
     #[error("the network stack does not run any more")]
     Stopped,
+    /// IPv6 asks for 1,280 bytes from every link (RFC 8200 section 5), and IPv4 for 576 from every host (RFC 791).
+    #[error("an MTU of {mtu} is too small: this link needs {least}")]
+    SmallMtu {
+        /// The link's.
+        mtu: u16,
+        /// What it must have.
+        least: u16,
+    },
     /// The descriptor is not a TAP made by [`open_tap`](crate::open_tap).
     #[error("the descriptor is not a TAP with virtio headers")]
     NotATap,

@@ -158,8 +158,8 @@ impl Tap {
             fd,
             guest_mac: spec.guest.mac,
             gateway_mac: spec.gateway.mac,
-            // IPv6 needs 1,280; nothing above BIG_MTU fits into an IPv4 packet.
-            mtu: usize::from(spec.mtu).clamp(1280, BIG_MTU),
+            // Nothing above BIG_MTU fits into an IPv4 packet.
+            mtu: usize::from(spec.mtu.max(spec.least_mtu())).min(BIG_MTU),
             segmentation,
             scratch: frame_buffer(),
             acknowledged: None,

@@ -34,9 +34,7 @@ pub(crate) fn ingress(sh: &mut Shared, packet: &Packet<'_>, mac: Option<[u8; 6]>
     let to_server = match packet.dst {
         IpAddr::V4(dst) => {
             ports == (CLIENT_PORT, SERVER_PORT)
-                && (dst.is_broadcast()
-                    || sh.spec.guest.is_subnet_edge(packet.dst)
-                    || dst == sh.spec.gateway.v4.0)
+                && (dst.is_broadcast() || dst == sh.spec.gateway.v4.0)
                 && (packet.src == IpAddr::V4(Ipv4Addr::UNSPECIFIED) || sh.is_guest(packet.src))
         }
         IpAddr::V6(dst) => {

@@ -206,10 +206,13 @@ pub(crate) fn arp_reply(tap: &mut Tap, target: Ipv4Addr, source_mac: [u8; 6], so
     tap.send_arp(&payload);
 }
 
-/// Answers a neighbour solicitation (RFC 4861 section 7.2.4).
+/// Answers a neighbour solicitation (RFC 4861 section 7.2.4). One that goes to all nodes must not claim to be solicited:
+/// kernels ignore it then.
 pub(crate) fn neighbour_advert(tap: &mut Tap, target: Ipv6Addr, to: Ipv6Addr) {
+    let solicited =
+        if to.is_multicast() { NdiscNeighborFlags::empty() } else { NdiscNeighborFlags::SOLICITED };
     let advert = Icmpv6Repr::Ndisc(NdiscRepr::NeighborAdvert {
-        flags: NdiscNeighborFlags::ROUTER | NdiscNeighborFlags::SOLICITED | NdiscNeighborFlags::OVERRIDE,
+        flags: NdiscNeighborFlags::ROUTER | NdiscNeighborFlags::OVERRIDE | solicited,
         target_addr: target,
         lladdr: Some(EthernetAddress(tap.gateway_mac()).into()),
     });

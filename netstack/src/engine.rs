@@ -1065,8 +1065,11 @@ impl Stack {
     ///
     /// # Errors
     ///
-    /// If `tap` is none, or a descriptor or the thread cannot be made.
+    /// If the MTU is too small, `tap` is none, or a descriptor or the thread cannot be made.
     pub fn start(tap: OwnedFd, spec: &StackSpec, published: Published) -> Result<Self, Error> {
+        if spec.mtu < spec.least_mtu() {
+            return Err(Error::SmallMtu { mtu: spec.mtu, least: spec.least_mtu() });
+        }
         if !sys::is_vnet_tap(tap.as_fd()) {
             return Err(Error::NotATap);
         }
@@ -1162,6 +1165,18 @@ fn nonblocking(fd: BorrowedFd<'_>) -> nix::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_link_that_is_too_small_is_refused() {
+        for (ipv6, mtu) in [(true, 1279), (false, 575)] {
+            let spec = StackSpec { ipv6, mtu, ..crate::config::tests::spec() };
+            let (_, no_tap) = std::io::pipe().expect("pipe");
+            let started = Stack::start(no_tap.into(), &spec, Published::default());
+            assert!(
+                matches!(started, Err(Error::SmallMtu { mtu: of, least }) if of == mtu && least == mtu + 1)
+            );
+        }
+    }
 
     #[test]
     fn tokens_survive_packing() {

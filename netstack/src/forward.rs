@@ -267,6 +267,11 @@ impl Forward {
         let refused = |errno: Errno| Error::Listen { addr, protocol, source: errno.into() };
         // As connections: names and datagrams must still get descriptors.
         sh.budget.check_leaving(sh.budget.reserve() + port.sockets.len()).map_err(refused)?;
+        // And so must connections, when those that there are have ended.
+        let ports = self.tcp.len() + self.udp.len() + port.sockets.len();
+        if ports + sh.budget.reserve() + LEAST_FOR_FLOWS > sh.budget.limit {
+            return Err(refused(Errno::EMFILE));
+        }
         let id = self.insert(sh, port).map_err(refused)?;
         self.get(id).ok_or(Error::Stopped)
     }
@@ -404,9 +409,13 @@ fn ways(guest: &Link, gateway: &Link, peer: SocketAddr, inside: Inside) -> [Flow
 pub(crate) fn budget_for(published: &Published, outbound: Outbound) -> Budget {
     let mut budget = Budget::from_rlimit();
     budget.outbound = outbound;
-    let sockets = published.sockets();
-    budget.limit = (budget.limit + sockets / 2).max(sockets + LEAST_FOR_FLOWS);
+    add_ports(&mut budget, published.sockets());
     budget
+}
+
+fn add_ports(budget: &mut Budget, sockets: usize) {
+    budget.limit = (budget.limit + sockets / 2).max(sockets + LEAST_FOR_FLOWS);
+    budget.ports = sockets;
 }
 
 #[cfg(test)]
@@ -428,6 +437,16 @@ mod tests {
         assert_ne!(bound[0].0.port(), 0);
         for ip in ["127.0.0.1", "::1"] {
             TcpStream::connect((ip, bound[0].0.port())).expect(ip);
+        }
+    }
+
+    #[test]
+    fn ports_leave_descriptors_to_flows() {
+        for (limit, sockets) in [(16, 0), (16, 1_000), (512, 2_000), (4_096, 100), (4_096, 20_000)] {
+            let mut budget = Budget::new(limit);
+            add_ports(&mut budget, sockets);
+            let tcp = budget.limit - sockets - budget.reserve();
+            assert!(tcp >= LEAST_FOR_FLOWS * 7 / 8, "{limit} {sockets}: {tcp}");
         }
     }
 

@@ -18,6 +18,8 @@ use crate::config::Outbound;
 pub(crate) struct Budget {
     used: Arc<AtomicUsize>,
     pub(crate) limit: usize,
+    /// Of these, those of the ports that were published from the start.
+    pub(crate) ports: usize,
     /// Which of the host's addresses sockets use.
     pub(crate) outbound: Outbound,
 }
@@ -32,7 +34,7 @@ impl Budget {
     }
 
     pub(crate) fn new(limit: usize) -> Self {
-        Self { used: Arc::default(), limit, outbound: Outbound::default() }
+        Self { used: Arc::default(), limit, ports: 0, outbound: Outbound::default() }
     }
 
     /// Counts `fd` for as long as it lives.
@@ -47,9 +49,9 @@ impl Budget {
         self.used.load(Ordering::Relaxed)
     }
 
-    /// Descriptors that TCP leaves to names and datagrams: an eighth, 512 at most.
+    /// Descriptors that TCP leaves to names and datagrams: an eighth of what ports have left, 512 at most.
     pub(crate) fn reserve(&self) -> usize {
-        (self.limit / 8).min(512)
+        (self.limit.saturating_sub(self.ports) / 8).min(512)
     }
 
     /// Whether one more may be opened.

@@ -14,7 +14,7 @@
 //! first packet that can use them (name resolution blocks).
 
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io::{self, Seek as _, Write as _};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -94,13 +94,11 @@ impl Capture {
         let (queue, items) = channel();
         let (tell, done) = channel();
         let counts = Arc::<Counts>::default();
-        let mut writer = Writer { file, good: 0, counts: Arc::clone(&counts) };
+        let mut writer = Writer { file, counts: Arc::clone(&counts) };
         std::thread::Builder::new().name("capture".into()).spawn(move || {
             if let Err(error) = writer.run(&items) {
                 writer.counts.ended.store(true, Ordering::Relaxed);
                 tracing::error!(%error, "the capture of the network ends here: its file cannot be written");
-                // Without half a block readers do not complain. A fifo cannot be cut.
-                let _ = writer.file.set_len(writer.good);
             } else {
                 let _ = tell.send(());
             }
@@ -189,8 +187,6 @@ impl Capture {
 
 struct Writer {
     file: File,
-    /// Bytes of whole blocks in the file.
-    good: u64,
     counts: Arc<Counts>,
 }
 
@@ -230,12 +226,19 @@ impl Writer {
                 Ok(n) => rest = rest.get(n..).unwrap_or_default(),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
-                    self.good += whole_blocks(blocks, blocks.len() - rest.len());
+                    // Without half a block readers do not complain. A fifo cannot be cut, and has no position.
+                    let written = blocks.len() - rest.len();
+                    let half = written - whole_blocks(blocks, written);
+                    if half > 0
+                        && let Ok(end) = self.file.stream_position()
+                        && let Some(whole) = end.checked_sub(u64::try_from(half).unwrap_or(u64::MAX))
+                    {
+                        let _ = self.file.set_len(whole);
+                    }
                     return Err(error);
                 }
             }
         }
-        self.good += u64::try_from(blocks.len()).unwrap_or_default();
         Ok(())
     }
 
@@ -251,7 +254,7 @@ impl Writer {
 }
 
 /// How many of the first `written` bytes of `blocks` are whole blocks.
-fn whole_blocks(blocks: &[u8], written: usize) -> u64 {
+fn whole_blocks(blocks: &[u8], written: usize) -> usize {
     let mut at = 0;
     while let Some(&[a, b, c, d]) = blocks.get(at + 4..at + 8)
         && let Ok(len) = usize::try_from(u32::from_ne_bytes([a, b, c, d]))
@@ -260,7 +263,7 @@ fn whole_blocks(blocks: &[u8], written: usize) -> u64 {
     {
         at += len;
     }
-    u64::try_from(at).unwrap_or_default()
+    at
 }
 
 /// Nanoseconds since 1970, in two halves.
@@ -443,6 +446,28 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_capture_that_ends_in_the_middle_of_a_file_leaves_whole_blocks() {
+        use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+        use nix::sys::memfd::{MFdFlags, memfd_create};
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let mut file = File::from(memfd_create(c"capture", flags).expect("memfd"));
+        let copy = File::open(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file)));
+        // Something else stands before, and there is room for no more than two pages.
+        file.write_all(&[b'x'; 100]).expect("write");
+        file.set_len(8_192).expect("length");
+        fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW)).expect("seal");
+        let capture = Capture::start(file).expect("thread");
+        for _ in 0..20 {
+            capture.frame(Direction::FromGuest, &[7; 1_000]);
+        }
+        assert!(!capture.finish().complete);
+        let all = read(copy.expect("memfd again"));
+        let (before, capture) = all.split_at(100);
+        assert_eq!(before, [b'x'; 100]);
+        assert_eq!(blocks(capture).iter().filter(|(kind, _)| *kind == PACKET).count(), 7);
+    }
+
+    #[test]
     fn half_a_block_is_cut_off() {
         let mut all = Block::new(PACKET).u32(1).finish();
         let first = all.len();
@@ -450,7 +475,7 @@ pub(crate) mod tests {
         for (written, whole) in
             [(0, 0), (first - 1, 0), (first, first), (all.len() - 1, first), (all.len(), all.len())]
         {
-            assert_eq!(whole_blocks(&all, written), whole as u64);
+            assert_eq!(whole_blocks(&all, written), whole);
         }
     }
 }

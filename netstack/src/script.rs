@@ -477,6 +477,14 @@ fn the_gateway_and_nobody_else_answers_arp_and_neighbour_solicitations() {
     let advert = script.expect("neighbour advertisement", |_| true);
     let packet = advert.packet();
     assert_eq!((packet.payload()[0], packet.hop_limit, packet.dst), (136, 255, ip("fe80::1")));
+    assert_eq!(packet.payload()[4], 0xe0, "a router, solicited, the only one");
+    // Whether the address is free is asked by nobody, and answered to all.
+    let IpAddr::V6(target) = ip("fd00::2") else { unreachable!("written as IPv6") };
+    let question = [&[135, 0, 0, 0, 0, 0, 0, 0], &target.octets()[..]].concat();
+    script.send_ip(&icmpv6("::", "ff02::1:ff00:2", 255, &question));
+    let advert = script.expect("neighbour advertisement", |_| true);
+    let packet = advert.packet();
+    assert_eq!((packet.payload()[0], packet.payload()[4], packet.dst), (136, 0xa0, ip("ff02::1")));
 }
 
 #[test]
@@ -506,6 +514,25 @@ fn a_syn_is_answered_with_the_links_real_segment_size() {
         assert_eq!(repr.max_seg_size, Some(if is_v6 { 1440 } else { 1460 }));
         assert!(repr.window_scale.is_some() && repr.sack_permitted && repr.timestamp.is_some());
         accept(&listener);
+    }
+}
+
+#[test]
+fn a_link_without_ipv6_may_be_small() {
+    let (listener, port) = listener(false);
+    let mut script = Script::new(&StackSpec { mtu: 600, ipv6: false, ..spec() }, false);
+    let mut peer = Peer::new(false, port);
+    let syn_ack = peer.open(&mut script);
+    let (src, dst) = (syn_ack.packet().src.into(), syn_ack.packet().dst.into());
+    let ignored = smoltcp::phy::ChecksumCapabilities::ignored();
+    let repr = TcpRepr::parse(&syn_ack.tcp(), &src, &dst, &ignored).expect("segment");
+    assert_eq!(repr.max_seg_size, Some(560));
+    accept(&listener).write_all(&[7; 3_000]).expect("write");
+    let mut got = 0;
+    while got < 3_000 {
+        let frame = script.expect_tcp("data", |segment| !segment.payload().is_empty());
+        assert!(frame.packet().bytes.len() <= 600);
+        got += peer.take(&mut script, &frame);
     }
 }
 

@@ -8,11 +8,13 @@ use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::common::*;
+use crate::tools::*;
 
 crate::tests! {
     ping_works_both_families_and_the_gateway_answers,
     ping_where_the_host_forbids_it_is_refused,
     traceroute_sees_the_gateway,
+    an_address_of_the_gateway_is_known_to_be_taken,
 }
 
 fn ping_works_both_families_and_the_gateway_answers(_: &World) {
@@ -70,4 +72,15 @@ fn traceroute_sees_the_gateway(_: &World) {
         assert_eq!(refused, Err(Errno::EHOSTUNREACH), "{ip}");
     }
     assert_eq!(guest.stack.stats().tcp_flows, 0);
+}
+
+fn an_address_of_the_gateway_is_known_to_be_taken(_: &World) {
+    let guest = Guest::new();
+    guest.net.run(|| {
+        // Duplicate address detection, which the guest's own address goes without.
+        sh(&format!(
+            "echo 1 > /proc/sys/net/ipv6/conf/tap0/accept_dad; ip addr add {GATEWAY_V6}/64 dev tap0"
+        ));
+        wait_until("the kernel told", || sh("ip -6 addr show dev tap0").contains("dadfailed"));
+    });
 }

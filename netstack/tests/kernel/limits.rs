@@ -118,8 +118,11 @@ fn ports_beyond_the_descriptors_are_refused(world: &World) {
     };
     assert_eq!(refused.raw_os_error(), Some(nix::errno::Errno::EMFILE as i32), "{refused}");
     // Connections still get some.
-    let port = serve(&world.internet, INTERNET_V4, |mut stream| drop(stream.write_all(b"x")));
-    guest.net.run(move || connect(at(INTERNET_V4, port)).unwrap().read_exact(&mut [0; 1]).unwrap());
+    let port = serve(&world.internet, INTERNET_V4, |mut stream| drop(stream.read(&mut [0; 1])));
+    guest.net.run(move || {
+        let streams: Vec<_> = (0..10).map(|_| connect(at(INTERNET_V4, port)).unwrap()).collect();
+        drop(streams);
+    });
     // What was closed can be had again.
     assert!(control.unpublish(ports[0].id).unwrap().is_some());
     control.publish(&publish(None, 80, Protocol::Udp)).unwrap();
