@@ -180,6 +180,8 @@ impl Guest {
                  ip addr add fd00::100/64 dev tap0 nodad
                  ip route add default via 10.0.2.2
                  ip -6 route add default via fd00::2
+                 # The kernel's own thread makes the address usable.
+                 until ip -6 route show table local dev tap0 | grep -q 'fd00::100 '; do :; done
                  echo '0 0' > /proc/sys/net/ipv4/ping_group_range"
             ));
         });

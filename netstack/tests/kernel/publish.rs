@@ -82,7 +82,9 @@ fn published_udp_ports_lead_inside(world: &World) {
             client.set_read_timeout(Some(PATIENCE)).unwrap();
             let data = pattern(9, len);
             client.send_to(&data, at(to, port)).unwrap();
-            let (got, peer) = server.recv_from(&mut buffer).unwrap();
+            let (got, peer) = server
+                .recv_from(&mut buffer)
+                .unwrap_or_else(|error| panic!("{to} {len}: {error}; {:?}", guest.stack.stats()));
             assert_eq!((got, peer.ip().to_canonical()), (len, seen.parse::<IpAddr>().unwrap()));
             server.send_to(&buffer[..got], peer).unwrap();
             // The answer comes from where the question went to.
