@@ -946,6 +946,10 @@ impl Engine {
         self.sh.trap = Some(trap);
     }
 
+    pub(crate) fn budget(&mut self) -> &mut Budget {
+        &mut self.sh.budget
+    }
+
     pub(crate) fn stats(&self) -> Stats {
         self.sh.stats.snapshot()
     }

@@ -15,7 +15,7 @@ use smoltcp::wire::{
     UdpPacket, checksum,
 };
 
-use crate::config::{Publish, StackSpec};
+use crate::config::{Protocol, Publish, StackSpec};
 use crate::control::Control;
 use crate::device::{ETHERNET_HEADER_LEN, Segmentation};
 use crate::engine::{Engine, Turn};
@@ -48,6 +48,11 @@ fn ip(text: &str) -> IpAddr {
 fn spec() -> StackSpec {
     let policy = PolicySpec { host_loopback: HostLoopback::All, ..PolicySpec::default() };
     StackSpec { policy, ..crate::config::tests::spec() }
+}
+
+/// Any free port of the host's loopback that leads to this one inside.
+fn forwarded(protocol: Protocol, inside_port: u16) -> Publish {
+    Publish { host_ip: Some(ip("127.0.0.1")), host_port: 0, inside_ip: None, inside_port, protocol }
 }
 
 struct Script {
@@ -764,13 +769,7 @@ fn nothing_is_lost_while_the_tap_takes_no_frames() {
 
 #[test]
 fn a_tap_without_room_lets_everybody_rest_and_nothing_is_lost() {
-    let publish = Publish {
-        host_ip: Some(ip("127.0.0.1")),
-        host_port: 0,
-        inside_ip: None,
-        inside_port: 9_090,
-        protocol: crate::Protocol::Udp,
-    };
+    let publish = forwarded(Protocol::Udp, 9_090);
     let server = UdpSocket::bind("127.0.0.1:0").expect("socket");
     let port = server.local_addr().expect("address").port();
     for inbound in [false, true] {
@@ -882,13 +881,7 @@ fn udp_flows_end_by_idleness_only() {
 
 #[test]
 fn peers_that_look_alike_keep_a_port_each() {
-    let publish = |host_ip| Publish {
-        host_ip: Some(host_ip),
-        host_port: 0,
-        inside_ip: None,
-        inside_port: 9_090,
-        protocol: crate::Protocol::Udp,
-    };
+    let publish = |host_ip| Publish { host_ip: Some(host_ip), ..forwarded(Protocol::Udp, 9_090) };
     let mut script = Script::with(
         &spec(),
         false,
@@ -1161,13 +1154,7 @@ fn the_wire_is_a_socket_pair() {
 #[test]
 fn commands_are_obeyed_between_two_packets_and_answered_when_the_stack_is_gone() {
     let Script { mut engine, control, wire, now, .. } = Script::new(&spec(), true);
-    let port = Publish {
-        host_ip: Some(ip("127.0.0.1")),
-        host_port: 0,
-        inside_ip: None,
-        inside_port: 80,
-        protocol: crate::Protocol::Tcp,
-    };
+    let port = forwarded(Protocol::Tcp, 80);
     std::thread::scope(|scope| {
         let caller = scope.spawn(|| {
             // Also if the caller fails: the engine turns until it is told to stop.
@@ -1196,6 +1183,35 @@ fn commands_are_obeyed_between_two_packets_and_answered_when_the_stack_is_gone()
     });
     assert!(matches!(waiting, Err(crate::Error::Stopped)));
     assert!(matches!(control.publish(&port), Err(crate::Error::Stopped)));
+}
+
+#[test]
+fn of_ports_for_which_descriptors_do_not_suffice_none_is_published() {
+    let mut script = Script::new(&spec(), true);
+    let thirty = || {
+        let ports = Published::bind(&[(); 30].map(|()| forwarded(Protocol::Tcp, 80))).expect("bound");
+        let addresses: Vec<SocketAddr> = ports.addresses().map(|(address, ..)| address).collect();
+        (ports, addresses)
+    };
+    let used = script.engine.budget().used();
+    script.engine.budget().limit = used + 40;
+    let (ports, addresses) = thirty();
+    match script.engine.publish_all(ports) {
+        Err(crate::Error::Listen { addr, source, .. }) => {
+            assert_eq!(source.raw_os_error(), Some(nix::errno::Errno::EMFILE as i32));
+            assert!(addr != addresses[0], "some did fit");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(script.engine.published().is_empty() && script.engine.budget().used() == used);
+    for address in addresses {
+        TcpListener::bind(address).expect("free again");
+    }
+    script.engine.budget().limit = used + 200;
+    let (ports, addresses) = thirty();
+    let published = script.engine.publish_all(ports).expect("published");
+    assert_eq!(published.iter().flat_map(|port| port.addresses.clone()).collect::<Vec<_>>(), addresses);
+    assert_eq!(script.engine.published(), published);
 }
 
 #[test]

@@ -287,13 +287,7 @@ fn names_that_cannot_be_asked_for_are_failures() {
 
 #[test]
 fn a_listener_that_cannot_accept_tries_again_and_rests_meanwhile() {
-    let port = Publish {
-        host_ip: Some(ip("127.0.0.1")),
-        host_port: 0,
-        inside_ip: None,
-        inside_port: 80,
-        protocol: crate::Protocol::Tcp,
-    };
+    let port = forwarded(Protocol::Tcp, 80);
     for call in [Call::Accept, Call::GetPeerName, Call::EpollAdd, Call::Map] {
         for errno in ERRORS {
             let what = format!("{call:?} {errno}");
@@ -435,13 +429,7 @@ fn storm(seed: u64) {
     resolver.set_nonblocking(true).expect("non-blocking");
     let mut spec = spec();
     spec.dns.upstreams = vec![resolver.local_addr().expect("address")];
-    let publish = |protocol| Publish {
-        host_ip: Some(ip("127.0.0.1")),
-        host_port: 0,
-        inside_ip: None,
-        inside_port: 80,
-        protocol,
-    };
+    let publish = |protocol| forwarded(protocol, 80);
     let mut script =
         Script::with(&spec, true, &[publish(crate::Protocol::Tcp), publish(crate::Protocol::Udp)]);
     let idle = script.inventory();

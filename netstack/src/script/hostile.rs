@@ -184,13 +184,7 @@ impl Attack {
         let mut spec = spec();
         spec.dns.upstreams = vec![resolver.local_addr().expect("address")];
         spec.dns.hosts = vec![("some.name".into(), ip("192.0.2.7"))];
-        let publish = |protocol| Publish {
-            host_ip: None,
-            host_port: 0,
-            inside_ip: None,
-            inside_port: INSIDE_PORT,
-            protocol,
-        };
+        let publish = |protocol| Publish { host_ip: None, ..forwarded(protocol, INSIDE_PORT) };
         let script =
             Script::with(&spec, true, &[publish(crate::Protocol::Tcp), publish(crate::Protocol::Udp)]);
         let published = script.published.clone();

@@ -256,13 +256,7 @@ impl Lossy {
     fn new(seed: u64) -> Self {
         let mut random = Seeded(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         let segmentation = random.below(2) == 0;
-        let port = Publish {
-            host_ip: Some(ip("127.0.0.1")),
-            host_port: 0,
-            inside_ip: None,
-            inside_port: 80,
-            protocol: crate::Protocol::Tcp,
-        };
+        let port = forwarded(Protocol::Tcp, 80);
         let script = Script::with(&spec(), segmentation, &[port]);
         let mut card = Card { received: VecDeque::new(), sent: VecDeque::new() };
         let mut config = Config::new(HardwareAddress::Ip);

@@ -380,14 +380,7 @@ fn an_end_that_was_acknowledged_too_early_is_not_probed_for_ever() {
 
 #[test]
 fn the_largest_rings_are_for_the_first_connections_from_outside_too() {
-    let host_ip = Some(std::net::Ipv4Addr::LOCALHOST.into());
-    let port = Publish {
-        host_ip,
-        host_port: 0,
-        inside_ip: None,
-        inside_port: 80,
-        protocol: crate::config::Protocol::Tcp,
-    };
+    let port = forwarded(Protocol::Tcp, 80);
     let mut script = Script::with(&spec(), true, &[port]);
     let clients: Vec<TcpStream> =
         (0..66).map(|_| TcpStream::connect(script.published[0]).expect("connect")).collect();
@@ -408,13 +401,7 @@ fn the_largest_rings_are_for_the_first_connections_from_outside_too() {
 
 #[test]
 fn a_published_port_is_tried_both_ways() {
-    let port = Publish {
-        host_ip: Some(ip("127.0.0.1")),
-        host_port: 0,
-        inside_ip: None,
-        inside_port: 80,
-        protocol: crate::Protocol::Tcp,
-    };
+    let port = forwarded(Protocol::Tcp, 80);
     // A guest that refuses, one that never answers, and one that accepts the second time.
     for (refuses, accepts) in [(true, false), (false, false), (true, true)] {
         let mut script = Script::with(&spec(), true, std::slice::from_ref(&port));
