@@ -406,6 +406,7 @@ impl Engine {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{IdExtent, Owners};
     use crate::engine::tests::{Scratch, dice};
     use crate::sync::Mutex;
 
@@ -541,7 +542,16 @@ mod tests {
     #[test]
     fn what_a_quota_refuses_leaves_no_trace() {
         let limit = Limit::new(8192, 2);
-        let scratch = limited("refused", &limit);
+        let mut scratch = Scratch::new("refused");
+        // The files of the layer belong to root, so that a copy needs no record: that may take a block.
+        let mut spec = scratch.spec();
+        let root = |outside| vec![IdExtent { inside: 0, outside, count: 1 }];
+        spec.layers[0].owners = Owners::Translated {
+            uids: root(rustix::process::geteuid().as_raw()),
+            gids: root(rustix::process::getegid().as_raw()),
+        };
+        scratch.engine = Engine::open(&spec).expect("an overlay");
+        scratch.engine.set_hooks(Hooks { quota: Some(limit.clone()), ..Hooks::default() });
         let (engine, root) = (&scratch.engine, scratch.engine.root());
         std::fs::write(scratch.dir.join("lower/large"), [1; 12288]).expect("written");
         std::fs::write(scratch.dir.join("lower/small"), [1; 4096]).expect("written");
