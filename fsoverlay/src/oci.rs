@@ -9,7 +9,7 @@
 //! An object that stands beside its own whiteout is there; a directory then hides what is below.
 
 use std::collections::HashSet;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ use crate::Error;
 use crate::attr::Kind;
 use crate::engine::{Engine, gone_below};
 use crate::errno::{Errno, Res, missing_ok};
-use crate::layer::{RealDir, UPPER, open_for_reading, open_root, stat_at};
+use crate::layer::{RealDir, UPPER, open_for_reading, open_root, stat_at, stat_fd};
 use crate::readdir::for_each_entry;
 use crate::sys::{self, At};
 use crate::xattr::{OPAQUE, OWNERS};
@@ -172,16 +172,25 @@ pub fn convert_upper(dir: &Path) -> Result<(), Error> {
         if sys::get_xattr_vec(at, OWNERS)?.is_some() {
             return Ok(());
         }
-        // Each with its directory: trees may be deep, and descriptors are few.
-        let mut paths: Vec<Vec<Box<[u8]>>> = vec![Vec::new()];
-        while let Some(path) = paths.pop() {
-            let mut fd = rustix::io::fcntl_dupfd_cloexec(&root, 0)?;
-            for name in &path {
+        // One descriptor, down and up again: trees may be deep.
+        let mut fd = root;
+        let mut left = convert_dir(&fd)?;
+        let mut above = Vec::new();
+        loop {
+            if let Some(name) = left.pop() {
+                let key = stat_fd(fd.as_fd())?.key;
                 let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                fd = rustix::fs::openat(&fd, &**name, flags, Mode::empty())?;
-            }
-            for name in convert_dir(&fd)? {
-                paths.push(path.iter().cloned().chain([name]).collect());
+                fd = rustix::fs::openat(&fd, &*name, flags, Mode::empty())?;
+                above.push((key, std::mem::replace(&mut left, convert_dir(&fd)?)));
+            } else if let Some((key, names)) = above.pop() {
+                fd = open_parent(&fd)?;
+                if stat_fd(fd.as_fd())?.key != key {
+                    // Somebody has moved what is converted.
+                    return Err(Errno::STALE);
+                }
+                left = names;
+            } else {
+                break;
             }
         }
         Ok(())
@@ -189,8 +198,13 @@ pub fn convert_upper(dir: &Path) -> Result<(), Error> {
     convert().map_err(|err| Error::Open { path: dir.to_owned(), source: err.into() })
 }
 
+fn open_parent(dir: &OwnedFd) -> Res<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(dir, c"..", flags, Mode::empty())
+}
+
 /// One directory; gives the names of those in it.
-fn convert_dir(dir: &std::os::fd::OwnedFd) -> Res<Vec<Box<[u8]>>> {
+fn convert_dir(dir: &OwnedFd) -> Res<Vec<Box<[u8]>>> {
     let (mut dirs, mut marks) = (Vec::<Box<[u8]>>::new(), Vec::<Box<[u8]>>::new());
     for_each_entry(dir, |name, kind, _| {
         if said(name, kind) != Said::Nothing {
@@ -261,6 +275,39 @@ mod tests {
             let real = node.dir().expect("a directory").state.read().lowers[0].clone();
             let known = real.gone.get().and_then(|gone| gone.clone()).expect("some are gone");
             assert_eq!(matches!(&*known, Gone::Many), dir != "few", "{dir}");
+        }
+    }
+
+    #[test]
+    fn an_upper_is_converted_to_its_depth_and_breadth() {
+        use std::os::unix::fs::FileTypeExt;
+
+        let scratch = Scratch::new("convert");
+        let upper = scratch.dir.join("upper");
+        let mut dirs = vec![upper.clone()];
+        for depth in 0..200 {
+            let dir = dirs[depth * 3].clone();
+            dirs.extend(["a", "b", "c"].map(|name| dir.join(name)));
+        }
+        for dir in &dirs {
+            std::fs::create_dir_all(dir.join(".wh.dir")).expect("made");
+            for name in [".wh.gone", ".wh..wh..opq", "there", ".wh.there"] {
+                std::fs::write(dir.join(name), "").expect("written");
+            }
+        }
+        assert!(convert_upper(&upper).is_ok());
+        for dir in &dirs {
+            let mut names: Vec<_> = std::fs::read_dir(dir)
+                .expect("listed")
+                .map(|entry| entry.expect("an entry").file_name().into_string().expect("text"))
+                .filter(|name| name.len() > 1)
+                .collect();
+            names.sort();
+            assert_eq!(names, [".wh.dir", "gone", "there"], "{}", dir.display());
+            assert!(dir.join("gone").symlink_metadata().expect("there").file_type().is_char_device());
+            let fd = open_root(dir).expect("opened");
+            let opaque = sys::get_xattr_vec(At::Name(fd.as_fd(), b"."), OPAQUE);
+            assert_eq!(opaque, Ok(Some(b"y".to_vec())));
         }
     }
 
