@@ -366,24 +366,43 @@ impl FuseFs {
         });
     }
 
-    /// Answers a write, of bytes that may be the worker's.
-    fn write_now(
+    /// Answers a write, of bytes that are the worker's, when a limit on rates lets it.
+    fn serve_write<R: Send + 'static>(
+        &self,
+        ino: INodeNo,
+        data: &[u8],
+        reply: R,
+        send: impl Fn(Res<usize>, R) + Copy + Send + Sync + 'static,
+        write: impl Fn(&Self, &[u8]) -> Res<usize> + Send + 'static,
+    ) {
+        self.run(Opcode::Write, ino, || {
+            let Some(delay) = self.delay(Direction::Write, |_| data.len() as u64) else {
+                return self.write_now(ino, data.into(), reply, send, write);
+            };
+            let data = data.to_vec();
+            let write = move |fs: &Self| fs.write_now(ino, data.into(), reply, send, write);
+            self.delayed(Opcode::Write, ino, delay, write);
+        });
+    }
+
+    fn write_now<R: Send + 'static>(
         &self,
         ino: INodeNo,
         data: Cow<'_, [u8]>,
-        reply: ReplyWrite,
+        reply: R,
+        send: impl Fn(Res<usize>, R) + Copy + Send + Sync + 'static,
         write: impl Fn(&Self, &[u8]) -> Res<usize> + Send + 'static,
     ) {
         match hurried(|| write(self, &data)) {
             Err(LONG) => {
                 let data = data.into_owned();
-                self.aside(Opcode::Write, ino, move |fs| reply_written(write(fs, &data), reply));
+                self.aside(Opcode::Write, ino, move |fs| send(write(fs, &data), reply));
             }
             Err(FAR) => {
                 let data = data.into_owned();
-                self.afar(Opcode::Write, ino, None, reply, reply_written, move |fs| write(fs, &data));
+                self.afar(Opcode::Write, ino, None, reply, send, move |fs| write(fs, &data));
             }
-            written => reply_written(written, reply),
+            written => send(written, reply),
         }
     }
 
@@ -759,13 +778,7 @@ impl Filesystem for FuseFs {
         let write = move |fs: &Self, data: &[u8]| {
             fs.change_content(ino, kill, |n| fs.engine().write(n, offset, data, kill))
         };
-        self.run(Opcode::Write, ino, || {
-            let Some(delay) = self.delay(Direction::Write, |_| data.len() as u64) else {
-                return self.write_now(ino, data.into(), reply, write);
-            };
-            let data = data.to_vec();
-            self.delayed(Opcode::Write, ino, delay, move |fs| fs.write_now(ino, data.into(), reply, write));
-        });
+        self.serve_write(ino, data, reply, reply_written, write);
     }
 
     fn fsync(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
@@ -1381,6 +1394,37 @@ mod tests {
         });
         assert_eq!(answer, Err(Errno::IO));
         drop(release);
+    }
+
+    #[test]
+    fn a_write_that_was_held_back_has_the_bytes_that_came() {
+        let scratch = Scratch::new("held-back-write");
+        std::fs::write(scratch.dir.join("lower/file"), "lower").expect("written");
+        let mut engine = Engine::open(&scratch.spec()).expect("an overlay");
+        engine.set_hooks(Hooks { rate: Some(Arc::new(Moment)), ..Hooks::default() });
+        let fs = FuseFs { shared: Shared::new(engine) };
+        let file = fs.engine().lookup(fs.engine().root(), b"file").expect("found");
+        let ino = INodeNo(file.ino);
+        let (reply, replied) = channel();
+        let send = |written: Res<usize>, reply: Sender<_>| {
+            let _ = reply.send(written);
+        };
+        let write = move |offset| {
+            move |fs: &FuseFs, data: &[u8]| {
+                fs.change_content(ino, true, |node| fs.engine().write(node, offset, data, true))
+            }
+        };
+        // The worker's buffer takes the next request as soon as this one is taken.
+        let mut buffer = *b"upper";
+        fs.serve_write(ino, &buffer, reply.clone(), send, write(0));
+        buffer = *b"other";
+        fs.serve_write(ino, &buffer[..2], reply, send, write(5));
+        let mut done = [(); 2].map(|()| replied.recv().expect("an answer").expect("written"));
+        done.sort();
+        assert_eq!(done, [2, 5]);
+        let upper = std::fs::read(scratch.dir.join("upper/file")).expect("copied up");
+        assert_eq!(String::from_utf8_lossy(&upper), "upperot");
+        fs.shared.stop();
     }
 
     #[test]
