@@ -18,7 +18,7 @@ use crate::sys::{self, At};
 use crate::xattr::{NUMBER, OPAQUE};
 
 /// An object to be made.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct NewObject<'a> {
     pub(crate) kind: Kind,
     pub(crate) perm: u32,

@@ -46,7 +46,8 @@ use crate::errno::{Errno, FAR, LONG, Res, hurried};
 use crate::hooks::{Direction, Opcode, add};
 use crate::inode::Node;
 use crate::listing::Entry;
-use crate::passthrough::{CAPABILITY, Opened, Privilege, Wanted};
+use crate::open::wanted;
+use crate::passthrough::{CAPABILITY, Privilege};
 use crate::rename::How;
 use crate::setattr::{SetAttr, SetTime};
 
@@ -56,7 +57,7 @@ pub(crate) const TTL: Duration = Duration::from_secs(1 << 30);
 /// The largest read and write.
 const MAX_IO: u32 = 1 << 20;
 
-const GENERATION: Generation = Generation(0);
+pub(crate) const GENERATION: Generation = Generation(0);
 
 thread_local! {
     /// The bytes of a READ on their way out.
@@ -214,7 +215,7 @@ impl FuseFs {
         self.engine().live.and_then(|_| lasting()).unwrap_or(TTL)
     }
 
-    fn make(&self, parent: INodeNo, name: &OsStr, new: &NewObject<'_>) -> Res<Told> {
+    pub(crate) fn make(&self, parent: INodeNo, name: &OsStr, new: &NewObject<'_>) -> Res<Told> {
         let parent = self.engine().node(parent.0)?;
         let (node, attr) = self.engine().create_attr(&parent, bytes_of(name), new)?;
         Ok(self.found(node, &attr))
@@ -240,84 +241,10 @@ impl FuseFs {
     }
 
     /// Makes the kernel ask for the attributes of a node when they are needed next.
-    fn forget_attributes(&self, ino: INodeNo) {
+    pub(crate) fn forget_attributes(&self, ino: INodeNo) {
         if let Some(notifier) = self.shared.notifier.get() {
             // A negative offset means the attributes alone, for which the kernel waits for nobody.
             let _ = notifier.inval_inode(ino, -1, 0);
-        }
-    }
-
-    /// What is to be done before a file is opened ([`crate::passthrough`]).
-    fn prepare(&self, node: &Arc<Node>, wanted: Wanted) -> Res<Arc<Node>> {
-        let files = self.engine().passthrough.as_ref().ok_or(Errno::NOSYS)?;
-        files.prepare(self.engine(), node, wanted)?;
-        Ok(node.clone())
-    }
-
-    /// Does that on whichever thread it may be done on. Only what is to be written may have to be copied, which
-    /// may take its time.
-    fn get_ready<R: Send + 'static>(
-        &self,
-        ino: INodeNo,
-        wanted: Wanted,
-        reply: R,
-        send: impl Fn(Res<Arc<Node>>, R) + Copy + Send + Sync + 'static,
-    ) {
-        let ready = move |fs: &Self| fs.on(ino, |node| fs.prepare(node, wanted));
-        if wanted.write {
-            self.answer(Opcode::Open, ino, reply, send, ready);
-        } else {
-            self.serve(Opcode::Open, ino, reply, send, ready, || ready);
-        }
-    }
-
-    /// Opens a file that is ready and says so.
-    fn send_opened(&self, node: Res<Arc<Node>>, wanted: Wanted, reply: ReplyOpen) {
-        let node = match node {
-            Ok(node) => node,
-            Err(err) => return reply.error(errno(err)),
-        };
-        let Some(files) = &self.engine().passthrough else { return reply.error(fuser::Errno::ENOSYS) };
-        let opened = match files.open(self.engine(), &node, wanted, |fd| reply.open_backing(fd)) {
-            Ok(opened) => opened,
-            Err(err) => return reply.error(errno(err)),
-        };
-        if let Some(backing) = opened.through {
-            if wanted.write {
-                self.forget_attributes(INodeNo(node.ino));
-            }
-            reply.opened_passthrough(opened.handle, opened.flags, &backing);
-        } else {
-            reply.opened(opened.handle, opened.flags);
-        }
-    }
-
-    /// The same for one that was just made.
-    fn send_created(&self, made: Res<Told>, wanted: Wanted, reply: ReplyCreate) {
-        let told = match made {
-            Ok(told) => told,
-            Err(err) => return reply.error(errno(err)),
-        };
-        let (Some(files), Some(node)) = (&self.engine().passthrough, &told.uncounted) else {
-            return reply.error(fuser::Errno::EIO);
-        };
-        let opened = files.open(self.engine(), node, wanted, |fd| reply.open_backing(fd));
-        let Opened { handle, flags, through } = match opened {
-            Ok(opened) => opened,
-            Err(err) => {
-                // Somebody else was faster. The kernel still believes that there is no such name.
-                self.shared.forget_names(node);
-                return reply.error(errno(err));
-            }
-        };
-        node.remember();
-        // This reply has one time for the name and the attributes. These end with the file's first bytes, or with
-        // the change of its size without which there is nothing to map.
-        match through {
-            Some(backing) => {
-                reply.created_passthrough(&told.ttl, &told.attr, GENERATION, handle, flags, &backing);
-            }
-            None => reply.created(&told.ttl, &told.attr, GENERATION, handle, flags),
         }
     }
 
@@ -418,7 +345,7 @@ impl FuseFs {
     }
 
     /// Runs an operation on an object; see [`Shared::forget_names`].
-    fn on<T>(&self, ino: INodeNo, operation: impl FnOnce(&Arc<Node>) -> Res<T>) -> Res<T> {
+    pub(crate) fn on<T>(&self, ino: INodeNo, operation: impl FnOnce(&Arc<Node>) -> Res<T>) -> Res<T> {
         let node = self.engine().node(ino.0)?;
         let done = operation(&node);
         if matches!(done, Err(Errno::STALE)) {
@@ -441,16 +368,6 @@ fn done(result: Res<()>, reply: ReplyEmpty) {
 /// always set, and the number says who it is: ids are those of the mount's user namespace.
 fn takes_set_ids(req: &Request) -> bool {
     req.uid() != 0
-}
-
-/// What a request to open a file wants.
-fn wanted(req: &Request, flags: i32) -> Wanted {
-    Wanted { write: flags & libc::O_ACCMODE != libc::O_RDONLY, uid: req.uid() }
-}
-
-/// See [`FuseFs::send_opened`].
-fn send_opened(wanted: Wanted) -> impl Fn(Res<Arc<Node>>, (FuseFs, ReplyOpen)) + Copy + Send + Sync {
-    move |node, (fs, reply)| fs.send_opened(node, wanted, reply)
 }
 
 fn set_time(time: TimeOrNow) -> SetTime {
@@ -671,11 +588,7 @@ impl Filesystem for FuseFs {
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        if self.engine().passthrough.is_none() {
-            return reply.error(fuser::Errno::ENOSYS);
-        }
-        let wanted = wanted(req, flags.0);
-        self.get_ready(ino, wanted, (self.clone(), reply), send_opened(wanted));
+        self.serve_open(ino, wanted(req, flags.0), reply);
     }
 
     fn create(
@@ -688,18 +601,15 @@ impl Filesystem for FuseFs {
         flags: i32,
         reply: ReplyCreate,
     ) {
-        if self.engine().passthrough.is_none() {
-            // The kernel goes on with MKNOD, which needs no RELEASE afterwards.
-            return reply.error(fuser::Errno::ENOSYS);
-        }
-        let (owner, wanted) = ((req.uid(), req.gid()), wanted(req, flags));
-        let make = move |fs: &Self, name: &OsStr| {
-            let new = NewObject { kind: Kind::File, perm: mode, umask, rdev: (0, 0), target: b"", owner };
-            fs.make(parent, name, &new)
+        let new = NewObject {
+            kind: Kind::File,
+            perm: mode,
+            umask,
+            rdev: (0, 0),
+            target: b"",
+            owner: (req.uid(), req.gid()),
         };
-        let send =
-            move |made: Res<Told>, (fs, reply): (Self, ReplyCreate)| fs.send_created(made, wanted, reply);
-        self.serve_named(Opcode::Create, parent, name, (self.clone(), reply), send, make);
+        self.serve_create(parent, name, new, wanted(req, flags), reply);
     }
 
     fn release(
@@ -712,13 +622,7 @@ impl Filesystem for FuseFs {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.run(Opcode::Release, ino, || {
-            let stale = self.engine().passthrough.as_ref().is_some_and(|files| files.release(ino.0, fh));
-            reply.ok();
-            if stale {
-                self.forget_attributes(ino);
-            }
-        });
+        self.serve_release(ino, fh, reply);
     }
 
     fn flush(
@@ -1125,13 +1029,13 @@ impl Batch {
 
 /// What the kernel is told of a name: attributes (of nothing, if there is nothing), and how long they and the
 /// name are valid.
-struct Told {
-    attr: FileAttr,
+pub(crate) struct Told {
+    pub(crate) attr: FileAttr,
     attr_ttl: Duration,
-    ttl: Duration,
+    pub(crate) ttl: Duration,
     /// A node that the kernel learns of by this. It is counted when this is sent and not before, since the
     /// kernel forgets only what it was told.
-    uncounted: Option<Arc<Node>>,
+    pub(crate) uncounted: Option<Arc<Node>>,
 }
 
 fn reply_found(told: Res<Told>, reply: ReplyEntry) {
@@ -1186,6 +1090,7 @@ mod tests {
     use crate::engine::tests::Scratch;
     use crate::far::{Far, MAX_THREADS, MountTable};
     use crate::hooks::{Access, Hooks, RateLimit, Trace};
+    use crate::passthrough::Wanted;
     use crate::sync::Mutex;
     use crate::sync::tests::{in_time, without_threads};
 

@@ -94,6 +94,7 @@ mod lookup;
 mod mount;
 mod numbers;
 mod oci;
+mod open;
 mod ownership;
 mod passthrough;
 mod readdir;
