@@ -88,13 +88,16 @@ impl Control {
         self.ask(|engine, _| engine.publish(bound))?
     }
 
-    /// Publishes ports that are bound already, all or none.
+    /// Publishes ports, all or none. They are bound in the calling thread's network namespace.
     ///
     /// # Errors
     ///
-    /// [`Error::Listen`] for the first for which no descriptor is left; [`Error::Stopped`].
-    pub fn publish_all(&self, ports: Published) -> Result<Vec<PublishedPort>, Error> {
-        self.ask(|engine, _| engine.publish_all(ports))?
+    /// [`Error::Listen`] for one that cannot be bound, or if there are not descriptors for all; [`Error::Stopped`].
+    pub fn publish_all(&self, ports: &[Publish]) -> Result<Vec<PublishedPort>, Error> {
+        let wanted = ports.to_vec();
+        self.ask(move |engine, _| engine.check_room_for(&wanted))??;
+        let bound = Published::bind(ports)?;
+        self.ask(|engine, _| engine.publish_all(bound))?
     }
 
     /// Takes a published port back; what it was, if there was one of this name. Connections that came through it stay.

@@ -24,7 +24,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::UdpPacket;
 
-use crate::config::{Error, MAX_SUPER_SEGMENT, REASSEMBLY, StackSpec};
+use crate::config::{Error, MAX_SUPER_SEGMENT, Publish, REASSEMBLY, StackSpec};
 use crate::control::{self, Commands, Control};
 use crate::defect::{self, At};
 use crate::device::{self, ReadResult, Segmentation, Tap};
@@ -488,6 +488,11 @@ impl Engine {
     /// See [`Control::publish`].
     pub(crate) fn publish(&mut self, port: BoundPort) -> Result<PublishedPort, Error> {
         self.forward.add(&mut self.sh, port)
+    }
+
+    /// See [`Control::publish_all`].
+    pub(crate) fn check_room_for(&self, ports: &[Publish]) -> Result<(), Error> {
+        self.forward.check_room_for(&self.sh, ports)
     }
 
     /// See [`Control::publish_all`].

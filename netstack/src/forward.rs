@@ -265,15 +265,32 @@ impl Forward {
         let Some(addr) = port.sockets.first().map(|bound| bound.addr) else { return Err(Error::Stopped) };
         let protocol = port.asked.protocol;
         let refused = |errno: Errno| Error::Listen { addr, protocol, source: errno.into() };
-        // As connections: names and datagrams must still get descriptors.
-        sh.budget.check_leaving(sh.budget.reserve() + port.sockets.len()).map_err(refused)?;
-        // And so must connections, when those that there are have ended.
-        let ports = self.tcp.len() + self.udp.len() + port.sockets.len();
-        if ports + sh.budget.reserve() + LEAST_FOR_FLOWS > sh.budget.limit {
-            return Err(refused(Errno::EMFILE));
-        }
+        self.check_room(sh, port.sockets.len()).map_err(refused)?;
         let id = self.insert(sh, port).map_err(refused)?;
         self.get(id).ok_or(Error::Stopped)
+    }
+
+    /// Whether there are descriptors for so many sockets more.
+    fn check_room(&self, sh: &Shared, sockets: usize) -> nix::Result<()> {
+        // As connections: names and datagrams must still get descriptors.
+        sh.budget.check_leaving(sh.budget.reserve() + sockets)?;
+        // And so must connections, when those that there are have ended.
+        let ports = self.tcp.len() + self.udp.len() + sockets;
+        if ports + sh.budget.reserve() + LEAST_FOR_FLOWS > sh.budget.limit {
+            return Err(Errno::EMFILE);
+        }
+        Ok(())
+    }
+
+    /// Whether all of these could be added, before they are bound: many at once may be more than the process has descriptors.
+    pub(crate) fn check_room_for(&self, sh: &Shared, ports: &[Publish]) -> Result<(), Error> {
+        let Some(first) = ports.first() else { return Ok(()) };
+        let sockets = ports.iter().map(|port| if port.host_ip.is_some() { 1 } else { 2 }).sum();
+        self.check_room(sh, sockets).map_err(|errno| Error::Listen {
+            addr: (first.host_ip.unwrap_or(Ipv4Addr::UNSPECIFIED.into()), first.host_port).into(),
+            protocol: first.protocol,
+            source: errno.into(),
+        })
     }
 
     /// Closes a port; what it was. Flows that came through it go on, but for datagrams, which could not be answered.

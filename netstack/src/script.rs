@@ -1196,6 +1196,10 @@ fn of_ports_for_which_descriptors_do_not_suffice_none_is_published() {
     let used = script.engine.budget().used();
     script.engine.budget().limit = used + 40;
     let (ports, addresses) = thirty();
+    // Before anything is bound it is known.
+    let [few, many] =
+        [6, 30].map(|ports| script.engine.check_room_for(&vec![forwarded(Protocol::Tcp, 80); ports]));
+    assert!(few.is_ok() && matches!(many, Err(crate::Error::Listen { .. })));
     match script.engine.publish_all(ports) {
         Err(crate::Error::Listen { addr, source, .. }) => {
             assert_eq!(source.raw_os_error(), Some(nix::errno::Errno::EMFILE as i32));

@@ -178,6 +178,7 @@ impl ControlSocket {
         }
         let peers = Peers::like_us().map_err(|error| failed("/proc is missing", Some(error)))?;
         let listener = LocalListener::bind(path).map_err(|error| match errno_of(&error) {
+            Some(Errno::ENAMETOOLONG) => failed("the path of a socket has 107 bytes at most", Some(error)),
             Some(Errno::EADDRINUSE) => failed(
                 "something is there already, and it is not a socket of yours that is dead",
                 Some(error),
@@ -216,7 +217,7 @@ impl<C: Commanded> Server<C> {
     fn run(mut self) {
         loop {
             let now = Instant::now();
-            self.clients.retain(|client| client.deadline().is_none_or(|deadline| now < deadline));
+            expire(&mut self.clients, now);
             match self.wait(now) {
                 Ok(false) => {}
                 Ok(true) => return,
@@ -275,6 +276,11 @@ impl<C: Commanded> Server<C> {
             self.clients.push(Client::new(stream, now));
         }
     }
+}
+
+/// Closes the connections that have owed something for too long.
+fn expire(clients: &mut Vec<Client>, now: Instant) {
+    clients.retain(|client| client.deadline().is_none_or(|deadline| now < deadline));
 }
 
 /// Says why, if there is room for it, which there is in a new connection.

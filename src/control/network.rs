@@ -2,7 +2,7 @@
 //! with the rights of this process, as the options are; a change is made wholly or not at all.
 
 use netstack::{
-    Control, Error, FlowState, HostLoopback, PortId, Protocol, Publish, Published, PublishedPort, Rate, Rates,
+    Control, Error, FlowState, HostLoopback, PortId, Protocol, Publish, PublishedPort, Rate, Rates,
 };
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
@@ -219,8 +219,7 @@ impl Network {
             return Err(Refusal::new(Kind::Invalid, text));
         }
         let ports: Vec<Publish> = ports.iter().map(Publish::from).collect();
-        let bound = Published::bind(&ports).map_err(|error| failed(&error))?;
-        let published = self.0.publish_all(bound).map_err(|error| failed(&error))?;
+        let published = self.0.publish_all(&ports).map_err(|error| failed(&error))?;
         let ports: Vec<Port> = published.iter().map(Port::from).collect();
         Ok(list("ports", json!(ports), None))
     }

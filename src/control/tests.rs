@@ -151,6 +151,32 @@ fn while_an_answer_is_not_read_nothing_more_is_taken() {
     assert!(!ours.turn(later, &mut Parrot));
 }
 
+#[test]
+fn who_owes_something_for_too_long_is_closed_and_who_is_silent_is_not() {
+    let now = Instant::now();
+    let mut theirs = Vec::new();
+    let mut clients: Vec<Client> =
+        ["{", "", "{\"request\":\"long\"}\n", "{\"request\":\"say\",\"text\":\"a\"}\n"]
+            .into_iter()
+            .map(|said| {
+                let (mut ours, mut their) = client(now);
+                their.write_all(said.as_bytes()).unwrap();
+                assert!(ours.turn(now, &mut Parrot));
+                theirs.push(their);
+                ours
+            })
+            .collect();
+    // Half a line more is no whole line.
+    theirs[0].write_all(b" ").unwrap();
+    assert!(clients[0].turn(now + PATIENCE / 2, &mut Parrot));
+    expire(&mut clients, now + PATIENCE - Duration::from_millis(1));
+    assert_eq!(clients.len(), 4);
+    expire(&mut clients, now + PATIENCE);
+    assert_eq!(clients.len(), 2);
+    expire(&mut clients, now + 1_000 * PATIENCE);
+    assert_eq!(clients.len(), 2);
+}
+
 /// A directory that goes.
 struct Dir(PathBuf);
 

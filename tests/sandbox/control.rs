@@ -275,6 +275,7 @@ fn places_that_are_not_the_callers_are_refused() {
         refused(&[&option("d/c"), "--network", mode], &format!("network {mode}"));
     }
     refused(&["--network-control=/"], "must name a socket");
+    refused(&[&option(&"x".repeat(108))], "107 bytes");
     // Where the payload would find it.
     let volume = |path: &str, mode: &str| format!("{}:/mnt{mode}", home.path(path).display());
     for (path, volume) in [("d/c", volume("d", "")), ("d/e/c", volume("d", ":ro")), ("d/c", volume("", ""))] {
