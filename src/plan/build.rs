@@ -74,6 +74,12 @@ pub enum PlanError {
     /// Every network that could be used inside is taken.
     #[error("cannot find a private IPv4 network for the sandbox: this host has routes into all of them")]
     NoFreeNetwork,
+    /// `--allow` with addresses of the sandbox's own network.
+    #[error("allow: {rule} is about the sandbox's own network, in which there is nobody but the gateway")]
+    RuleForOwnNetwork {
+        /// The rule.
+        rule: String,
+    },
 }
 
 impl PlanError {
@@ -88,6 +94,10 @@ impl PlanError {
                 Some("map ids from 1 on outside, or none at all; or run it as an ordinary user".into())
             }
             Self::MountPoint { .. } => None,
+            Self::RuleForOwnNetwork { .. } => Some(
+                "the gateway stands for the host's loopback with `--allow-host-loopback=PORT`, whatever the rules are"
+                    .into(),
+            ),
             Self::NoFreeNetwork => Some("use `--network host` or `--network none`".into()),
         }
     }

@@ -2,9 +2,11 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use netstack::Rule;
+
 use super::{NetPlan, Note, PlanError, StackPlan};
 use crate::host::HostFacts;
-use crate::spec::{NetMode, ValidSpec};
+use crate::spec::{LoopbackSpec, NetMode, ValidSpec};
 
 /// Each is a /24. Uncommon ones first: a network that the host joins later must not collide
 /// either.
@@ -49,6 +51,21 @@ pub(super) fn plan_net(
                 ));
             }
             let (guest, gateway) = (Ipv4Addr::new(a, b, c, 2), Ipv4Addr::new(a, b, c, 1));
+            let is_own = |rule: &&Rule| {
+                rule.is_within(guest.into(), PREFIX_V4) || rule.is_within(GUEST_V6.into(), PREFIX_V6)
+            };
+            if let Some(rule) = spec.net.allow.iter().find(is_own) {
+                return Err(PlanError::RuleForOwnNetwork { rule: rule.to_string() });
+            }
+            if matches!(&spec.net.host_loopback, LoopbackSpec::Ports(ports) if ports.contains(&53)) {
+                notes.push(Note {
+                    weaker: true,
+                    ..Note::new(
+                        "port 53 of the gateway does not lead to the host's loopback",
+                        "the sandbox's name server is there; on the host's other addresses the port is open",
+                    )
+                });
+            }
             Ok(NetPlan::Stack(Box::new(StackPlan {
                 dns: spec.net.dns.clone(),
                 search: spec.net.dns_search.clone().unwrap_or_else(|| facts.resolv.search.clone()),

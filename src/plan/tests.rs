@@ -179,6 +179,32 @@ fn layers_with_everything() {
 }
 
 #[test]
+fn what_the_gateway_cannot_be_is_told() {
+    let with = |change: &dyn Fn(&mut SandboxSpec)| {
+        let mut spec = spec();
+        change(&mut spec);
+        spec
+    };
+    for rule in ["10.87.0.1:5432", "tcp:10.87.0.0/25", "[fd87:726f:6f74::1]"] {
+        let spec = with(&|spec| spec.net.allow = vec!["any".parse().unwrap(), rule.parse().unwrap()]);
+        let error = refused(spec, &ada(), &over_host());
+        assert_eq!(error, PlanError::RuleForOwnNetwork { rule: rule.into() });
+        assert!(error.hint().unwrap().contains("--allow-host-loopback"));
+    }
+    for rule in ["10.87.0.0/16", "10.87.1.1", "[fd00::/8]"] {
+        planned(with(&|spec| spec.net.allow = vec![rule.parse().unwrap()]), &ada(), &over_host());
+    }
+    // That they are denied changes nothing, and is true.
+    planned(with(&|spec| spec.net.deny = vec!["10.87.0.0/24".parse().unwrap()]), &ada(), &over_host());
+    let notes = |ports: &str| {
+        let loopback = crate::spec::parse::host_loopback(ports).unwrap();
+        let plan = planned(with(&|spec| spec.net.host_loopback = loopback.clone()), &ada(), &over_host());
+        plan.notes.iter().filter(|note| note.weaker && note.what.contains("port 53")).count()
+    };
+    assert_eq!(["53", "50-60,5432", "5353,54", "all"].map(notes), [1, 1, 0, 0]);
+}
+
+#[test]
 fn the_search_list_is_the_hosts_unless_another_is_given() {
     let facts = HostFacts {
         resolv: ResolvFacts {

@@ -142,8 +142,19 @@ pub fn dns(text: &str) -> Result<SocketAddr, SpecError> {
             invalid(FIELD, text, "write the address of a resolver: IP, IP:PORT or [IPV6]:PORT")
         })?,
     };
-    if server.ip().is_unspecified() || server.ip().is_multicast() || server.port() == 0 {
+    let nobody = match server.ip() {
+        IpAddr::V4(ip) => ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast(),
+        IpAddr::V6(ip) => ip.is_unspecified() || ip.is_multicast(),
+    };
+    if nobody || server.port() == 0 {
         return Err(invalid(FIELD, text, "no resolver can be there"));
+    }
+    if let SocketAddr::V6(server) = server
+        && server.ip().is_unicast_link_local()
+        && server.scope_id() == 0
+    {
+        let reason = "a link-local address needs the number of its interface (see `ip link`): [fe80::1%2]:53";
+        return Err(invalid(FIELD, text, reason));
     }
     Ok(server)
 }
@@ -410,12 +421,17 @@ mod tests {
             ("2001:db8::1", "[2001:db8::1]:53"),
             ("[2001:db8::1]:5353", "[2001:db8::1]:5353"),
             ("127.0.0.53", "127.0.0.53:53"),
+            ("[fe80::1%2]:53", "[fe80::1%2]:53"),
         ] {
             assert_eq!(dns(text).unwrap().to_string(), addr);
         }
         for bad in ["", "dns.example", "192.0.2.1:", "192.0.2.1:0", "0.0.0.0", "::", "224.0.0.251", "1.2.3"] {
             assert!(dns(bad).is_err(), "{bad}");
         }
+        for bad in ["255.255.255.255", "ff02::fb", "fe80::1", "[fe80::1]:53"] {
+            assert!(dns(bad).is_err(), "{bad}");
+        }
+        assert!(dns("fe80::1").unwrap_err().to_string().contains("%2"));
         assert_eq!(dns_search("."), Ok(None));
         assert_eq!(dns_search("corp.example"), Ok(Some("corp.example".into())));
         for bad in ["", "a b", "..", "a..b", "a\nb", &"a".repeat(64)] {

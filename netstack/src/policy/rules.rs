@@ -115,6 +115,14 @@ impl Rule {
     pub(super) fn range(&self) -> Option<(IpAddr, IpAddr)> {
         self.network.map(Network::range)
     }
+
+    /// Whether it is about nothing but addresses whose first `prefix` bits are those of `ip`.
+    #[must_use]
+    pub fn is_within(&self, ip: IpAddr, prefix: u8) -> bool {
+        let network = |ip: IpAddr| (ip.is_ipv6(), Network::masked(ip, prefix));
+        self.range()
+            .is_some_and(|(first, last)| network(first) == network(ip) && network(last) == network(ip))
+    }
 }
 
 /// A number of digits alone: `str::parse` would take a sign too.
@@ -443,6 +451,15 @@ mod tests {
             );
         }
         assert_eq!(table.find(Transport::Tcp, SocketAddr::from(([192, 0, 2, 9], 20_001))), None);
+    }
+
+    #[test]
+    fn a_rule_is_within_a_network_or_not() {
+        let is = |text, ip: &str, prefix| rule(text).is_within(ip.parse().expect(ip), prefix);
+        assert!(is("10.87.0.1:80", "10.87.0.1", 24) && is("10.87.0.0/24", "10.87.0.1", 24));
+        assert!(is("tcp:[fd87::1]", "fd87::2", 64) && is("[fd87::2]", "fd87::2", 128));
+        assert!(!is("10.87.0.0/23", "10.87.0.1", 24) && !is("10.87.1.1", "10.87.0.1", 24));
+        assert!(!is("any", "0.0.0.0", 0) && !is("[::]", "0.0.0.0", 0) && is("[::]", "::", 0));
     }
 
     #[test]
