@@ -3,7 +3,7 @@
 use hickory_proto::op::{Message, ResponseCode};
 
 use super::*;
-use crate::config::{MAX_DNS_LOCAL_TTL, MAX_DNS_WAITERS, MAX_PINS, PIN_GRACE};
+use crate::config::{MAX_DNS_LOCAL_TTL, MAX_DNS_QUERIES, MAX_DNS_WAITERS, MAX_PINS, PIN_GRACE};
 use crate::dns::message::tests::query;
 use crate::dns::message::{TYPE_A, TYPE_AAAA, TYPE_SOA, parse_query};
 use crate::dns::response::tests::{Record, response, soa};
@@ -524,6 +524,53 @@ fn a_resolver_that_is_gone_is_told_at_once_and_may_come_back() {
     dns.ask(1_000, &query(2, "a.example", TYPE_A, true));
     dns.answers(0, &[(0, "a.example", TYPE_A, 60, A.into())]);
     assert_eq!(ttls(&dns.heard(1_000)), [60]);
+}
+
+#[test]
+fn a_resolver_that_falls_silent_and_comes_back_leaves_nothing_behind() {
+    let mut dns = Dns::new();
+    dns.ask(1_000, &query(1, "kept.example", TYPE_A, true));
+    dns.answers(0, &[(0, "kept.example", TYPE_A, 3_600, A.into())]);
+    dns.heard(1_000);
+    let timers = dns.script.engine.timers();
+    let mut failed = std::collections::HashSet::new();
+    let hear = |dns: &mut Dns, failed: &mut std::collections::HashSet<u16>| {
+        while let Some(frame) = dns.script.try_recv() {
+            let told = Message::from_vec(&frame.packet().payload()[8..]).expect("a message");
+            assert_eq!(told.metadata.response_code, ResponseCode::ServFail);
+            assert!(failed.insert(told.metadata.id), "each is told once");
+        }
+    };
+    // More than there may be under way; the oldest give way.
+    for id in 0..300 {
+        dns.ask(1_000, &query(id, &format!("n{id}.example"), TYPE_A, true));
+        hear(&mut dns, &mut failed);
+    }
+    dns.script.engine.check_bounds();
+    assert_eq!(failed.len(), 300 - MAX_DNS_QUERIES);
+    dns.ask(1_001, &query(1, "kept.example", TYPE_A, true));
+    assert_eq!(dns.heard(1_001).answers.len(), 1, "what is kept is not touched");
+    let mut late = Vec::new();
+    dns.server.set_nonblocking(true).expect("non-blocking");
+    for _ in 0..2 {
+        dns.script.advance_millis(1_500);
+        let mut buffer = [0; 512];
+        while let Ok((len, from)) = dns.server.recv_from(&mut buffer) {
+            late.push((buffer[..len].to_vec(), from));
+        }
+    }
+    hear(&mut dns, &mut failed);
+    assert_eq!((failed.len(), dns.script.engine.open_queries()), (300, 0));
+    assert_eq!(dns.script.engine.timers(), timers);
+    // What it says now that nobody waits any more goes nowhere.
+    for (ask, from) in &late {
+        let _ = dns.server.send_to(&response(ask, 0, &[]), from);
+    }
+    dns.script.nothing_comes("an answer to nobody");
+    dns.server.set_nonblocking(false).expect("blocking");
+    dns.ask(1_002, &query(1, "n1.example", TYPE_A, true));
+    dns.answers(0, &[(0, "n1.example", TYPE_A, 60, A.into())]);
+    assert_eq!(dns.heard(1_002).answers.len(), 1);
 }
 
 #[test]

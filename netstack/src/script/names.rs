@@ -116,6 +116,46 @@ fn flows_outlive_the_name_that_they_were_allowed_by() {
 }
 
 #[test]
+fn flows_go_on_after_a_suspension() {
+    if !in_empty_namespace("script::names::flows_go_on_after_a_suspension") {
+        return;
+    }
+    let mut dns = Dns::with(|spec| spec.policy.allow_names = vec!["a.example".parse().expect("name")]);
+    dns.ask(1_000, &query(1, "a.example", TYPE_A, true));
+    dns.answers(0, &[(0, "a.example", TYPE_A, 3_600, vec![192, 0, 2, 1])]);
+    dns.heard(1_000);
+    let script = &mut dns.script;
+    let listener = listener_there();
+    let (mut peer, mut stream) = opened(script, 40_000, &listener);
+    peer.send(script, TcpControl::Psh, b"before");
+    received(&mut stream, b"before");
+    let server = UdpSocket::bind((PEER, 0)).expect("socket");
+    server.set_read_timeout(Some(std::time::Duration::from_secs(10))).expect("time-out");
+    let port = server.local_addr().expect("address").port();
+    let mut from = Vec::new();
+    for _ in 0..2 {
+        script.send_ip(&udp((GUEST_V4, 5_000), (PEER, port), b"x"));
+        script.settle();
+        from.push(server.recv_from(&mut [0; 8]).expect("a datagram").1);
+        // A night, of which the clock of flows shows some seconds.
+        script.engine.pretend_suspension(Duration::from_secs(10 * 3_600));
+        script.advance_millis(3_000);
+    }
+    assert_eq!(from[0], from[1], "still the same socket");
+    peer.send(script, TcpControl::Psh, b"after");
+    received(&mut stream, b"after");
+    told(script);
+    // The name is that old, and has to be asked for again.
+    script.send_ip(&udp((GUEST_V4, 5_001), (PEER, port), b"new"));
+    assert_eq!(told(script), (0, 0, vec![3]));
+    dns.ask(1_000, &query(1, "a.example", TYPE_A, true));
+    dns.answers(0, &[(0, "a.example", TYPE_A, 3_600, vec![192, 0, 2, 1])]);
+    dns.heard(1_000);
+    dns.script.send_ip(&udp((GUEST_V4, 5_001), (PEER, port), b"new"));
+    assert_eq!(told(&mut dns.script), (0, 0, vec![]));
+}
+
+#[test]
 fn rules_by_name_that_come_and_go_find_the_connections_that_have_not_begun() {
     if !in_empty_namespace(
         "script::names::rules_by_name_that_come_and_go_find_the_connections_that_have_not_begun",

@@ -12,6 +12,7 @@
 
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsRawFd;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 
@@ -65,6 +66,11 @@ impl Net {
     /// The calling thread's.
     pub(crate) fn current() -> Self {
         Self(Arc::new(File::open("/proc/thread-self/ns/net").expect("own namespace")))
+    }
+
+    /// A path by which programs find it.
+    pub(crate) fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
     }
 
     pub(crate) fn new() -> Self {

@@ -75,24 +75,6 @@ fn by_dnsmasq_over_udp_and_tcp(_: &World) {
     drop(server);
 }
 
-/// dnsmasq at `addr`, which knows `web.example` as `ip`, for five minutes.
-fn dnsmasq(addr: &str, port: u16, ip: &str) -> Process {
-    let server = Process(
-        Command::new("dnsmasq")
-            .args(["--no-daemon", "--pid-file=", "--conf-file=/dev/null", "--bind-interfaces", "--no-resolv"])
-            .args(["--no-hosts", "--local-ttl=300", "--local=/example/", "--listen-address", addr])
-            .arg(format!("--port={port}"))
-            .arg(format!("--address=/web.example/{ip}"))
-            .arg("--host-record=other.example,192.0.2.99")
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap(),
-    );
-    wait_until("dnsmasq listens", || TcpStream::connect((addr, port)).is_ok());
-    server
-}
-
 fn answers_are_kept_while_the_resolver_is_gone(world: &World) {
     let resolver = || world.internet.run(|| dnsmasq(INTERNET_V4, 5354, "192.0.2.80"));
     let server = resolver();
@@ -117,18 +99,19 @@ fn answers_are_kept_while_the_resolver_is_gone(world: &World) {
     assert_eq!(dig("+short other.example"), "192.0.2.99\n");
 }
 
-fn follows_the_hosts_resolv_conf(_: &World) {
+fn follows_the_hosts_resolv_conf(world: &World) {
     let dir = TempDir::new();
     let file = dir.0.join("resolv.conf");
     let path = file.display().to_string();
-    std::fs::write(&file, "nameserver 127.0.0.53\n").unwrap();
+    std::fs::write(&file, format!("nameserver {INTERNET_V4}\n")).unwrap();
     // In this program's own mount namespace.
     sh(&format!("mount --bind {path} /etc/resolv.conf"));
+    let _distant = world.internet.run(|| dnsmasq(INTERNET_V4, 53, "192.0.2.2"));
     let _resolved = dnsmasq("127.0.0.53", 53, "192.0.2.53");
     let _other = dnsmasq("127.0.0.9", 53, "192.0.2.9");
     let guest = Guest::new();
     let dig = || guest.net.run(|| sh(&format!("dig +tries=1 +time=10 +short @{GATEWAY_V4} web.example")));
-    assert_eq!(dig(), "192.0.2.53\n");
+    assert_eq!(dig(), "192.0.2.2\n");
     // What the old one said is forgotten, though it was to be kept for five minutes.
     std::fs::write(&file, "nameserver 127.0.0.9\noptions timeout:2 attempts:1\n").unwrap();
     wait_until("the new resolver is asked", || dig() == "192.0.2.9\n");

@@ -2,7 +2,7 @@
 
 use std::io::Read;
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::process::Child;
+use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -108,6 +108,24 @@ pub(crate) fn with_descriptors<T>(limit: u64, f: impl FnOnce() -> T) -> T {
     let result = f();
     setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
     result
+}
+
+/// dnsmasq at `addr`, which knows `web.example` as `ip`, for five minutes.
+pub(crate) fn dnsmasq(addr: &str, port: u16, ip: &str) -> Process {
+    let server = Process(
+        Command::new("dnsmasq")
+            .args(["--no-daemon", "--pid-file=", "--conf-file=/dev/null", "--bind-interfaces", "--no-resolv"])
+            .args(["--no-hosts", "--local-ttl=300", "--local=/example/", "--listen-address", addr])
+            .arg(format!("--port={port}"))
+            .arg(format!("--address=/web.example/{ip}"))
+            .arg("--host-record=other.example,192.0.2.99")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap(),
+    );
+    wait_until("dnsmasq listens", || TcpStream::connect((addr, port)).is_ok());
+    server
 }
 
 /// A UDP echo server in `net`.
