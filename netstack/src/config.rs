@@ -250,6 +250,11 @@ pub(crate) const GUEST_SILENCE: Duration = Duration::from_secs(180);
 /// How long the guest has to answer the SYN of a connection to a published port.
 pub(crate) const INBOUND_CONNECT: Duration = Duration::from_secs(10);
 
+/// Pipes at once that connections from the host's loopback to published ports have data in, and the bytes that each of
+/// them takes. Beyond that the data is copied.
+pub(crate) const MAX_PIPES: usize = 64;
+pub(crate) const JOIN_PIPE: i32 = 256 * 1024;
+
 /// UDP sockets at once (a quarter of the descriptors if that is fewer).
 pub(crate) const MAX_UDP_SOCKETS: usize = 4_096;
 /// Destinations remembered for each UDP socket.

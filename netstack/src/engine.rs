@@ -39,6 +39,7 @@ use crate::fragment::Reassembly;
 use crate::host::Budget;
 use crate::icmp::Icmp;
 use crate::ingress::{self, Drop as Dropped, ICMP, ICMPV6, Inbound, Packet, TCP, UDP};
+use crate::join::Join;
 use crate::ndp;
 use crate::netlink::Routes;
 use crate::policy::hello::Hello;
@@ -72,6 +73,11 @@ pub(crate) enum Token {
     Dns(FlowId),
     TcpListener(FlowId),
     UdpListener(FlowId),
+    /// Of a joined connection: the client's socket, and that inside.
+    Near(FlowId),
+    Inner(FlowId),
+    /// Where sockets inside come from.
+    Inside,
 }
 
 impl Token {
@@ -85,6 +91,9 @@ impl Token {
             Self::Dns(id) => (5, id.pack()),
             Self::TcpListener(id) => (6, id.pack()),
             Self::UdpListener(id) => (7, id.pack()),
+            Self::Near(id) => (8, id.pack()),
+            Self::Inner(id) => (9, id.pack()),
+            Self::Inside => (10, 0),
         };
         kind << 56 | rest
     }
@@ -101,6 +110,9 @@ impl Token {
             5 => Self::Dns(id),
             6 => Self::TcpListener(id),
             7 => Self::UdpListener(id),
+            8 => Self::Near(id),
+            9 => Self::Inner(id),
+            10 => Self::Inside,
             _ => return None,
         })
     }
@@ -170,6 +182,9 @@ pub(crate) struct Shared {
     /// When this turn began to do things.
     pub(crate) now: Instant,
     refusals: Refusals,
+    /// TCP connections that are joined to a socket inside, and the others.
+    pub(crate) joined: usize,
+    pub(crate) tcp_flows: usize,
     /// What may still go from the guest to the world, and the other way.
     pub(crate) sent: Bucket,
     pub(crate) received: Bucket,
@@ -192,6 +207,16 @@ impl Shared {
         #[cfg(test)]
         crate::calls::may_fail(crate::calls::Call::EpollAdd, std::os::fd::AsRawFd::as_raw_fd(&fd))?;
         self.epoll.add(fd, EpollEvent::new(flags, token.pack()))
+    }
+
+    /// Watches a descriptor no more.
+    pub(crate) fn unwatch(&self, fd: BorrowedFd<'_>) {
+        let _ = self.epoll.delete(fd);
+    }
+
+    /// Says how many TCP connections there are.
+    pub(crate) fn count_tcp(&self) {
+        self.stats.tcp_flows.set(self.tcp_flows + self.joined);
     }
 
     /// Remembers a socket that was not read to its end.
@@ -326,6 +351,7 @@ impl Shared {
 pub(crate) struct Engine {
     sh: Shared,
     tcp: Tcp,
+    join: Join,
     udp: Udp,
     icmp: Icmp,
     dns: Dns,
@@ -354,7 +380,7 @@ impl Engine {
     pub(crate) fn new(
         tap: OwnedFd,
         spec: &StackSpec,
-        published: Published,
+        mut published: Published,
         segmentation: Segmentation,
         now: Instant,
     ) -> nix::Result<(Self, Control)> {
@@ -379,6 +405,8 @@ impl Engine {
             descriptor_freed: false,
             now,
             refusals: Refusals::new(now),
+            joined: 0,
+            tcp_flows: 0,
             sent: Bucket::new(spec.rates.sent, now),
             received: Bucket::new(spec.rates.received, now),
             at: At::Housekeeping,
@@ -387,9 +415,11 @@ impl Engine {
         };
         sh.watch(sh.tap.as_fd(), Token::Tap, EpollFlags::EPOLLIN)?;
         sh.watch(commands.as_fd(), Token::Command, EpollFlags::EPOLLIN)?;
+        let join = Join::new(&mut sh, published.inside.take())?;
         let forward = Forward::new(&mut sh, published)?;
         let engine = Self {
             tcp: Tcp::new(&mut sh, now),
+            join,
             udp: Udp::default(),
             icmp: Icmp::default(),
             dns: Dns::new(&mut sh, now),
@@ -458,6 +488,7 @@ impl Engine {
 
     fn each_flow(&self, each: &mut EachFlow<'_>) {
         self.tcp.each_flow(each);
+        self.join.each_flow(each);
         self.udp.each_flow(each);
         self.icmp.each_flow(each);
     }
@@ -527,7 +558,7 @@ impl Engine {
         let frames = self.more_frames && !self.sh.sent.is_in_debt();
         let unread = !self.sh.unread.queue.is_empty() && !self.sh.received.is_dry();
         let more = frames || self.more_work || unread;
-        if self.forward.is_eager() || more && !self.sh.tap.is_blocked() {
+        if self.forward.is_eager() || self.join.has_work() || more && !self.sh.tap.is_blocked() {
             return Some(Duration::ZERO);
         }
         self.sh.timers.next_at().map(|at| if at > now { at - now } else { Duration::ZERO })
@@ -594,7 +625,10 @@ impl Engine {
                 Some(Token::Command) => obeyed = self.obey(now),
                 Some(Token::Tcp(id)) => self.tcp.host_event(&mut self.sh, now, id, flags),
                 Some(Token::Dns(id)) => self.dns.host_event(&mut self.sh, now, id),
-                Some(Token::TcpListener(i)) => self.accept(now, i),
+                Some(Token::TcpListener(id)) => self.accept(now, id),
+                Some(Token::Near(id)) => self.join.near_event(id, flags),
+                Some(Token::Inner(id)) => self.join.inner_event(&mut self.sh, now, id, flags),
+                Some(Token::Inside) => self.join.sockets(&mut self.sh, now, &mut self.tcp),
                 Some(token) => self.datagrams(now, token, flags),
                 None => {}
             }
@@ -602,8 +636,8 @@ impl Engine {
         if obeyed == Turn::Ends {
             return Turn::Ends;
         }
-        for index in self.forward.take_eager() {
-            self.accept(now, index);
+        for id in self.forward.take_eager() {
+            self.accept(now, id);
         }
         if frames && self.read_frames(now) == Turn::Ends {
             return Turn::Ends;
@@ -611,6 +645,7 @@ impl Engine {
         self.fire_timers(now);
         self.sh.begin(At::Housekeeping);
         self.tcp.resume(&self.sh);
+        self.join.run(&mut self.sh);
         // A query may be answered at once, and the answer let its flow take the next query: thousands may wait.
         let mut queries_left = TURN_QUERIES;
         loop {
@@ -631,8 +666,8 @@ impl Engine {
         if std::mem::take(&mut self.sh.descriptor_freed) {
             let starved = self.forward.take_starved();
             self.more_work |= !starved.is_empty();
-            for index in starved {
-                self.forward.accept(&mut self.sh, now, index, &mut self.tcp);
+            for id in starved {
+                self.accept(now, id);
             }
         }
         self.sh.tap.end_run();
@@ -643,7 +678,7 @@ impl Engine {
 
     /// Connections wait at a listener.
     fn accept(&mut self, now: Instant, listener: FlowId) {
-        self.forward.accept(&mut self.sh, now, listener, &mut self.tcp);
+        self.forward.accept(&mut self.sh, now, listener, &mut self.tcp, &mut self.join);
         if self.forward.is_starved() {
             self.udp.spare(&mut self.sh, now);
         }
@@ -655,7 +690,14 @@ impl Engine {
             Token::Udp(id) => self.udp.host_event(&mut self.sh, now, id, flags),
             Token::Ping(id) => self.icmp.host_event(&mut self.sh, now, id, flags),
             Token::UdpListener(i) => self.forward.receive(&mut self.sh, now, i, &mut self.udp),
-            Token::Tap | Token::Command | Token::Tcp(_) | Token::Dns(_) | Token::TcpListener(_) => {}
+            Token::Tap
+            | Token::Command
+            | Token::Tcp(_)
+            | Token::Dns(_)
+            | Token::TcpListener(_)
+            | Token::Near(_)
+            | Token::Inner(_)
+            | Token::Inside => {}
         }
     }
 
@@ -688,8 +730,9 @@ impl Engine {
     /// Sets the timer for whoever waits until more data may go.
     fn await_tokens(&mut self) {
         let [sent, received] = self.tcp.waits_for_tokens();
-        let sent = sent || self.sh.sent.is_in_debt();
-        let received = received || !self.sh.unread.queue.is_empty();
+        let joined = self.join.waits_for_tokens();
+        let sent = sent || joined[0] || self.sh.sent.is_in_debt();
+        let received = received || joined[1] || !self.sh.unread.queue.is_empty();
         let at = [self.sh.sent.ready_at().filter(|_| sent), self.sh.received.ready_at().filter(|_| received)];
         if let Some(at) = at.into_iter().flatten().min() {
             self.sh.timers.set(at, TimerKey::Rate);
@@ -879,6 +922,7 @@ impl Engine {
                 TimerKey::Dns(id) => self.dns.timer(&mut self.sh, now, id),
                 // It has brought us here: buckets are filled each turn.
                 TimerKey::Rate => {}
+                TimerKey::Join => self.join.timer(&mut self.sh, now),
                 TimerKey::Accept => self.sh.descriptor_freed = true,
                 TimerKey::Router => ndp::advertise_router(&mut self.sh, now, ndp::ALL_NODES),
                 TimerKey::Reassembly => {
@@ -908,6 +952,7 @@ pub(crate) fn live(mut engine: Engine, mut clock: impl FnMut() -> Instant) {
     );
     let rest = AssertUnwindSafe(|| {
         engine.tcp.reset_on_close();
+        engine.join.reset_on_close();
         engine.tell_the_rest("failed");
     });
     // The message above says it.
@@ -917,7 +962,7 @@ pub(crate) fn live(mut engine: Engine, mut clock: impl FnMut() -> Instant) {
 impl Engine {
     /// What the stack was at, for the log.
     fn name(&self, at: At) -> String {
-        let tcp = |id| match self.tcp.key(id) {
+        let tcp = |key| match key {
             Some(FlowKey { guest, remote }) => {
                 format!("TCP connection between {} and {}", SocketAddr::from(guest), SocketAddr::from(remote))
             }
@@ -932,12 +977,13 @@ impl Engine {
             At::Command => "a command".into(),
             At::Frame => "a frame from inside".into(),
             At::Packet(packet) => packet.to_string(),
-            At::Flow(id) | At::Event(Token::Tcp(id)) | At::Timer(TimerKey::Tcp(id)) => tcp(id),
+            At::Flow(id) | At::Event(Token::Tcp(id)) | At::Timer(TimerKey::Tcp(id)) => tcp(self.tcp.key(id)),
+            At::Event(Token::Near(id) | Token::Inner(id)) => tcp(self.join.key(id)),
             At::Event(Token::Udp(id)) => from("datagrams", self.udp.guest(id)),
             At::Event(Token::Ping(id)) => from("echo requests", self.icmp.guest(id)),
             At::Event(Token::Dns(_)) | At::Timer(TimerKey::Dns(_)) => "a question to a resolver".into(),
             At::Event(Token::TcpListener(_) | Token::UdpListener(_)) => "a published port".into(),
-            At::Event(Token::Tap | Token::Command) => "an event".into(),
+            At::Event(Token::Tap | Token::Command | Token::Inside) => "an event".into(),
             At::Timer(_) => "a timer of no flow in particular".into(),
         }
     }
@@ -1030,6 +1076,7 @@ impl Engine {
     /// Every table within its bound, and agreeing with the others.
     pub(crate) fn check_bounds(&self) {
         self.tcp.check_bounds();
+        self.join.check_bounds();
         self.udp.check_bounds();
         self.icmp.check_bounds();
         self.dns.check_bounds();
@@ -1037,7 +1084,7 @@ impl Engine {
         self.reassembly.check_bounds();
         self.sh.tap.check_bounds();
         let flows = self.sh.stats.snapshot().tcp_flows + u64::try_from(self.dns.under_way()).unwrap_or(0);
-        assert!(u64::try_from(self.sh.timers.len()).is_ok_and(|timers| timers <= flows + 6));
+        assert!(u64::try_from(self.sh.timers.len()).is_ok_and(|timers| timers <= flows + 7));
     }
 }
 
@@ -1201,6 +1248,9 @@ mod tests {
                 Token::Dns(id),
                 Token::TcpListener(id),
                 Token::UdpListener(id),
+                Token::Near(id),
+                Token::Inner(id),
+                Token::Inside,
             ] {
                 assert_eq!(Token::unpack(token.pack()), Some(token));
             }

@@ -148,6 +148,7 @@ pub(crate) enum TimerKey {
     Accept,
     Router,
     Rate,
+    Join,
 }
 
 impl TimerKey {
@@ -160,6 +161,7 @@ impl TimerKey {
             Self::Accept => Some(3),
             Self::Router => Some(4),
             Self::Rate => Some(5),
+            Self::Join => Some(6),
             Self::Tcp(_) | Self::Dns(_) => None,
         }
     }
@@ -174,7 +176,7 @@ impl TimerKey {
 #[derive(Debug, Default)]
 pub(crate) struct Timers {
     queue: BTreeSet<(Instant, TimerKey)>,
-    tables: [Option<Instant>; 6],
+    tables: [Option<Instant>; 7],
 }
 
 impl Timers {

@@ -24,6 +24,8 @@ use crate::config::{Error, Link, Outbound, Protocol, Publish};
 use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
 use crate::host::{self, Budget, HostFd};
+use crate::inside::InsideSockets;
+use crate::join::Join;
 use crate::tcp::Tcp;
 use crate::udp::{self, Arrival, Udp};
 
@@ -51,7 +53,10 @@ pub(crate) struct BoundPort {
 
 /// Host sockets bound for published ports, before anything else is started.
 #[derive(Debug, Default)]
-pub struct Published(Vec<BoundPort>);
+pub struct Published {
+    ports: Vec<BoundPort>,
+    pub(crate) inside: Option<InsideSockets>,
+}
 
 impl Published {
     /// Binds every port or none.
@@ -60,22 +65,31 @@ impl Published {
     ///
     /// The first address that cannot be bound, and why.
     pub fn bind(ports: &[Publish]) -> Result<Self, Error> {
-        ports.iter().map(bind_port).collect::<Result<_, _>>().map(Self)
+        let ports = ports.iter().map(bind_port).collect::<Result<_, _>>()?;
+        Ok(Self { ports, inside: None })
+    }
+
+    /// Has TCP connections from the host's loopback joined to sockets of the guest's namespace: they do not cross the TAP,
+    /// which is a good deal faster, and the server inside sees them come from the guest's own address instead of the
+    /// gateway's.
+    #[must_use]
+    pub fn through(self, inside: InsideSockets) -> Self {
+        Self { inside: Some(inside), ..self }
     }
 
     /// What is bound, in the order of the ports given to [`Published::bind`]: address, protocol and port inside.
     pub fn addresses(&self) -> impl Iterator<Item = (SocketAddr, Protocol, u16)> {
-        self.0.iter().flat_map(|port| {
+        self.ports.iter().flat_map(|port| {
             port.sockets.iter().map(|bound| (bound.addr, port.asked.protocol, port.asked.inside_port))
         })
     }
 
     pub(crate) fn into_ports(self) -> Vec<BoundPort> {
-        self.0
+        self.ports
     }
 
     fn sockets(&self) -> usize {
-        self.0.iter().map(|port| port.sockets.len()).sum()
+        self.ports.iter().map(|port| port.sockets.len()).sum()
     }
 }
 
@@ -203,7 +217,7 @@ impl Forward {
     /// Takes over the bound sockets and watches them.
     pub(crate) fn new(sh: &mut Shared, published: Published) -> nix::Result<Self> {
         let mut forward = Self::default();
-        for port in published.0 {
+        for port in published.ports {
             forward.insert(sh, port)?;
         }
         Ok(forward)
@@ -323,7 +337,14 @@ impl Forward {
     }
 
     /// Connections wait at a listener.
-    pub(crate) fn accept(&mut self, sh: &mut Shared, now: Instant, id: FlowId, tcp: &mut Tcp) {
+    pub(crate) fn accept(
+        &mut self,
+        sh: &mut Shared,
+        now: Instant,
+        id: FlowId,
+        tcp: &mut Tcp,
+        join: &mut Join,
+    ) {
         let Some(Socket { fd: listener, inside }) = self.tcp.get(id) else { return };
         for _ in 0..TURN {
             // Who gets no answer inside makes room, or a flood at one port would take those of the others.
@@ -346,7 +367,9 @@ impl Forward {
             let Some(peer) = peer else { continue };
             let ways = ways(&sh.spec.guest, &sh.spec.gateway, peer, *inside);
             let fd = sh.budget.hold(fd);
-            tcp.inbound(sh, now, fd, ways);
+            if let Err(fd) = join.begin(sh, now, fd, peer, ways) {
+                tcp.inbound(sh, now, fd, ways);
+            }
         }
         self.eager.push(id);
     }

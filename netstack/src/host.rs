@@ -49,6 +49,12 @@ impl Budget {
         self.used.load(Ordering::Relaxed)
     }
 
+    /// Counts a descriptor that is on its way to us.
+    pub(crate) fn room(&self) -> Room {
+        self.used.fetch_add(1, Ordering::Relaxed);
+        Room(Arc::clone(&self.used))
+    }
+
     /// Descriptors that TCP leaves to names and datagrams: an eighth of what ports have left, 512 at most.
     pub(crate) fn reserve(&self) -> usize {
         (self.limit.saturating_sub(self.ports) / 8).min(512)
@@ -67,6 +73,16 @@ impl Budget {
     /// Whether one more may be opened, with `rest` left for others then.
     pub(crate) fn check_leaving(&self, rest: usize) -> nix::Result<()> {
         if self.used.load(Ordering::Relaxed) + rest < self.limit { Ok(()) } else { Err(Errno::EMFILE) }
+    }
+}
+
+/// What is kept for a descriptor that will come.
+#[derive(Debug)]
+pub(crate) struct Room(Arc<AtomicUsize>);
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -44,6 +44,8 @@ counters! {
     tcp_out,
     /// TCP connections to published ports.
     tcp_in,
+    /// Those of them that were joined to a socket inside.
+    tcp_joined,
     /// TCP connections that exist now, half-open ones included.
     tcp_flows,
     /// UDP sockets that exist now.

@@ -1,4 +1,4 @@
-//! The only module of this crate with `unsafe`: ioctls of the TAP driver, `accept4`, and the rings of TCP sockets.
+//! The only module of this crate with `unsafe`: ioctls of the TAP driver, `accept4`, descriptors in messages, and the rings of TCP sockets.
 //!
 //! [`RingSocket`] is the one piece with an invariant of its own. smoltcp's sockets want `&'static mut [u8]` or a `Vec`
 //! as their rings. A `Vec` from the allocator may be touched (zeroed) as a whole, which made 1,000 idle connections
@@ -98,6 +98,29 @@ pub(crate) fn accept(fd: BorrowedFd<'_>) -> nix::Result<OwnedFd> {
     let raw = accept4(fd.as_raw_fd(), SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC)?;
     // SAFETY: accept4 returned a new descriptor that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
+/// Receives a message with a descriptor, if one comes with it, close-on-exec from birth. It never waits.
+pub(crate) fn receive_descriptor(
+    fd: BorrowedFd<'_>,
+    buffer: &mut [u8],
+) -> nix::Result<(usize, Option<OwnedFd>)> {
+    use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg};
+    let mut space = nix::cmsg_space!(std::os::fd::RawFd);
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+    let mut pieces = [io::IoSliceMut::new(buffer)];
+    let message = recvmsg::<UnixAddr>(fd.as_raw_fd(), &mut pieces, Some(&mut space), flags)?;
+    let mut received = None;
+    for control in message.cmsgs().into_iter().flatten() {
+        if let ControlMessageOwned::ScmRights(fds) = control {
+            // All of them: what nobody owned would stay open. The space takes two, for its alignment.
+            for raw in fds {
+                // SAFETY: recvmsg installed a new descriptor that nobody else owns.
+                received = Some(unsafe { OwnedFd::from_raw_fd(raw) });
+            }
+        }
+    }
+    Ok((message.bytes, received))
 }
 
 /// The memory of a receive and a transmit ring: one private anonymous mapping of twice `capacity` bytes, of which each

@@ -70,7 +70,7 @@ const MANY: usize = if cfg!(test) { 2 } else { 512 };
 const IDLE_OF_MANY: Duration = Duration::from_secs(2);
 
 /// What epoll tells of a host socket, each time it becomes so.
-const WATCHED: EpollFlags = EpollFlags::EPOLLIN
+pub(crate) const WATCHED: EpollFlags = EpollFlags::EPOLLIN
     .union(EpollFlags::EPOLLPRI)
     .union(EpollFlags::EPOLLOUT)
     .union(EpollFlags::EPOLLRDHUP)
@@ -473,7 +473,7 @@ impl Tcp {
         if self.half_open >= MAX_HALF_OPEN.min(sh.budget.limit / 2) {
             self.evict_half_open(sh, Duration::ZERO);
         }
-        if self.flows.len() >= MAX_TCP_FLOWS {
+        if self.flows.len() + sh.joined >= MAX_TCP_FLOWS {
             sh.refused_by_limit(Transport::Tcp, key);
             return self.refuse(sh, now, packet);
         }
@@ -565,7 +565,7 @@ impl Tcp {
     }
 
     fn outbound_dns(&mut self, sh: &mut Shared, now: Instant, key: FlowKey, packet: &Packet<'_>) {
-        if self.flows.len() >= MAX_TCP_FLOWS || self.dns_flows >= MAX_DNS_CONNECTIONS {
+        if self.flows.len() + sh.joined >= MAX_TCP_FLOWS || self.dns_flows >= MAX_DNS_CONNECTIONS {
             sh.stats.refused_by_limit.one();
             return self.refuse(sh, now, packet);
         }
@@ -584,7 +584,7 @@ impl Tcp {
             host::reset_on_close(fd.as_fd());
         };
         let [way, other] = ways;
-        if self.flows.len() >= MAX_TCP_FLOWS {
+        if self.flows.len() + sh.joined >= MAX_TCP_FLOWS {
             return refuse(sh, fd);
         }
         let others = self.flows.len();
@@ -760,7 +760,8 @@ impl Tcp {
             heard_ack: None,
         });
         self.by_key.insert(key, id);
-        sh.stats.tcp_flows.set(self.flows.len());
+        sh.tcp_flows = self.flows.len();
+        sh.count_tcp();
         id
     }
 
@@ -1157,7 +1158,8 @@ impl Tcp {
         if let Some(at) = flow.timer {
             sh.timers.cancel(at, TimerKey::Tcp(id));
         }
-        sh.stats.tcp_flows.set(self.flows.len());
+        sh.tcp_flows = self.flows.len();
+        sh.count_tcp();
         if flow.told {
             let why = flow.why.unwrap_or(if reset { "failed" } else { "finished" });
             sh.tell(Transport::Tcp, flow.inbound, flow.key, flow.account.closed(sh.now, why));
@@ -1375,7 +1377,7 @@ fn move_host(
     if host.failed && drained { Fate::Broken } else { Fate::Goes }
 }
 
-fn retry<R>(mut call: impl FnMut() -> nix::Result<R>) -> nix::Result<R> {
+pub(crate) fn retry<R>(mut call: impl FnMut() -> nix::Result<R>) -> nix::Result<R> {
     loop {
         match call() {
             Err(Errno::EINTR) => {}

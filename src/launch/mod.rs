@@ -218,16 +218,18 @@ impl Prepared<'_> {
         let (streams, outside) = supervise::streams::prepare(&plan.process)
             .map_err(during("making pipes for the standard streams"))?;
 
+        let maker = services.take_maker();
+
         // The others are setup's to make: it does so while its ids are being mapped.
         let mut sandbox = match clone_with(libc::CLONE_NEWUSER | libc::CLONE_NEWPID)
             .map_err(|errno| SetupFailure::new(Step::Clone, "", errno))?
         {
             Cloned::Child => {
                 drop(ours);
-                stage::enter(plan, &Inherited { channel: theirs, limits, streams })
+                stage::enter(plan, &Inherited { channel: theirs, maker, limits, streams })
             }
             Cloned::Parent { pid, pidfd } => {
-                drop((theirs, streams));
+                drop((theirs, maker, streams));
                 tracing::info!(%pid, "setup runs, in a user and a pid namespace");
                 let mut sandbox = Sandbox { pidfd, channel: ours, reaped: false, abandoned: false };
                 let written = idmap::write(&plan.ids, pid, &sandbox.channel);

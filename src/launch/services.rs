@@ -6,7 +6,8 @@ use std::os::fd::OwnedFd;
 
 use fsoverlay::Overlay;
 use netstack::{
-    Capture, DnsSpec, Link, Outbound, PolicySpec, Protocol, Publish, Published, Rate, Rates, Stack, StackSpec,
+    Capture, DnsSpec, Link, Outbound, PolicySpec, Protocol, Publish, Published, Rate, Rates, SocketMaker,
+    Stack, StackSpec,
 };
 
 use super::LaunchError;
@@ -26,6 +27,8 @@ pub(crate) struct Services {
     overlay: Option<Overlay>,
     server: Option<fsoverlay::Server>,
     network: Option<(StackSpec, Published)>,
+    /// For init, which makes sockets in the sandbox's namespace.
+    maker: Option<SocketMaker>,
     stack: Option<Stack>,
     capture_file: Option<File>,
     capture: Option<Capture>,
@@ -44,6 +47,7 @@ impl Services {
         let overlay = Overlay::open(&plan.root.overlay_spec(&plan.ids, overlay_workers()))
             .map_err(LaunchError::Overlay)?;
         let mut network = None;
+        let mut maker = None;
         let mut capture_file = None;
         let mut published = Vec::new();
         let mut control = None;
@@ -64,12 +68,18 @@ impl Services {
             }
             capture_file = records.capture;
             let flow_log = records.log.map(NetworkLog::flow_log);
-            network = Some((StackSpec { flow_log, ..stack_spec(stack, &plan.hostname) }, ports));
+            let what = "the socket pair to init";
+            let (inside, theirs) = netstack::inside_sockets()
+                .map_err(|source| LaunchError::Network(netstack::Error::Start { what, source }))?;
+            maker = Some(theirs);
+            let spec = StackSpec { flow_log, ..stack_spec(stack, &plan.hostname) };
+            network = Some((spec, ports.through(inside)));
         }
         Ok(Self {
             overlay: Some(overlay),
             server: None,
             network,
+            maker,
             stack: None,
             capture_file,
             capture: None,
@@ -77,6 +87,12 @@ impl Services {
             control,
             controlled: None,
         })
+    }
+
+    /// Init's end of the pair over which the stack gets sockets of the sandbox's namespace. Ours is closed: when init is
+    /// gone the stack is to know.
+    pub(super) fn take_maker(&mut self) -> Option<SocketMaker> {
+        self.maker.take()
     }
 
     /// Serves the overlay on its mounted descriptor.

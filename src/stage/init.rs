@@ -1,7 +1,7 @@
 //! Init: pid 1 of the sandbox once the root is complete.
 //!
 //! Starts the payload, reaps whatever dies, forwards signals, answers the filter's
-//! notifications, and when the payload has ended ends everything else and then itself. It holds
+//! notifications, makes sockets for the network stack, and when the payload has ended ends everything else and then itself. It holds
 //! every capability of the sandbox's user namespace but is not dumpable, so nothing inside can
 //! trace it or read its memory, and as pid 1 it gets no signal from inside that it does not
 //! handle.
@@ -78,7 +78,7 @@ fn supervise_payload(plan: &Plan, inherited: &Inherited, ready: &Ready) -> Resul
         let proc = setup::open_proc().map_err(|e| SetupFailure::new(Step::Spawn, "/proc", e))?;
         notify::start(listener, proc).map_err(|e| SetupFailure::new(Step::Spawn, "notifier", e))?;
     }
-    wait_for(payload, &signals, &inherited.channel).map_err(spawn("waiting"))
+    wait_for(payload, &signals, inherited).map_err(spawn("waiting"))
 }
 
 /// Without `--user`: the id that setup already has.
@@ -106,20 +106,28 @@ fn await_exec(plan: &Plan, report: &Channel) -> Result<Option<OwnedFd>, SetupFai
     Ok(listener)
 }
 
-fn wait_for(payload: Pid, signals: &SignalFd, channel: &Channel) -> Result<Outcome, Errno> {
+fn wait_for(payload: Pid, signals: &SignalFd, inherited: &Inherited) -> Result<Outcome, Errno> {
+    let channel = &inherited.channel;
+    let mut maker = inherited.maker.as_ref();
     loop {
         if let Some(outcome) = reap(payload)? {
             return Ok(outcome);
         }
-        let mut ready = [
+        let mut fds = vec![
             PollFd::new(signals.as_fd(), PollFlags::POLLIN),
             PollFd::new(channel.as_fd(), PollFlags::POLLIN),
         ];
-        match poll(&mut ready, PollTimeout::NONE) {
+        fds.extend(maker.map(|maker| PollFd::new(maker.as_fd(), PollFlags::POLLIN)));
+        match poll(&mut fds, PollTimeout::NONE) {
             Err(Errno::EINTR) => continue,
             other => other?,
         };
-        let [child_ended, message] = ready.map(|fd| fd.any().unwrap_or(true));
+        let ready = |i: usize| fds.get(i).is_some_and(|fd| fd.any().unwrap_or(true));
+        let [child_ended, message, sockets] = [ready(0), ready(1), ready(2)];
+        if sockets {
+            // Without the stack nobody asks any more.
+            maker = maker.filter(|maker| maker.answer());
+        }
         if child_ended {
             while matches!(signals.read_signal(), Ok(Some(_))) {}
         }

@@ -4,8 +4,8 @@
 //!
 //! | process | descriptors | privilege |
 //! |---|---|---|
-//! | setup | channel to the supervisor, mounts under construction | every capability in the sandbox's user namespace |
-//! | init | channel, signalfd, listener of the filter | the same; not dumpable, so the payload cannot trace or read it |
+//! | setup | channel to the supervisor, socket maker, mounts under construction | every capability in the sandbox's user namespace |
+//! | init | channel, socket maker, signalfd, listener of the filter | the same; not dumpable, so the payload cannot trace or read it |
 //! | payload before execve | channel to init (closed by execve) | gives up step by step, see `payload.rs` |
 //! | payload | none | the capabilities of the plan, no_new_privs, the filter |
 
@@ -27,6 +27,8 @@ pub(crate) use setup::write_maps;
 pub struct Inherited {
     /// Its end of the hand-shake.
     pub channel: Channel,
+    /// Over which the network stack asks for sockets of the sandbox's namespace.
+    pub maker: Option<netstack::SocketMaker>,
     /// The soft limits that the payload gets back.
     pub limits: Vec<crate::launch::SoftLimit>,
     /// What takes the place of standard input, output and error.

@@ -63,7 +63,8 @@ pub(super) fn run(plan: &Plan, inherited: &Inherited) -> Result<Ready> {
     let channel = &inherited.channel;
     die_with_supervisor()?;
     let streams = inherited.streams.iter().flatten().map(OwnedFd::as_fd);
-    let keep: Vec<BorrowedFd<'_>> = std::iter::once(channel.as_fd()).chain(streams).collect();
+    let maker = inherited.maker.iter().map(netstack::SocketMaker::as_fd);
+    let keep: Vec<BorrowedFd<'_>> = std::iter::once(channel.as_fd()).chain(maker).chain(streams).collect();
     sys::process::close_all_but(&keep).during(Step::Inherit, "")?;
     // These need no id, and newuidmap is a whole program's start: it runs meanwhile.
     make_namespaces(&plan.namespaces)?;

@@ -808,6 +808,48 @@ fn a_published_tcp_port_leads_inside() {
     }
 }
 
+/// Says who connects to it, at each of its addresses.
+const WHO_SERVER: &str = r"
+import os, socket, sys
+own = os.popen('ip -4 -o addr show tap0').read().split()[3].split('/')[0]
+s = socket.socket()
+s.bind((own if sys.argv[1] == 'own' else sys.argv[1], 8080)); s.listen()
+print('listening at', own, flush=True)
+while True:
+    c, peer = s.accept()
+    c.sendall(peer[0].encode()); c.close()
+";
+
+#[test]
+fn peers_on_the_hosts_loopback_appear_as_the_sandbox_itself() {
+    let home = Home::new();
+    let port = free_port();
+    let publish = format!("127.0.0.1:{port}:8080");
+    let capture = home.path("capture");
+    let capture = format!("--network-capture={}", capture.display());
+    // What has to be captured crosses the link, and comes from its other end.
+    for (bound, option, own) in [("0.0.0.0", None, true), ("own", None, true), ("own", Some(&capture), false)]
+    {
+        let options = ["-p".to_owned(), publish.clone()].into_iter().chain(option.cloned());
+        let running = home.run(options, ["python3", "-c", WHO_SERVER, bound]).start();
+        let line = running.until_out("\n");
+        let address = line.split_whitespace().last().unwrap().to_owned();
+        let mut seen = String::new();
+        TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap().read_to_string(&mut seen).unwrap();
+        assert_eq!(seen == address, own, "{bound} {option:?}: {seen} at {address}");
+        assert!(seen.starts_with(address.rsplit_once('.').unwrap().0), "{seen}");
+        end(running);
+    }
+    // The sandbox's own loopback is its own.
+    let running = home.run(["-p", &publish], ["python3", "-c", WHO_SERVER, "127.0.0.1"]).start();
+    running.until_out("listening");
+    let mut seen = String::new();
+    let read = TcpStream::connect((Ipv4Addr::LOCALHOST, port))
+        .and_then(|mut stream| stream.read_to_string(&mut seen));
+    assert!(read.is_err() && seen.is_empty(), "{read:?} {seen}");
+    end(running);
+}
+
 #[test]
 fn a_port_is_published_on_every_address_unless_one_is_named() {
     let lab = lab!();

@@ -220,9 +220,12 @@ pub(crate) fn serve(args: &[String]) {
     let host = std::fs::File::open("/proc/self/ns/net").unwrap();
     setns(std::fs::File::open(net).unwrap(), CloneFlags::CLONE_NEWNET).unwrap();
     let tap = open_tap("tap0").unwrap();
+    let (inside, maker) = netstack::inside_sockets().unwrap();
+    // It stays in the guest's namespace.
+    std::thread::spawn(move || crate::common::make_sockets(&maker));
     setns(host, CloneFlags::CLONE_NEWNET).unwrap();
     let dns = DnsSpec { upstreams: vec![at(INTERNET_V4, 53)], ..DnsSpec::default() };
-    let stack = Stack::start(tap, &StackSpec { dns, ..spec() }, published).unwrap();
+    let stack = Stack::start(tap, &StackSpec { dns, ..spec() }, published.through(inside)).unwrap();
     let mut out = std::io::stdout();
     out.write_all(b"s").and_then(|()| out.flush()).unwrap();
     let _ = std::io::stdin().read(&mut [0]);

@@ -135,6 +135,15 @@ impl World {
     }
 }
 
+/// Makes sockets in the calling thread's namespace for as long as the stack that asks for them is there.
+pub(crate) fn make_sockets(maker: &netstack::SocketMaker) {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use std::os::fd::AsFd as _;
+    while maker.answer() {
+        let _ = poll(&mut [PollFd::new(maker.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
+    }
+}
+
 /// A guest and its stack.
 pub(crate) struct Guest {
     pub(crate) net: Net,
@@ -171,9 +180,20 @@ impl Guest {
     }
 
     pub(crate) fn with(spec: &StackSpec, ports: &[Publish]) -> Self {
-        let published = Published::bind(ports).expect("published ports");
-        let addresses = published.addresses().map(|(addr, ..)| addr).collect();
+        Self::in_net(Net::new(), spec, Published::bind(ports).expect("published ports"))
+    }
+
+    /// With a maker of sockets inside, for connections from the host's loopback.
+    pub(crate) fn joined(spec: &StackSpec, ports: &[Publish]) -> Self {
         let net = Net::new();
+        let (inside, maker) = netstack::inside_sockets().expect("socket pair");
+        net.spawn(move || make_sockets(&maker));
+        let published = Published::bind(ports).expect("published ports");
+        Self::in_net(net, spec, published.through(inside))
+    }
+
+    pub(crate) fn in_net(net: Net, spec: &StackSpec, published: Published) -> Self {
+        let addresses = published.addresses().map(|(addr, ..)| addr).collect();
         let tap = net.run(|| netstack::open_tap("tap0").expect("TAP"));
         let stack = Stack::start(tap, spec, published).expect("stack");
         let mtu = spec.mtu;

@@ -14,7 +14,7 @@ crate::tests! {
 }
 
 /// A line for each event: protocol, direction, remote, what, and how much both ways.
-fn flow_lines() -> (FlowLog, std::sync::mpsc::Receiver<String>) {
+pub(crate) fn flow_lines() -> (FlowLog, std::sync::mpsc::Receiver<String>) {
     let (sender, lines) = std::sync::mpsc::channel();
     let sender = std::sync::Mutex::new(sender);
     let log = FlowLog::new(move |event| {

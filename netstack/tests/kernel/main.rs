@@ -10,6 +10,7 @@ mod dns;
 mod flowlog;
 mod host;
 mod icmp;
+mod joined;
 mod life;
 mod limits;
 mod policy;
@@ -47,6 +48,7 @@ const TESTS: &[&[Test]] = &[
     host::TESTS,
     dns::TESTS,
     publish::TESTS,
+    joined::TESTS,
     life::TESTS,
 ];
 

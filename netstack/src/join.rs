@@ -1,0 +1,718 @@
+//! Connections to published ports from the host's own loopback, without a TCP of ours in between.
+//!
+//! Nothing about them has to be seen by the stack: both ends are sockets of the same kernel. So the connection that was
+//! accepted is joined to a socket of the guest's namespace ([`crate::inside`]), connected to the server there, and data
+//! goes from one to the other. What is left to do is what a relay does: pass on data, ends and failures, both ways.
+//!
+//! ```text
+//! client (loopback) ══ near | Way to the guest:  recv, send; or splice through a pipe | inner ══ server in the guest
+//! ```
+//!
+//! The server sees a connection from the guest's own address to the guest's own address: the one address that leads back
+//! by itself. It is not loopback: a service that trusts its loopback is not meant to be reached from elsewhere, and what
+//! listens there only is not reached (nor is it otherwise).
+//!
+//! States of a flow:
+//!
+//! - `Waiting`: for a socket of the guest's namespace. Without anybody who makes them the connection goes the way of all
+//!   others ([`Tcp::inbound`]).
+//! - `Connecting`: to the server's IPv4 address, and if that is refused, to the IPv6 one.
+//! - `Open`: data flows, until both ends have been passed on or one side is broken.
+//!
+//! Data. Little at a time is copied: `recv`, `send`. Whoever fills [`CHUNK`] at once gets a pipe through which the kernel
+//! hands on pages. A flow has a pipe only while something is in it, and there are [`MAX_PIPES`] at most, beyond which is
+//! copied. What the receiver does not take waits in the pipe, or in a buffer of [`CHUNK`]; then nothing more is read.
+
+use std::collections::VecDeque;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
+use nix::sys::epoll::EpollFlags;
+use nix::sys::socket::{MsgFlags, Shutdown, SockaddrStorage, connect, getsockname, recv, send, shutdown};
+use smoltcp::time::Instant;
+
+use crate::config::{INBOUND_CONNECT, JOIN_PIPE, MAX_PIPES, MAX_TCP_FLOWS};
+use crate::defect::At;
+use crate::engine::{Shared, Token};
+use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
+use crate::flowlog::{Account, EachFlow, FlowEventKind, Traffic};
+use crate::host::{self, HostFd, Room};
+use crate::inside::InsideSockets;
+use crate::policy::Transport;
+use crate::tcp::{Tcp, WATCHED, retry};
+use crate::udp;
+
+/// Bytes that are copied at once, and so the most that a flow keeps of each way without a pipe.
+pub(crate) const CHUNK: usize = 16 * 1024;
+/// Bytes moved one way of a flow before the others get their turn.
+const TURN_BUDGET: usize = 1024 * 1024;
+/// Sockets that are asked for at once.
+const MAX_ASKED: usize = 64;
+/// Empty pipes that are kept for the next.
+const POOL: usize = 4;
+
+/// One end of a flow.
+#[derive(Debug)]
+struct Side {
+    fd: HostFd,
+    /// What epoll last said. It says so once, so these stay set until the kernel answers EAGAIN.
+    readable: bool,
+    writable: bool,
+    /// A short read does not mean that there is nothing more to read.
+    more_behind: bool,
+    /// Urgent data, at which splice(2) would stop for ever.
+    urgent: bool,
+    /// Everything up to the end of its stream has been read.
+    eof: bool,
+    /// The end of the other's stream has been passed on to it.
+    shut: bool,
+    /// The connection broke. What came before can still be read.
+    failed: bool,
+}
+
+impl Side {
+    fn new(fd: HostFd) -> Self {
+        Self {
+            fd,
+            readable: true,
+            writable: true,
+            more_behind: false,
+            urgent: false,
+            eof: false,
+            shut: false,
+            failed: false,
+        }
+    }
+
+    fn event(&mut self, events: EpollFlags) {
+        let broken = events.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);
+        if events.contains(EpollFlags::EPOLLERR) {
+            // Asking takes the error away, so it has to be remembered.
+            self.failed |= host::socket_error(self.fd.as_fd()).is_some();
+        }
+        self.readable |= broken || events.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP);
+        self.writable |= broken || events.contains(EpollFlags::EPOLLOUT);
+        self.more_behind |= broken || events.intersects(EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLPRI);
+        self.urgent |= events.contains(EpollFlags::EPOLLPRI);
+    }
+
+    /// Whether it broke and nothing more can be read from it.
+    fn is_over(&self) -> bool {
+        self.failed && (self.eof || !self.readable)
+    }
+}
+
+/// Both ends of a pipe.
+#[derive(Debug)]
+struct Pipe {
+    out: HostFd,
+    into: HostFd,
+}
+
+/// Data on its way from one side to the other.
+#[derive(Debug, Default)]
+struct Way {
+    /// Has something in it.
+    pipe: Option<Pipe>,
+    in_pipe: usize,
+    /// What was copied, and the receiver has not taken yet: from `taken` on.
+    rest: Vec<u8>,
+    taken: usize,
+    /// Much came at once the last time.
+    bulk: bool,
+}
+
+impl Way {
+    fn is_empty(&self) -> bool {
+        self.in_pipe == 0 && self.taken == self.rest.len()
+    }
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// For a socket that can connect to this one of the two places of the server; a descriptor is kept for it.
+    Waiting {
+        way: usize,
+        _room: Room,
+    },
+    Connecting(usize),
+    Open,
+}
+
+#[derive(Debug)]
+struct Joined {
+    key: FlowKey,
+    /// The client, on the host's loopback.
+    near: Side,
+    /// In the guest's namespace.
+    inner: Option<Side>,
+    phase: Phase,
+    /// As they would be seen if the flow went the way of all others.
+    ways: [FlowKey; 2],
+    /// From the guest, and to it.
+    traffic: [Way; 2],
+    dirty: bool,
+    /// In the lists of those that wait until more may go.
+    held: [bool; 2],
+    account: Account,
+    /// Its beginning was told, so its end will be.
+    told: bool,
+}
+
+/// Pipes that flows use.
+#[derive(Debug, Default)]
+struct Pipes {
+    free: Vec<Pipe>,
+    lent: usize,
+}
+
+impl Pipes {
+    /// One that is empty, if there may be another.
+    fn lend(&mut self, sh: &Shared) -> Option<Pipe> {
+        if self.lent >= MAX_PIPES {
+            return None;
+        }
+        let pipe = match self.free.pop() {
+            Some(pipe) => pipe,
+            None => {
+                sh.budget.check_leaving(sh.budget.reserve() + 1).ok()?;
+                let (out, into) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).ok()?;
+                // Who has many pipes gets small ones.
+                let _ = fcntl(&into, FcntlArg::F_SETPIPE_SZ(JOIN_PIPE));
+                Pipe { out: sh.budget.hold(out), into: sh.budget.hold(into) }
+            }
+        };
+        self.lent += 1;
+        Some(pipe)
+    }
+
+    fn give_back(&mut self, pipe: Pipe, is_empty: bool) {
+        self.lent -= 1;
+        if is_empty && self.free.len() < POOL {
+            self.free.push(pipe);
+        }
+    }
+}
+
+/// What may be moved one way now.
+#[derive(Debug)]
+struct Allowance {
+    left: usize,
+    /// There is more to move: beyond that, or beyond the turn.
+    wanted: bool,
+}
+
+/// All joined flows.
+#[derive(Debug)]
+pub(crate) struct Join {
+    inside: Option<InsideSockets>,
+    /// Sockets that were asked for and have not come: [`MAX_ASKED`] at most, so that no queue overflows.
+    asked: usize,
+    /// Who is to get the next ones, and where they are to connect to.
+    unasked: VecDeque<(FlowId, IpAddr)>,
+    flows: Slab<Joined>,
+    dirty: Vec<FlowId>,
+    /// Those that wait until more may go, each way.
+    held: [Vec<FlowId>; 2],
+    /// How many did the last time, who share what there is.
+    sharers: [usize; 2],
+    /// When those that are not open yet are given up.
+    deadlines: VecDeque<(Instant, FlowId)>,
+    pipes: Pipes,
+}
+
+impl Join {
+    pub(crate) fn new(sh: &mut Shared, inside: Option<InsideSockets>) -> nix::Result<Self> {
+        if let Some(inside) = &inside {
+            sh.watch(inside.as_fd(), Token::Inside, EpollFlags::EPOLLIN)?;
+        }
+        Ok(Self {
+            inside,
+            asked: 0,
+            unasked: VecDeque::new(),
+            flows: Slab::default(),
+            dirty: Vec::new(),
+            held: Default::default(),
+            sharers: [0; 2],
+            deadlines: VecDeque::new(),
+            pipes: Pipes::default(),
+        })
+    }
+
+    /// Takes a connection over that was accepted from `peer` at a port which leads to `ways`; gives it back if it has to go
+    /// the way of all others.
+    pub(crate) fn begin(
+        &mut self,
+        sh: &mut Shared,
+        now: Instant,
+        fd: HostFd,
+        peer: SocketAddr,
+        ways: [FlowKey; 2],
+    ) -> Result<(), HostFd> {
+        let own = ways.iter().all(|way| sh.spec.guest.is(way.guest.ip));
+        // A capture is to have its packets. Beyond the limits it is refused there, or needs less.
+        if !peer.ip().to_canonical().is_loopback()
+            || !own
+            || sh.spec.capture.is_some()
+            || sh.joined + sh.tcp_flows >= MAX_TCP_FLOWS
+            || sh.budget.check_leaving(sh.budget.reserve()).is_err()
+        {
+            return Err(fd);
+        }
+        if self.inside.is_none() {
+            return Err(fd);
+        }
+        host::tune_tcp(fd.as_fd());
+        let id = self.flows.insert_with(|_| Joined {
+            key: ways[0],
+            near: Side::new(fd),
+            inner: None,
+            phase: Phase::Waiting { way: 0, _room: sh.budget.room() },
+            ways,
+            traffic: Default::default(),
+            dirty: false,
+            held: [false; 2],
+            account: Account::new(now),
+            told: false,
+        });
+        let watched = match self.flows.get(id) {
+            Some(flow) => sh.watch(flow.near.fd.as_fd(), Token::Near(id), WATCHED),
+            None => Err(Errno::EBADF),
+        };
+        if watched.is_err()
+            && let Some(flow) = self.flows.remove(id)
+        {
+            return Err(flow.near.fd);
+        }
+        self.want(id, ways[0].guest.ip);
+        sh.joined = self.flows.len();
+        sh.count_tcp();
+        self.wait_at_most(sh, now, id);
+        Ok(())
+    }
+
+    /// Wants a socket for a flow that connects to `to`.
+    fn want(&mut self, id: FlowId, to: IpAddr) {
+        if self.unasked.len() >= 2 * self.flows.len() + 64 {
+            let flows = &self.flows;
+            self.unasked.retain(|(id, _)| flows.get(*id).is_some());
+        }
+        self.unasked.push_back((id, to));
+        self.ask();
+    }
+
+    /// Asks for as many sockets as may be under way.
+    fn ask(&mut self) {
+        let Some(inside) = &self.inside else { return };
+        while self.asked < MAX_ASKED
+            && let Some((id, to)) = self.unasked.pop_front()
+        {
+            if self.flows.get(id).is_none() {
+                continue;
+            }
+            // That nobody is there is said when the answers are read.
+            if inside.ask(id, to).is_err() {
+                return self.unasked.push_front((id, to));
+            }
+            self.asked += 1;
+        }
+    }
+
+    fn wait_at_most(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
+        if self.deadlines.len() >= 2 * self.flows.len() + 64 {
+            let flows = &self.flows;
+            self.deadlines
+                .retain(|(_, id)| flows.get(*id).is_some_and(|flow| !matches!(flow.phase, Phase::Open)));
+        }
+        self.deadlines.push_back((now + INBOUND_CONNECT, id));
+        sh.timers.set(now + INBOUND_CONNECT, TimerKey::Join);
+    }
+
+    /// Gives up those whose time is up.
+    pub(crate) fn timer(&mut self, sh: &mut Shared, now: Instant) {
+        while let Some(&(at, id)) = self.deadlines.front() {
+            let waits = self.flows.get(id).is_some_and(|flow| !matches!(flow.phase, Phase::Open));
+            if waits && at > now {
+                return sh.timers.set(at, TimerKey::Join);
+            }
+            self.deadlines.pop_front();
+            if waits {
+                self.try_other(sh, now, id, "not-answered");
+            }
+        }
+    }
+
+    /// Sockets of the guest's namespace have come.
+    pub(crate) fn sockets(&mut self, sh: &mut Shared, now: Instant, tcp: &mut Tcp) {
+        while let Some(inside) = &self.inside {
+            match inside.next() {
+                Ok(made) => {
+                    self.asked = self.asked.saturating_sub(1);
+                    match made.socket {
+                        Ok(socket) => {
+                            let fd = sh.budget.hold(socket);
+                            self.connect(sh, now, made.flow, fd);
+                        }
+                        // Without IPv6 there, for example.
+                        Err(_) => self.try_other(sh, now, made.flow, "failed"),
+                    }
+                    self.ask();
+                }
+                Err(Errno::EAGAIN) => return,
+                Err(Errno::EINTR) => {}
+                Err(errno) => {
+                    tracing::debug!(%errno, "nobody makes sockets inside any more");
+                    self.inside = None;
+                    return self.give_up_waiting(sh, now, tcp);
+                }
+            }
+        }
+    }
+
+    /// Nobody will make sockets for those that wait: they go the way of all others.
+    fn give_up_waiting(&mut self, sh: &mut Shared, now: Instant, tcp: &mut Tcp) {
+        let waits = |flow: &Joined| matches!(flow.phase, Phase::Waiting { .. });
+        let ids: Vec<FlowId> = self.flows.iter().filter(|(_, flow)| waits(flow)).map(|(id, _)| id).collect();
+        for id in ids {
+            let Some(flow) = self.flows.remove(id) else { continue };
+            sh.joined = self.flows.len();
+            if flow.told {
+                sh.tell(Transport::Tcp, true, flow.key, flow.account.closed(now, "failed"));
+            }
+            sh.unwatch(flow.near.fd.as_fd());
+            tcp.inbound(sh, now, flow.near.fd, flow.ways);
+        }
+        sh.count_tcp();
+    }
+
+    fn connect(&mut self, sh: &mut Shared, now: Instant, id: FlowId, fd: HostFd) {
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        let Phase::Waiting { way, .. } = flow.phase else { return };
+        host::tune_tcp(fd.as_fd());
+        let to = SocketAddr::from(flow.ways[way].guest);
+        match connect(fd.as_raw_fd(), &SockaddrStorage::from(to)) {
+            Ok(()) | Err(Errno::EINPROGRESS) => {}
+            Err(_) => return self.try_other(sh, now, id, "refused-inside"),
+        }
+        let from = getsockname::<SockaddrStorage>(fd.as_raw_fd()).ok();
+        if let Some(from) = from.as_ref().and_then(udp::socket_addr) {
+            flow.key = FlowKey { guest: flow.ways[way].guest, remote: Endpoint::from(from) };
+        }
+        if !std::mem::replace(&mut flow.told, true) {
+            sh.stats.tcp_in.one();
+            sh.stats.tcp_joined.one();
+            sh.tell(Transport::Tcp, true, flow.key, FlowEventKind::Opened);
+        }
+        flow.phase = Phase::Connecting(way);
+        let watched = sh.watch(fd.as_fd(), Token::Inner(id), WATCHED);
+        flow.inner = Some(Side { readable: false, writable: false, ..Side::new(fd) });
+        if watched.is_err() {
+            self.remove(sh, id, Some("failed"));
+        }
+    }
+
+    /// The server is not where it was looked for: at the other place, or nowhere.
+    fn try_other(&mut self, sh: &mut Shared, now: Instant, id: FlowId, why: &'static str) {
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        flow.inner = None;
+        let first = matches!(flow.phase, Phase::Waiting { way: 0, .. } | Phase::Connecting(0));
+        if !first || flow.ways[0] == flow.ways[1] || flow.near.failed || self.inside.is_none() {
+            return self.remove(sh, id, Some(why));
+        }
+        flow.phase = Phase::Waiting { way: 1, _room: sh.budget.room() };
+        let to = flow.ways[1].guest.ip;
+        self.want(id, to);
+        self.wait_at_most(sh, now, id);
+    }
+
+    /// Something happened to the client's socket.
+    pub(crate) fn near_event(&mut self, id: FlowId, events: EpollFlags) {
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        flow.near.event(events);
+        self.mark(id);
+    }
+
+    /// Something happened to the socket in the guest's namespace.
+    pub(crate) fn inner_event(&mut self, sh: &mut Shared, now: Instant, id: FlowId, events: EpollFlags) {
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        let Some(inner) = &mut flow.inner else { return };
+        if let Phase::Connecting(_) = flow.phase {
+            if !events.intersects(EpollFlags::EPOLLOUT | EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP) {
+                return;
+            }
+            if host::socket_error(inner.fd.as_fd()).is_some() {
+                return self.try_other(sh, now, id, "refused-inside");
+            }
+            flow.phase = Phase::Open;
+        }
+        inner.event(events);
+        self.mark(id);
+    }
+
+    fn mark(&mut self, id: FlowId) {
+        if let Some(flow) = self.flows.get_mut(id)
+            && !flow.dirty
+        {
+            flow.dirty = true;
+            self.dirty.push(id);
+        }
+    }
+
+    /// Whether flows wait until more may go: from the guest, and to it.
+    pub(crate) fn waits_for_tokens(&self) -> [bool; 2] {
+        self.held.each_ref().map(|held| !held.is_empty())
+    }
+
+    /// Whether some have work to do.
+    pub(crate) fn has_work(&self) -> bool {
+        !self.dirty.is_empty()
+    }
+
+    /// Looks after every flow that anything happened to, once.
+    pub(crate) fn run(&mut self, sh: &mut Shared) {
+        for (way, dry) in [sh.sent.is_dry(), sh.received.is_dry()].into_iter().enumerate() {
+            let Some(held) = self.held.get_mut(way).filter(|held| !dry && !held.is_empty()) else { continue };
+            let list = std::mem::take(held);
+            self.sharers[way] = list.len();
+            for id in list {
+                if let Some(flow) = self.flows.get_mut(id) {
+                    flow.held[way] = false;
+                    self.mark(id);
+                }
+            }
+        }
+        for id in std::mem::take(&mut self.dirty) {
+            sh.begin(At::Event(Token::Near(id)));
+            self.service(sh, id);
+        }
+    }
+
+    fn service(&mut self, sh: &mut Shared, id: FlowId) {
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        flow.dirty = false;
+        let Joined { near, inner, phase, traffic: [out, to_guest], account, .. } = flow;
+        let (Phase::Open, Some(inner)) = (phase, inner) else {
+            if near.failed {
+                self.remove(sh, id, Some("reset-by-peer"));
+            }
+            return;
+        };
+        let mut sent = Allowance { left: sh.sent.share(self.sharers[0]), wanted: false };
+        let mut received = Allowance { left: sh.received.share(self.sharers[1]), wanted: false };
+        let before = [sent.left, received.left];
+        pump(sh, &mut self.pipes, inner, near, out, &mut account.sent, &mut sent);
+        pump(sh, &mut self.pipes, near, inner, to_guest, &mut account.received, &mut received);
+        sh.sent.take(before[0] - sent.left);
+        sh.received.take(before[1] - received.left);
+        if inner.is_over() && out.is_empty() {
+            return self.remove(sh, id, Some("reset-by-guest"));
+        }
+        if near.is_over() && to_guest.is_empty() {
+            return self.remove(sh, id, Some("reset-by-peer"));
+        }
+        if near.shut && inner.shut {
+            return self.remove(sh, id, None);
+        }
+        let wanted = [sent.wanted, received.wanted];
+        for (way, dry) in [sh.sent.is_dry(), sh.received.is_dry()].into_iter().enumerate() {
+            if wanted[way] && !dry {
+                self.mark(id);
+            } else if wanted[way]
+                && let (Some(flow), Some(held)) = (self.flows.get_mut(id), self.held.get_mut(way))
+                && !std::mem::replace(&mut flow.held[way], true)
+            {
+                held.push(id);
+            }
+        }
+    }
+
+    /// What the flow `id` is called.
+    pub(crate) fn key(&self, id: FlowId) -> Option<FlowKey> {
+        self.flows.get(id).map(|flow| flow.key)
+    }
+
+    /// Has the end of every socket be a reset.
+    pub(crate) fn reset_on_close(&self) {
+        for side in self.flows.iter().flat_map(|(_, flow)| std::iter::once(&flow.near).chain(&flow.inner)) {
+            host::reset_on_close(side.fd.as_fd());
+        }
+    }
+
+    /// Everything that is there.
+    pub(crate) fn each_flow(&self, each: &mut EachFlow<'_>) {
+        for (_, flow) in self.flows.iter().filter(|(_, flow)| flow.told) {
+            each(Transport::Tcp, true, flow.key, &flow.account);
+        }
+    }
+
+    /// Ends a flow; with a reason: so that both sides notice that something went wrong.
+    fn remove(&mut self, sh: &mut Shared, id: FlowId, failure: Option<&'static str>) {
+        let Some(flow) = self.flows.remove(id) else { return };
+        sh.joined = self.flows.len();
+        sh.count_tcp();
+        if flow.told {
+            let why = failure.unwrap_or("finished");
+            sh.tell(Transport::Tcp, true, flow.key, flow.account.closed(sh.now, why));
+        }
+        if failure.is_some() {
+            for side in std::iter::once(&flow.near).chain(&flow.inner) {
+                host::reset_on_close(side.fd.as_fd());
+            }
+        }
+        for Way { pipe, in_pipe, .. } in flow.traffic {
+            if let Some(pipe) = pipe {
+                self.pipes.give_back(pipe, in_pipe == 0);
+            }
+        }
+        sh.descriptor_freed = true;
+    }
+
+    #[cfg(test)]
+    pub(crate) fn check_bounds(&self) {
+        let lent = self.flows.iter().flat_map(|(_, flow)| &flow.traffic).filter(|way| way.pipe.is_some());
+        assert_eq!(self.pipes.lent, lent.count());
+        assert!(self.asked <= MAX_ASKED && self.unasked.len() <= 2 * MAX_TCP_FLOWS + 64);
+        assert!(self.pipes.lent <= MAX_PIPES && self.pipes.free.len() <= POOL);
+        assert!(self.flows.len() <= MAX_TCP_FLOWS && self.deadlines.len() <= 2 * MAX_TCP_FLOWS + 64);
+        for way in self.flows.iter().flat_map(|(_, flow)| &flow.traffic) {
+            assert!(way.rest.capacity() <= CHUNK && (way.pipe.is_none() || way.in_pipe > 0));
+        }
+    }
+}
+
+/// Moves data from one side to the other, as much as both take, and the end of it.
+fn pump(
+    sh: &mut Shared,
+    pipes: &mut Pipes,
+    from: &mut Side,
+    to: &mut Side,
+    way: &mut Way,
+    traffic: &mut Traffic,
+    allowance: &mut Allowance,
+) {
+    let mut moved = 0;
+    while to.writable && !to.failed {
+        if !way.is_empty() {
+            deliver(way, to);
+            continue;
+        }
+        if !from.readable || from.eof {
+            break;
+        }
+        if moved >= TURN_BUDGET || allowance.left == 0 {
+            allowance.wanted = true;
+            break;
+        }
+        let pipe = match way.pipe.take() {
+            None if way.bulk && !from.urgent => pipes.lend(sh),
+            other => other,
+        };
+        let n = match pipe {
+            Some(pipe) => take_pages(from, way, pipe, allowance.left),
+            None => take_bytes(from, to, way, &mut sh.datagram, allowance.left),
+        };
+        if n > 0 {
+            moved += n;
+            traffic.add(n);
+            allowance.left -= n;
+        }
+    }
+    if way.in_pipe == 0
+        && let Some(pipe) = way.pipe.take()
+    {
+        pipes.give_back(pipe, true);
+    }
+    if way.bulk && moved < CHUNK {
+        way.bulk = false;
+    }
+    // Nobody will take it any more.
+    if to.failed {
+        way.rest = Vec::new();
+        way.taken = 0;
+    }
+    if from.eof && !from.failed && way.is_empty() && !to.shut {
+        to.shut = true;
+        let _ = shutdown(to.fd.as_raw_fd(), Shutdown::Write);
+    }
+}
+
+/// Hands on what was taken.
+fn deliver(way: &mut Way, to: &mut Side) {
+    let sent = match &way.pipe {
+        Some(pipe) => {
+            retry(|| splice(&pipe.out, None, &to.fd, None, way.in_pipe, SpliceFFlags::SPLICE_F_NONBLOCK))
+        }
+        None => {
+            let rest = way.rest.get(way.taken..).unwrap_or_default();
+            retry(|| send(to.fd.as_raw_fd(), rest, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT))
+        }
+    };
+    match sent {
+        Ok(n) if way.pipe.is_some() => way.in_pipe = way.in_pipe.saturating_sub(n),
+        Ok(n) => {
+            way.taken += n;
+            if way.taken >= way.rest.len() {
+                way.rest = Vec::new();
+                way.taken = 0;
+            }
+        }
+        Err(Errno::EAGAIN) => to.writable = false,
+        Err(_) => to.failed = true,
+    }
+}
+
+/// Takes what there is into a pipe that is empty.
+fn take_pages(from: &mut Side, way: &mut Way, pipe: Pipe, most: usize) -> usize {
+    let most = most.min(usize::try_from(JOIN_PIPE).unwrap_or(CHUNK));
+    let got = retry(|| splice(&from.fd, None, &pipe.into, None, most, SpliceFFlags::SPLICE_F_NONBLOCK));
+    way.pipe = Some(pipe);
+    match got {
+        Ok(0) => from.eof = true,
+        Ok(n) => {
+            way.in_pipe = n;
+            return n;
+        }
+        Err(Errno::EAGAIN) => from.readable = false,
+        Err(_) => {
+            from.failed = true;
+            from.readable = false;
+        }
+    }
+    0
+}
+
+/// Takes a little and hands it on at once; what is not taken is kept.
+fn take_bytes(from: &mut Side, to: &mut Side, way: &mut Way, buffer: &mut [u8], most: usize) -> usize {
+    let Some(buffer) = buffer.get_mut(..CHUNK.min(most)) else { return 0 };
+    match retry(|| recv(from.fd.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT)) {
+        Ok(0) => from.eof = true,
+        Ok(n) => {
+            from.readable = n == buffer.len() || from.more_behind;
+            way.bulk |= n == CHUNK;
+            let data = buffer.get(..n).unwrap_or_default();
+            let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+            let sent = match retry(|| send(to.fd.as_raw_fd(), data, flags)) {
+                Ok(sent) => sent,
+                Err(Errno::EAGAIN) => 0,
+                Err(_) => {
+                    to.failed = true;
+                    n
+                }
+            };
+            if sent < n {
+                to.writable = false;
+                way.rest = data.get(sent..).unwrap_or_default().to_vec();
+                way.taken = 0;
+            }
+            return n;
+        }
+        Err(Errno::EAGAIN) => from.readable = false,
+        Err(_) => {
+            from.failed = true;
+            from.readable = false;
+        }
+    }
+    0
+}
