@@ -17,7 +17,7 @@
 //! ring is empty. The host's error becomes a RST, the guest's RST closes the host socket with a reset. So each side sees
 //! what it would have seen without us.
 //!
-//! A connection to DNS at the gateway has the forwarder for its other side (`Far::Dns`).
+//! A connection to DNS at the gateway has the forwarder for its other side (`Far::Dns`, [`Stream`]).
 //!
 //! Timers: smoltcp's own (retransmission, window probes), and the guest's silence ([`GUEST_SILENCE`]). An idle flow has
 //! none. Work is per flow: frames find theirs by hash and mark it dirty, events likewise; only dirty flows are looked
@@ -39,11 +39,12 @@ use smoltcp::wire::{TcpControl, TcpPacket, TcpRepr, TcpSeqNumber};
 
 use crate::calls::{recv, send, shutdown};
 use crate::config::{
-    DNS_TCP_IDLE, GUEST_SILENCE, HALF_OPEN_SPARE, INBOUND_CONNECT, LARGEST_RING, MAX_DNS_CONNECTIONS,
-    MAX_DNS_PIPELINE, MAX_HALF_OPEN, MAX_TCP_FLOWS, RING_POOL, RINGS,
+    GUEST_SILENCE, HALF_OPEN_SPARE, INBOUND_CONNECT, LARGEST_RING, MAX_DNS_CONNECTIONS, MAX_HALF_OPEN,
+    MAX_TCP_FLOWS, RING_POOL, RINGS,
 };
 use crate::defect::At;
 use crate::device::FlowDevice;
+use crate::dns::stream::{Query, Stream};
 use crate::emit::{self, IcmpError, Unreachable};
 use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
@@ -80,7 +81,7 @@ pub(crate) const WATCHED: EpollFlags = EpollFlags::EPOLLIN
 #[derive(Debug)]
 enum Far {
     Host(HostSide),
-    Dns(DnsSide),
+    Dns(Stream),
 }
 
 #[derive(Debug)]
@@ -112,16 +113,6 @@ impl HostSide {
             failed: false,
         }
     }
-}
-
-/// The forwarder's side of a DNS connection.
-#[derive(Debug, Default)]
-struct DnsSide {
-    /// Bytes from the guest that are no whole query yet: 65,537 at most.
-    input: Vec<u8>,
-    /// Answers that did not fit into the ring yet: [`MAX_DNS_PIPELINE`] at most.
-    output: VecDeque<u8>,
-    under_way: usize,
 }
 
 #[derive(Debug)]
@@ -214,13 +205,6 @@ struct Allowance {
     wanted: [bool; 2],
 }
 
-/// A query that came over TCP.
-#[derive(Debug)]
-pub(crate) struct DnsQuery {
-    pub(crate) flow: FlowId,
-    pub(crate) message: Vec<u8>,
-}
-
 /// All TCP flows.
 pub(crate) struct Tcp {
     iface: Interface,
@@ -240,7 +224,7 @@ pub(crate) struct Tcp {
     held: [Held; 2],
     pool: Vec<Rings>,
     /// Queries to be fetched by the engine.
-    pub(crate) dns_queries: Vec<DnsQuery>,
+    pub(crate) dns_queries: Vec<Query>,
 }
 
 impl std::fmt::Debug for Tcp {
@@ -297,7 +281,7 @@ impl Tcp {
         assert!(self.half_open <= MAX_HALF_OPEN && self.dns_flows <= MAX_DNS_CONNECTIONS);
         assert!(self.pool.len() <= RING_POOL && self.connecting.len() <= 2 * MAX_HALF_OPEN);
         assert!(self.arriving.len() <= 2 * MAX_TCP_FLOWS);
-        assert!(self.dns_bytes() <= self.dns_flows * (2 + MAX_DNS_PIPELINE) * 65_537);
+        assert!(self.dns_bytes() <= self.dns_flows * (2 + crate::config::MAX_DNS_PIPELINE) * 65_537);
         assert!(self.held_bytes() <= self.half_open * 256);
     }
 
@@ -325,7 +309,7 @@ impl Tcp {
     #[cfg(test)]
     pub(crate) fn dns_bytes(&self) -> usize {
         let side = |flow: &Flow| match &flow.far {
-            Far::Dns(dns) => dns.input.len() + dns.output.len(),
+            Far::Dns(dns) => dns.bytes(),
             Far::Host(_) => 0,
         };
         self.flows.iter().map(|(_, flow)| side(flow)).sum()
@@ -572,7 +556,7 @@ impl Tcp {
         let syn = held_syn(packet);
         self.half_open += 1;
         self.dns_flows += 1;
-        let id = self.insert(sh, now, key, Phase::Connecting { syn }, Far::Dns(DnsSide::default()));
+        let id = self.insert(sh, now, key, Phase::Connecting { syn }, Far::Dns(Stream::default()));
         self.establish(sh, now, id);
     }
 
@@ -879,11 +863,7 @@ impl Tcp {
     /// An answer for a query that came over TCP.
     pub(crate) fn dns_answer(&mut self, id: FlowId, answer: &[u8]) {
         let Some(Flow { far: Far::Dns(dns), .. }) = self.flows.get_mut(id) else { return };
-        dns.under_way = dns.under_way.saturating_sub(1);
-        if let Ok(len) = u16::try_from(answer.len()) {
-            dns.output.extend(len.to_be_bytes());
-            dns.output.extend(answer);
-        }
+        dns.answer(answer);
         self.mark(id);
     }
 
@@ -1017,14 +997,9 @@ impl Tcp {
                 fate
             }
             Far::Dns(dns) => {
-                move_dns(id, socket, dns, &mut self.dns_queries);
-                let idle = now >= flow.heard + DNS_TCP_IDLE && dns.under_way == 0;
-                let done = flow.guest_fin.is_some() && dns.under_way == 0 && !socket.can_recv();
-                // Once more as long for the guest to close its half, too.
-                let abandoned = now >= flow.heard + DNS_TCP_IDLE * 2 && dns.under_way == 0;
-                let open = matches!(socket.state(), State::Established | State::CloseWait);
-                ends = (done || idle) && open && dns.output.is_empty();
-                if abandoned { Fate::Broken } else { Fate::Goes }
+                dns.exchange(id, socket, &mut self.dns_queries);
+                ends = dns.ends(socket, flow.guest_fin.is_some(), flow.heard, now);
+                if dns.is_abandoned(flow.heard, now) { Fate::Broken } else { Fate::Goes }
             }
         };
         // The FIN goes behind the last byte, so it may be said before that is sent. But smoltcp 0.14 hears of no window in
@@ -1139,8 +1114,7 @@ impl Tcp {
         // What is due now has just been done; a moment's patience keeps a misunderstanding from becoming a busy loop.
         let own = own.map(|at| at.max(now + Duration::from_millis(10)));
         let silence = owes.then_some(flow.heard + GUEST_SILENCE);
-        let idle = matches!(flow.far, Far::Dns(_))
-            .then_some(flow.heard + if flow.closed { DNS_TCP_IDLE * 2 } else { DNS_TCP_IDLE });
+        let idle = matches!(flow.far, Far::Dns(_)).then(|| Stream::look_at(flow.heard, flow.closed));
         let wanted = [own, silence, idle, cold, flow.inbound_until].into_iter().flatten().min();
         let Some(at) = wanted.map(|at| at.max(now + Duration::from_millis(1))) else { return };
         if flow.timer.is_none_or(|timer| at < timer) {
@@ -1382,46 +1356,6 @@ pub(crate) fn retry<R>(mut call: impl FnMut() -> nix::Result<R>) -> nix::Result<
         match call() {
             Err(Errno::EINTR) => {}
             result => return result,
-        }
-    }
-}
-
-/// Puts answers into the transmit ring, and takes whole queries out of the receive ring (RFC 1035 section 4.2.2).
-///
-/// No more is taken out than one query needs, and none while the guest leaves answers unread: what it sends beyond that
-/// stays in the ring and closes its window.
-fn move_dns(id: FlowId, socket: &mut RingSocket, dns: &mut DnsSide, queries: &mut Vec<DnsQuery>) {
-    while !dns.output.is_empty() && socket.can_send() {
-        let sent = socket.send(|room| {
-            let (first, _) = dns.output.as_slices();
-            let n = first.len().min(room.len());
-            room[..n].copy_from_slice(&first[..n]);
-            (n, n)
-        });
-        match sent {
-            Ok(n) => drop(dns.output.drain(..n)),
-            Err(_) => break,
-        }
-    }
-    while dns.under_way < MAX_DNS_PIPELINE && dns.output.is_empty() {
-        let missing = match dns.input.split_first_chunk() {
-            Some((len, rest)) => usize::from(u16::from_be_bytes(*len)).saturating_sub(rest.len()),
-            None => 2 - dns.input.len(),
-        };
-        if missing == 0 {
-            let message = dns.input.split_off(2);
-            dns.input.clear();
-            dns.under_way += 1;
-            queries.push(DnsQuery { flow: id, message });
-            continue;
-        }
-        let taken = socket.recv(|data| {
-            let n = data.len().min(missing);
-            dns.input.extend_from_slice(&data[..n]);
-            (n, n)
-        });
-        if !taken.is_ok_and(|n| n > 0) {
-            break;
         }
     }
 }

@@ -21,6 +21,8 @@
 //!
 //! States of a query: sent over UDP, waiting; or over TCP: connecting, sending, reading. Timer: one per try.
 //!
+//! Queries and answers over TCP are cut out of, and put into, their connections in [`stream`].
+//!
 //! What a name was resolved to is told to [`Pins`](pins::Pins). While rules are about names, resolvers are asked to check
 //! signatures whatever the guest wishes (CD), and what is kept is pinned: the cache is emptied if pins had to give way.
 //! Else nobody misses a pin.
@@ -35,6 +37,7 @@ mod names;
 pub(crate) mod pins;
 pub(crate) mod resolv;
 pub(crate) mod response;
+pub(crate) mod stream;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
