@@ -307,12 +307,12 @@ fn answer_v6(spec: &StackSpec, question: &[u8]) -> Option<Vec<u8>> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::config::DnsAt;
     use crate::ingress::tests::Seeded;
 
-    fn question_v4(kind: u8, options: &[(u8, &[u8])], client: [u8; 4]) -> Vec<u8> {
+    pub(crate) fn question_v4(kind: u8, options: &[(u8, &[u8])], client: [u8; 4]) -> Vec<u8> {
         let mut question = vec![0; HEADER];
         question[..4].copy_from_slice(&[1, 1, 6, 0]);
         question[4..8].copy_from_slice(b"xyzw");
@@ -360,7 +360,7 @@ mod tests {
         assert!(answer_v4(&spec, &question_v4(7, &[], [10, 0, 2, 100])).is_none(), "a release");
     }
 
-    fn question_v6(kind: u8, options: &[(u16, &[u8])]) -> Vec<u8> {
+    pub(crate) fn question_v6(kind: u8, options: &[(u16, &[u8])]) -> Vec<u8> {
         let mut question = vec![kind, 1, 2, 3];
         for (code, value) in options {
             push_v6(&mut question, *code, value);

@@ -1,0 +1,85 @@
+//! What has to go on as ever while others fail or attack, and what must not grow.
+
+use super::*;
+
+/// A connection that echoes, beside whatever happens to others: its bytes come back.
+pub(super) struct Good {
+    peer: Peer,
+    server: TcpStream,
+    /// What has been sent and echoed, of a pattern that never repeats within a window.
+    sent: usize,
+    back: usize,
+}
+
+impl Good {
+    pub(super) fn open(script: &mut Script, listener: &TcpListener) -> Self {
+        let mut peer = Peer::new(false, listener.local_addr().expect("address").port());
+        peer.guest.1 = 60_000;
+        peer.open(script);
+        let server = accept(listener);
+        server.set_nonblocking(true).expect("non-blocking");
+        Self { peer, server, sent: 0, back: 0 }
+    }
+
+    fn byte(at: usize) -> u8 {
+        u8::try_from(at % 251).expect("small")
+    }
+
+    /// Sends a piece, and has it echoed.
+    pub(super) fn go_on(&mut self, script: &mut Script, len: usize) {
+        let piece: Vec<u8> = (self.sent..self.sent + len).map(Self::byte).collect();
+        script.send_ip(&self.peer.segment(TcpControl::Psh, &piece));
+        self.peer.seq = self.peer.seq.wrapping_add(i32::try_from(len).expect("length"));
+        self.sent += len;
+        self.wait(script);
+    }
+
+    /// Waits until all has come back.
+    fn wait(&mut self, script: &mut Script) {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        let mut buffer = [0; 10_000];
+        while self.back < self.sent {
+            assert!(std::time::Instant::now() < deadline, "the good connection stands still");
+            script.turn(Duration::from_millis(1));
+            if let Ok(len) = self.server.read(&mut buffer) {
+                self.server.write_all(&buffer[..len]).expect("echo");
+            }
+            while let Some(frame) = script.try_recv() {
+                self.hear(script, &frame);
+            }
+        }
+    }
+
+    /// Takes what is for this connection.
+    pub(super) fn hear(&mut self, script: &Script, frame: &Out) {
+        let Ok(Inbound::Ip(packet)) = ingress::parse_frame(frame.ethernet(), [0x52, 0x54, 0, 0, 0, 2], true)
+        else {
+            return;
+        };
+        let Ok(segment) = TcpPacket::new_checked(packet.payload()) else { return };
+        if packet.protocol != ingress::TCP || segment.dst_port() != self.peer.guest.1 {
+            return;
+        }
+        assert!(!segment.rst() && !segment.fin(), "it has done no wrong");
+        let data = segment.payload();
+        if data.is_empty() || segment.seq_number() != TcpSeqNumber(self.peer.ack) {
+            return;
+        }
+        let expected: Vec<u8> = (self.back..self.back + data.len()).map(Self::byte).collect();
+        assert!(data == expected, "bytes from {} on are others", self.back);
+        self.back += data.len();
+        self.peer.ack = self.peer.ack.wrapping_add(i32::try_from(data.len()).expect("length"));
+        script.send_ip(&self.peer.segment(TcpControl::None, b""));
+    }
+}
+
+/// Memory of this process that is its own, in KiB.
+pub(super) fn own_memory() -> usize {
+    let text = std::fs::read_to_string("/proc/self/status").expect("status");
+    let line = text.lines().find(|line| line.starts_with("RssAnon:")).expect("RssAnon");
+    line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number")
+}
+
+pub(super) fn open_files() -> usize {
+    std::fs::read_dir("/proc/self/fd").expect("descriptors").count()
+}
