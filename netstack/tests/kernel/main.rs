@@ -13,6 +13,7 @@ mod icmp;
 mod joined;
 mod life;
 mod limits;
+mod path;
 mod policy;
 mod publish;
 mod tcp;
@@ -42,6 +43,7 @@ const TESTS: &[&[Test]] = &[
     tcp::TESTS,
     udp::TESTS,
     icmp::TESTS,
+    path::TESTS,
     limits::TESTS,
     policy::TESTS,
     flowlog::TESTS,
