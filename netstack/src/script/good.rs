@@ -57,10 +57,11 @@ impl Good {
             return;
         };
         let Ok(segment) = TcpPacket::new_checked(packet.payload()) else { return };
-        if packet.protocol != ingress::TCP || segment.dst_port() != self.peer.guest.1 {
+        let (from, to) = ((packet.src, segment.src_port()), (packet.dst, segment.dst_port()));
+        if packet.protocol != ingress::TCP || (from, to) != (self.peer.remote, self.peer.guest) {
             return;
         }
-        assert!(!segment.rst() && !segment.fin(), "it has done no wrong");
+        assert!(!segment.rst() && !segment.fin(), "it has done no wrong: {segment}");
         let data = segment.payload();
         if data.is_empty() || segment.seq_number() != TcpSeqNumber(self.peer.ack) {
             return;
