@@ -369,7 +369,7 @@ impl Engine {
     /// reading it and using it: if `look` finds nothing, or something else (`None`), it looks again
     /// with the directory locked. `None`: the object has lost the name meanwhile, and the caller
     /// begins anew.
-    fn by_name<T>(
+    pub(crate) fn by_name<T>(
         &self,
         node: &Node,
         look: impl Fn(BorrowedFd<'_>, &[u8]) -> Res<Option<T>>,
@@ -662,6 +662,11 @@ impl Upper {
         let work_stat = stat_fd(work.as_fd()).map_err(|err| open_error(&spec.work, err))?;
         if work_stat.key.dev != stat.key.dev {
             return Err(Error::WorkElsewhere { upper: spec.dir.clone(), work: spec.work.clone() });
+        }
+        // What the merged directory has is found by its bytes.
+        if crate::layer::open_for_reading(dir.as_fd()).is_ok_and(|dir| crate::readdir::says_folds_case(&dir))
+        {
+            return Err(Error::FoldsCase { path: spec.dir.clone() });
         }
         let root = sys::At::Name(dir.as_fd(), b".");
         match sys::get_xattr(root, OWNERS, &mut []) {

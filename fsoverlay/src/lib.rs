@@ -172,6 +172,12 @@ pub enum Error {
         /// The upper directory.
         path: PathBuf,
     },
+    /// A name would be found that does not exist.
+    #[error("the upper directory {path} takes names that differ in case for the same")]
+    FoldsCase {
+        /// The upper directory.
+        path: PathBuf,
+    },
     /// The upper's owners are kept in another way, and would be misread.
     #[error(
         "the upper directory {path} keeps owners as {found}: read in another way, its files would change their owners"

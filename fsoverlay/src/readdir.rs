@@ -97,10 +97,16 @@ fn lists_all(dir: &OwnedFd) -> bool {
     }
 }
 
-/// Whether the flags of a directory say, or do not rule out, that names are the same in another case.
+/// `FS_CASEFOLD_FL`.
+const CASEFOLD: IFlags = IFlags::from_bits_retain(0x4000_0000);
+
+/// Whether the flags of a directory say that names are the same in another case.
+pub(crate) fn says_folds_case(dir: &OwnedFd) -> bool {
+    rustix::fs::ioctl_getflags(dir).is_ok_and(|flags| flags.intersects(CASEFOLD))
+}
+
+/// Whether they say so or do not rule it out.
 fn folds_case(flags: Res<IFlags>) -> bool {
-    /// `FS_CASEFOLD_FL`.
-    const CASEFOLD: IFlags = IFlags::from_bits_retain(0x4000_0000);
     match flags {
         Ok(flags) => flags.intersects(CASEFOLD),
         // A file system without flags.
@@ -323,6 +329,16 @@ mod tests {
         assert!(!folds_case(flags));
         let folded = IFlags::from_bits_retain(0x4000_0000);
         let folds = flags.and_then(|old| rustix::fs::ioctl_setflags(&plain, old | folded)).is_ok();
+        let spec = crate::OverlaySpec {
+            upper: Some(crate::UpperSpec {
+                dir: lower.clone(),
+                work: scratch.dir.join("work"),
+                ..crate::UpperSpec::default()
+            }),
+            ..crate::OverlaySpec::default()
+        };
+        let refused = matches!(Engine::open(&spec), Err(crate::Error::FoldsCase { .. }));
+        assert_eq!(refused, folds);
         std::fs::write(lower.join("Name"), "").expect("written");
         assert_eq!(folds, lower.join("name").exists());
         let dir = engine.lookup(engine.root(), b"dir").expect("found");
