@@ -179,6 +179,7 @@ fn chown(at: At<'_>, uid: u32, gid: u32) -> Res<()> {
     let (uid, gid) = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
     match at {
         At::Fd(fd) => rustix::fs::fchown(fd, uid, gid),
+        At::Object(fd) => rustix::fs::chownat(fd, c"", uid, gid, AtFlags::EMPTY_PATH),
         At::Name(dir, name) => rustix::fs::chownat(dir, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW),
     }
 }
@@ -187,6 +188,7 @@ fn chmod(at: At<'_>, perm: u32) -> Res<()> {
     let mode = Mode::from_raw_mode(perm);
     match at {
         At::Fd(fd) => rustix::fs::fchmod(fd, mode),
+        At::Object(fd) => sys::chmod_object(fd, mode),
         At::Name(dir, b".") => rustix::fs::chmodat(dir, c".", mode, AtFlags::empty()),
         At::Name(dir, name) => sys::chmod_special(dir, name, mode),
     }
@@ -194,7 +196,7 @@ fn chmod(at: At<'_>, perm: u32) -> Res<()> {
 
 fn stat_of(at: At<'_>) -> Res<Stat> {
     match at {
-        At::Fd(fd) => stat_fd(fd),
+        At::Fd(fd) | At::Object(fd) => stat_fd(fd),
         At::Name(dir, name) => stat_at(dir, name),
     }
 }
@@ -369,9 +371,15 @@ impl Engine {
             if node.kind != Kind::Symlink {
                 chmod(at, meta.perm & 0o777)?;
             }
-            if let Target::Name(dir, name) = target {
-                // Changes nothing but the change time.
-                rustix::fs::chownat(dir, &**name, None, None, AtFlags::SYMLINK_NOFOLLOW)?;
+            // Changes nothing but the change time.
+            match target {
+                Target::Name(dir, name) => {
+                    rustix::fs::chownat(dir, &**name, None, None, AtFlags::SYMLINK_NOFOLLOW)?;
+                }
+                Target::Object(object) => {
+                    rustix::fs::chownat(object, c"", None, None, AtFlags::EMPTY_PATH)?;
+                }
+                Target::File(_) | Target::None => {}
             }
             return Ok(false);
         }
@@ -381,7 +389,7 @@ impl Engine {
             self.owners.write_record(at, &meta)?;
         }
         // The upper's own directory keeps the mode that its owner gave it.
-        let is_file = matches!(target, Target::File(_));
+        let is_file = node.kind == Kind::File && matches!(target, Target::File(_));
         if is_file || node.kind == Kind::Dir && !Self::is_root(node) {
             chmod(at, meta.disk_perm()).inspect_err(|_| {
                 // What failed must not show after a remount.

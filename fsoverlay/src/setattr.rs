@@ -91,6 +91,9 @@ impl Engine {
                 Target::Name(dir, name) => {
                     rustix::fs::utimensat(&dir, &*name, &times, AtFlags::SYMLINK_NOFOLLOW)?;
                 }
+                Target::Object(object) => {
+                    rustix::fs::utimensat(&object, c"", &times, AtFlags::EMPTY_PATH)?;
+                }
                 Target::None => {}
             }
         }

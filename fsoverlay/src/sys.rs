@@ -23,6 +23,8 @@ pub(crate) enum At<'a> {
     Name(BorrowedFd<'a>, &'a [u8]),
     /// An open file (not `O_PATH`).
     Fd(BorrowedFd<'a>),
+    /// Whatever is opened with `O_PATH`. The kernel gives its attributes through procfs only.
+    Object(BorrowedFd<'a>),
 }
 
 // The numbers are the same on every architecture that has them (asm-generic table).
@@ -58,6 +60,15 @@ fn with_proc_path<T>(dir: BorrowedFd<'_>, name: &[u8], f: impl FnOnce(&str) -> R
     f(&format!("/proc/self/fd/{}", object.as_raw_fd()))
 }
 
+/// The same of an object that is open.
+fn of_object<T>(object: BorrowedFd<'_>, f: impl FnOnce(&str) -> Res<T>) -> Res<T> {
+    match f(&format!("/proc/self/fd/{}", object.as_raw_fd())) {
+        // There is no procfs.
+        Err(Errno::NOENT) => Err(Errno::OPNOTSUPP),
+        done => done,
+    }
+}
+
 /// Whether the new calls may be tried; remembers that they are missing.
 fn have_xattrat<T>(result: Res<T>) -> Option<Res<T>> {
     if matches!(result, Err(Errno::NOSYS)) {
@@ -71,6 +82,7 @@ fn have_xattrat<T>(result: Res<T>) -> Option<Res<T>> {
 pub(crate) fn get_xattr(at: At<'_>, attr: &str, buf: &mut [u8]) -> Res<usize> {
     let (dir, name) = match at {
         At::Fd(fd) => return rustix::fs::fgetxattr(fd, attr, buf),
+        At::Object(fd) => return of_object(fd, |path| rustix::fs::getxattr(path, attr, buf)),
         At::Name(dir, name) => (dir, name),
     };
     if HAVE_XATTRAT.load(Ordering::Relaxed) {
@@ -105,6 +117,7 @@ pub(crate) fn get_xattr(at: At<'_>, attr: &str, buf: &mut [u8]) -> Res<usize> {
 pub(crate) fn list_xattr(at: At<'_>, buf: &mut [u8]) -> Res<usize> {
     let (dir, name) = match at {
         At::Fd(fd) => return rustix::fs::flistxattr(fd, buf),
+        At::Object(fd) => return of_object(fd, |path| rustix::fs::listxattr(path, buf)),
         At::Name(dir, name) => (dir, name),
     };
     if HAVE_XATTRAT.load(Ordering::Relaxed) {
@@ -132,6 +145,7 @@ pub(crate) fn list_xattr(at: At<'_>, buf: &mut [u8]) -> Res<usize> {
 pub(crate) fn set_xattr(at: At<'_>, attr: &str, value: &[u8], flags: XattrFlags) -> Res<()> {
     let (dir, name) = match at {
         At::Fd(fd) => return rustix::fs::fsetxattr(fd, attr, value, flags),
+        At::Object(fd) => return of_object(fd, |path| rustix::fs::setxattr(path, attr, value, flags)),
         At::Name(dir, name) => (dir, name),
     };
     if HAVE_XATTRAT.load(Ordering::Relaxed) {
@@ -165,6 +179,7 @@ pub(crate) fn set_xattr(at: At<'_>, attr: &str, value: &[u8], flags: XattrFlags)
 pub(crate) fn remove_xattr(at: At<'_>, attr: &str) -> Res<()> {
     let (dir, name) = match at {
         At::Fd(fd) => return rustix::fs::fremovexattr(fd, attr),
+        At::Object(fd) => return of_object(fd, |path| rustix::fs::removexattr(path, attr)),
         At::Name(dir, name) => (dir, name),
     };
     if HAVE_XATTRAT.load(Ordering::Relaxed) {
@@ -189,6 +204,11 @@ pub(crate) fn remove_xattr(at: At<'_>, attr: &str) -> Res<()> {
 /// chmod of a name that is never followed. (fchmodat2 is newer than the kernels we want.)
 pub(crate) fn chmod_special(dir: BorrowedFd<'_>, name: &[u8], mode: Mode) -> Res<()> {
     with_proc_path(dir, name, |path| rustix::fs::chmod(path, mode))
+}
+
+/// The same of an object that is open with `O_PATH`.
+pub(crate) fn chmod_object(object: BorrowedFd<'_>, mode: Mode) -> Res<()> {
+    of_object(object, |path| rustix::fs::chmod(path, mode))
 }
 
 /// getxattr into a vector of the right size; `None` if the attribute (or the file

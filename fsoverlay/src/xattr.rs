@@ -19,15 +19,15 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use rustix::fs::XattrFlags;
+use rustix::fs::{Mode, OFlags, XattrFlags};
 
 use crate::acl::Acl;
-use crate::attr::Kind;
+use crate::attr::{Key, Kind};
 use crate::engine::{Content, Engine};
-use crate::errno::{Errno, Res, missing_ok};
+use crate::errno::{Errno, Res};
 use crate::handle::Fd;
 use crate::inode::{Node, Place};
-use crate::layer::{LayerIdx, RealDir, UPPER, stat_at};
+use crate::layer::{LayerIdx, RealDir, UPPER, stat_at, stat_fd};
 use crate::numbers::Origin;
 use crate::sys::{self, At};
 
@@ -269,6 +269,8 @@ fn is_real(name: &str) -> bool {
 pub(crate) enum Target {
     Name(Fd, Arc<[u8]>),
     File(Fd),
+    /// What is not opened by anybody, such as a link (`O_PATH`).
+    Object(Fd),
     /// Nothing on disk: no attributes.
     None,
 }
@@ -278,9 +280,31 @@ impl Target {
         match self {
             Self::Name(dir, name) => Some(At::Name(dir.as_fd(), name)),
             Self::File(fd) => Some(At::Fd(fd.as_fd())),
+            Self::Object(fd) => Some(At::Object(fd.as_fd())),
             Self::None => None,
         }
     }
+}
+
+/// Opens what is no file of the tree, if it is this object.
+fn open_object(dir: BorrowedFd<'_>, name: &[u8], kind: Kind, key: Key) -> Res<Option<Target>> {
+    let open = |flags| {
+        let fd = rustix::fs::openat(dir, name, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+        Ok::<_, Errno>(Some(fd).filter(|fd| stat_fd(fd.as_fd()).is_ok_and(|stat| stat.key == key)))
+    };
+    if kind.is_special() {
+        let stat = stat_at(dir, name)?;
+        if stat.key != key {
+            return Ok(None);
+        }
+        // A file that stands for it has attributes without procfs.
+        if stat.kind() == Some(Kind::File)
+            && let Ok(found) = open(OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY)
+        {
+            return Ok(found.map(|fd| Target::File(Arc::new(fd))));
+        }
+    }
+    Ok(open(OFlags::PATH)?.map(|fd| Target::Object(Arc::new(fd))))
 }
 
 impl Engine {
@@ -318,28 +342,13 @@ impl Engine {
         })
     }
 
-    /// The same of what is opened by no descriptor of ours: a link, or what stands for a fifo, socket or device, by
-    /// a name in the upper that leads to it. (A rename may still take it away before it is used.)
+    /// The same of a link, or of what stands for a fifo, socket or device: held, since a name may lead to something
+    /// else by the time that it is used.
     fn target_by_name(&self, node: &Arc<Node>) -> Res<Target> {
         loop {
             let key = node.inner.lock().key;
-            let is_it = |dir: BorrowedFd<'_>, name: &[u8]| Ok::<_, Errno>(stat_at(dir, name)?.key == key);
-            if let Some(link) = node.first_link()
-                && link.parent.is_upper()
-            {
-                let dir = self.upper_fd(&link.parent)?;
-                if missing_ok(is_it(dir.as_fd(), &link.name))? == Some(true) {
-                    return Ok(Target::Name(dir, link.name.into()));
-                }
-            }
-            let look = |dir: BorrowedFd<'_>, name: &[u8]| {
-                if !is_it(dir, name)? {
-                    return Ok(None);
-                }
-                let dir = rustix::io::fcntl_dupfd_cloexec(dir, 0)?;
-                Ok(Some(Target::Name(Arc::new(dir), name.into())))
-            };
-            if let Some(target) = self.by_locked_name(node, look)? {
+            let look = |dir: BorrowedFd<'_>, name: &[u8]| open_object(dir, name, node.kind, key);
+            if let Some(target) = self.by_name(node, look)? {
                 return Ok(target);
             }
             if !matches!(node.inner.lock().place, Place::Upper) {
@@ -730,6 +739,28 @@ mod tests {
         assert_eq!((touch(7), seen(second), seen(first)), (Ok(()), Ok(7), before));
         std::fs::remove_file(upper.join(second)).expect("removed");
         assert_eq!((touch(8), seen(first)), (Err(Errno::STALE), before));
+    }
+
+    #[test]
+    fn what_is_renamed_before_it_is_changed_is_changed_all_the_same() {
+        use crate::engine::tests::Scratch;
+        use crate::rename::How;
+
+        let scratch = Scratch::new("renamed-target");
+        let (engine, root) = (&scratch.engine, scratch.engine.root());
+        for (name, kind) in [(b"link", Kind::Symlink), (b"fifo", Kind::Fifo)] {
+            let node = scratch.make(name, kind);
+            let (target, _) = engine.target(&node).expect("found");
+            scratch.make(b"file", Kind::File);
+            assert_eq!(engine.rename(root, b"file", root, name, How::Exchange), Ok(()));
+            let at = target.at().expect("on disk");
+            let set = sys::set_xattr(at, "user.x", b"y", XattrFlags::empty());
+            // Links have none.
+            assert_eq!(set, if kind == Kind::Symlink { Err(Errno::PERM) } else { Ok(()) });
+            let file = engine.lookup(root, name).expect("found");
+            assert_eq!(engine.get_xattr(&file, b"user.x"), Err(Errno::NODATA));
+            assert_eq!(engine.unlink(root, b"file"), Ok(()));
+        }
     }
 
     #[test]
