@@ -15,7 +15,7 @@
 //! thrown away after [`MAX_AGE`], since a read changes the access time of a layer's file.
 //!
 //! Nothing is done where somebody else than the kernel would notice or wait: with an access trace, far
-//! mounts, layers that change, or a single worker.
+//! mounts, layers that change, or a single worker; nor in what is mounted in a layer, which may be far since.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -181,6 +181,9 @@ impl Engine {
             let state = part.state.read();
             let mut size = 0;
             for lower in &state.lowers {
+                if lower.key.dev != self.layers[lower.layer as usize].root.key.dev {
+                    return Ok(());
+                }
                 size += crate::layer::stat_at(std::os::fd::AsFd::as_fd(&*self.fd(lower)?), b".")?.size;
             }
             if size > MAX_SIZE {
