@@ -65,11 +65,14 @@ pub(crate) struct Rules {
     pub(crate) owners: bool,
     /// Objects may have ACLs.
     pub(crate) acls: bool,
+    /// Files are mapped. Where another thread may truncate one, that ends the process (SIGBUS) on any file system.
+    pub(crate) maps: bool,
 }
 
 impl Rules {
     /// What can be done everywhere.
-    pub(crate) const NARROW: Self = Self { keep_readers: false, any_mode: false, owners: false, acls: false };
+    pub(crate) const NARROW: Self =
+        Self { keep_readers: false, any_mode: false, owners: false, acls: false, maps: true };
 }
 
 /// A directory with descriptors of files in it that are kept open, whatever happens to their names.
@@ -429,7 +432,7 @@ impl Operation {
             What::Map => {
                 let both = rustix::fs::fcntl_getfl(file)?.contains(OFlags::RDWR);
                 let size = usize::try_from(meta.size()).unwrap_or(0);
-                if !both || size == 0 {
+                if !both || size == 0 || !site.rules.maps {
                     return Ok("not to be mapped".to_owned());
                 }
                 let mut map = Mapping::new_writable(file, size)?;

@@ -69,7 +69,9 @@ impl Reference {
 
     fn rules(self, owners: bool) -> Rules {
         match self {
-            Self::Plain | Self::Native => Rules { keep_readers: true, any_mode: true, owners, acls: true },
+            Self::Plain | Self::Native => {
+                Rules { keep_readers: true, any_mode: true, owners, acls: true, maps: true }
+            }
             Self::Kernel => Rules::NARROW,
         }
     }
@@ -654,7 +656,7 @@ fn run_threads(ours: &Path, other: &Path, part: u64) -> Check {
     let together = |i: u64| -> Check {
         use rustix::io::Errno as E;
         let mut random = Random::new(part * 100 + 50 + i);
-        let mut site = Site::new(ours.join("shared"), rules);
+        let mut site = Site::new(ours.join("shared"), Rules { maps: false, ..rules });
         for count in 0..OPERATIONS {
             let operation = Operation::random(&mut random);
             if let Err(err) = operation.run(&mut site) {
