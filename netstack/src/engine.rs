@@ -17,6 +17,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use nix::errno::Errno;
@@ -366,6 +367,8 @@ pub(crate) struct Engine {
     more_frames: bool,
     /// Flows have more to do than one turn takes.
     more_work: bool,
+    /// It ends because it cannot go on.
+    broken: bool,
 }
 
 /// How a turn ended.
@@ -430,6 +433,7 @@ impl Engine {
             watching: EpollFlags::EPOLLIN,
             more_frames: false,
             more_work: false,
+            broken: false,
             sh,
         };
         Ok((engine, control))
@@ -584,6 +588,7 @@ impl Engine {
             Err(Errno::EINTR) => 0,
             Err(errno) => {
                 tracing::error!(%errno, "the network stack cannot wait for events; it ends");
+                self.broken = true;
                 return Turn::Ends;
             }
         };
@@ -936,13 +941,13 @@ impl Engine {
     }
 }
 
-/// What a stack is for: turns until the end. A defect ends the network, and nothing else.
-pub(crate) fn live(mut engine: Engine, mut clock: impl FnMut() -> Instant) {
+/// What a stack is for: turns until the end; whether that was a good one. A defect ends the network, and nothing else.
+pub(crate) fn live(mut engine: Engine, mut clock: impl FnMut() -> Instant) -> bool {
     let turns = AssertUnwindSafe(|| {
         while engine.turn(&mut clock, None) == Turn::Goes {}
         engine.tell_the_rest("stopped");
     });
-    let Err(panic) = catch_unwind(turns) else { return };
+    let Err(panic) = catch_unwind(turns) else { return !engine.broken };
     // Tables may contradict each other now. That is no reason not to say what happened.
     let what = catch_unwind(AssertUnwindSafe(|| engine.name(engine.sh.at)));
     tracing::error!(
@@ -957,6 +962,7 @@ pub(crate) fn live(mut engine: Engine, mut clock: impl FnMut() -> Instant) {
     });
     // The message above says it.
     drop(catch_unwind(rest));
+    false
 }
 
 impl Engine {
@@ -1095,6 +1101,8 @@ pub struct Stack {
     control: Control,
     /// Ends when the thread does.
     ended: PipeReader,
+    /// It has ended, and not because it should.
+    failed: Arc<AtomicBool>,
 }
 
 /// The monotonic clock, with an arbitrary beginning.
@@ -1142,17 +1150,21 @@ impl Stack {
             Engine::new(tap, spec, published, segmentation, clock()).map_err(failed("event loop"))?;
         let (ended, alive) =
             std::io::pipe().map_err(|source| Error::Start { what: "pipe of its end", source })?;
+        let failed_late = Arc::<AtomicBool>::default();
+        let of_thread = Arc::clone(&failed_late);
         let body = move || {
             let _alive = alive;
             // Signals are the business of the process's main thread.
             let _ = nix::sys::signal::SigSet::all().thread_block();
-            live(engine, clock);
+            if !live(engine, clock) {
+                of_thread.store(true, Ordering::Relaxed);
+            }
         };
         let thread = std::thread::Builder::new()
             .name("netstack".into())
             .spawn(body)
             .map_err(|source| Error::Start { what: "thread", source })?;
-        Ok(Self { thread: Some(thread), control, ended })
+        Ok(Self { thread: Some(thread), control, ended, failed: failed_late })
     }
 
     /// What the stack has done so far.
@@ -1177,6 +1189,13 @@ impl Stack {
     #[must_use]
     pub fn is_running(&self) -> bool {
         self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
+    /// Whether the stack has ended for another reason than that: a defect, or the kernel let it wait for nothing any more.
+    /// The log has the reason.
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Relaxed)
     }
 
     /// Ends the thread and closes every flow. Dropping the stack does the same. A thread that a system call holds up for

@@ -96,6 +96,8 @@ impl Capture {
         let counts = Arc::<Counts>::default();
         let mut writer = Writer { file, counts: Arc::clone(&counts) };
         std::thread::Builder::new().name("capture".into()).spawn(move || {
+            // Signals are the business of the process's main thread; one of a limit (SIGXFSZ) would end it all.
+            let _ = nix::sys::signal::SigSet::all().thread_block();
             if let Err(error) = writer.run(&items) {
                 writer.counts.ended.store(true, Ordering::Relaxed);
                 tracing::error!(%error, "the capture of the network ends here: its file cannot be written");

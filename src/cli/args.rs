@@ -409,6 +409,15 @@ pub(super) struct NetstackArgs {
     /// specify the MAC address of the TAP (only valid with -c)
     #[arg(long, value_name = "MAC", requires = "configure")]
     pub(super) macaddress: Option<String>,
+    /// append a line of JSON to this file for each flow that begins, is refused, or ends
+    #[arg(long, value_name = "FILE")]
+    pub(super) network_log: Option<PathBuf>,
+    /// write every packet to this file, as pcapng
+    #[arg(long, value_name = "FILE")]
+    pub(super) network_capture: Option<PathBuf>,
+    /// bound how fast data goes, to the guest (in), from it (out) or both: 10mbit, or 500k, 2m bytes per second
+    #[arg(long, value_name = "[in:|out:]RATE[,burst=SIZE]")]
+    pub(super) network_rate: Vec<String>,
     /// specify the target type: netns (bess is refused)
     #[arg(long, value_name = "TYPE", default_value = "netns", hide_default_value = true)]
     pub(super) target_type: String,

@@ -13,8 +13,9 @@ mod overlay;
 mod run;
 
 use std::ffi::{OsStr, OsString};
+use std::path::Path;
 
-use clap::Parser as _;
+use clap::Parser;
 use clap::error::ErrorKind;
 
 use self::args::{Cli, Command};
@@ -30,11 +31,11 @@ const WRONG_USAGE: u8 = 2;
 /// Runs the command line; gives the exit status.
 pub fn main(args: impl Iterator<Item = OsString>) -> u8 {
     let args: Vec<OsString> = args.collect();
-    if overlay::is_called_by_name(args.first()) {
-        return overlay::main_by_name(&args);
+    if is_called(overlay::FUSE_OVERLAYFS, args.first()) {
+        return main_by_name(&args, overlay::main_by_name);
     }
-    if netstack::is_called_by_name(args.first()) {
-        return netstack::main_by_name(&args);
+    if is_called(netstack::SLIRP4NETNS, args.first()) {
+        return main_by_name(&args, netstack::main_by_name);
     }
     // Not in the definitions: it is the doctor's, and would show in completions.
     if let [_, word, probe, argument @ ..] = args.as_slice()
@@ -85,6 +86,29 @@ fn dispatch(cli: Cli) -> Result<u8, Failure> {
         Command::Netstack(args) => netstack::netstack(&args, inherited.unwrap_or_default()),
         Command::Completions { shell } => Ok(docs::completions(shell)),
         Command::Man { subcommand } => docs::man(subcommand.as_deref()),
+    }
+}
+
+/// Whether the program was called by another name of one of its commands.
+fn is_called(name: &str, program: Option<&OsString>) -> bool {
+    program.is_some_and(|program| Path::new(program).file_name() == Some(OsStr::new(name)))
+}
+
+/// The program by such a name; gives the exit status, which is 1 for every failure.
+fn main_by_name<P: Parser>(args: &[OsString], run: impl FnOnce(P) -> Result<u8, Failure>) -> u8 {
+    match P::try_parse_from(args) {
+        Ok(parsed) => run(parsed).unwrap_or_else(|failure| {
+            output::fail(&failure);
+            1
+        }),
+        Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
+            output::print(&error.render().to_string());
+            0
+        }
+        Err(error) => {
+            output::print_error(&log::escape_message(&error.render().to_string()));
+            1
+        }
     }
 }
 

@@ -3,13 +3,11 @@
 //! One process mounts and serves. By default it is a child in the background: the process that was
 //! called waits until the mount can be used, or for the child's end, whose status it then has.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use clap::Parser as _;
-use clap::error::ErrorKind;
 use fsoverlay::{IdMapping, LayerSpec, MountSpec, Overlay, OverlaySpec, OwnerForm, Records, UpperSpec};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
@@ -24,36 +22,14 @@ use crate::spec::overlay::{OverlayMountSpec, Permissions, parse};
 use crate::sys::process::{close_all_but, exit_now, fork, is_ignored};
 
 /// The other name of this command.
-const FUSE_OVERLAYFS: &str = "fuse-overlayfs";
+pub(super) const FUSE_OVERLAYFS: &str = "fuse-overlayfs";
 
-/// Whether the program was called by the other name.
-pub(super) fn is_called_by_name(program: Option<&OsString>) -> bool {
-    program.is_some_and(|program| Path::new(program).file_name() == Some(OsStr::new(FUSE_OVERLAYFS)))
-}
-
-/// The program by the name `fuse-overlayfs`; gives the exit status, which is 1 for every failure.
-pub(super) fn main_by_name(args: &[OsString]) -> u8 {
-    let args = match FuseOverlayfs::try_parse_from(args) {
-        Ok(FuseOverlayfs { overlay }) => overlay,
-        Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
-            output::print(&error.render().to_string());
-            return 0;
-        }
-        Err(error) => {
-            output::print_error(&log::escape_message(&error.render().to_string()));
-            return 1;
-        }
-    };
+/// The program by that name.
+pub(super) fn main_by_name(FuseOverlayfs { overlay: args }: FuseOverlayfs) -> Result<u8, Failure> {
     close_inherited();
     let level = is_debug(&args).then_some("debug");
-    let done = log::init(level, log_file(&args).as_deref()).map_err(|error| Failure::new(&error));
-    match done.and_then(|()| overlay(&args, FUSE_OVERLAYFS)) {
-        Ok(code) => code,
-        Err(failure) => {
-            output::fail(&failure);
-            1
-        }
-    }
+    log::init(level, log_file(&args).as_deref()).map_err(|error| Failure::new(&error))?;
+    overlay(&args, FUSE_OVERLAYFS)
 }
 
 /// Closes what the caller left open, which would stay open as long as the mount. Before anything is

@@ -454,18 +454,8 @@ fn spec_of(args: &RunArgs) -> Result<SandboxSpec, Failure> {
     for text in &args.deny {
         spec.net.deny.push(spec::parse::deny(text).map_err(|error| usage(&error))?);
     }
-    for text in &args.network_rate {
-        let [rate_in, rate_out] = spec::parse::network_rate(text).map_err(|error| usage(&error))?;
-        for (place, rate) in [(&mut spec.net.rate_in, rate_in), (&mut spec.net.rate_out, rate_out)] {
-            if rate.is_some() && std::mem::replace(place, rate).is_some() {
-                return Err(usage(&SpecError::Conflict {
-                    field: "network-rate",
-                    other: "network-rate",
-                    reason: "each way has one rate".into(),
-                }));
-            }
-        }
-    }
+    [spec.net.rate_in, spec.net.rate_out] =
+        spec::parse::network_rates(&args.network_rate).map_err(|error| usage(&error))?;
     if let Some(path) = &args.network_control {
         spec.net.control = Some(absolute("network-control", path)?);
     }

@@ -14,7 +14,7 @@ use super::LaunchError;
 use crate::control::network::Network;
 use crate::control::{ControlSocket, Served};
 use crate::plan::{NetPlan, Plan, StackPlan};
-use crate::report::{NetworkLog, NetworkRecords, PublishedPort};
+use crate::report::{NetworkLog, NetworkRecords, PublishedPort, finish_capture};
 
 /// Threads that serve the overlay. At least two, because a request that waits for the disk must not
 /// hold up the others; each costs start-up time, and more than four serve no faster.
@@ -144,18 +144,7 @@ impl Services {
             stack.stop();
         }
         if let Some(capture) = self.capture.take() {
-            let captured = capture.finish();
-            tracing::info!(
-                seen = captured.seen,
-                dropped = captured.dropped,
-                "the capture of the network is over"
-            );
-            if captured.dropped > 0 {
-                tracing::warn!(
-                    dropped = captured.dropped,
-                    "packets are missing in the capture of the network"
-                );
-            }
+            finish_capture(&capture);
         }
         let Some(server) = self.server.take() else { return false };
         let changed = server.changed();

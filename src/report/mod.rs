@@ -2,7 +2,7 @@
 
 mod network;
 
-pub use network::{NetworkLog, NetworkRecords, open_capture};
+pub use network::{NetworkLog, NetworkRecords, finish_capture, open_capture};
 
 use std::net::SocketAddr;
 use std::time::Duration;

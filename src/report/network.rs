@@ -12,7 +12,7 @@ use std::path::{Component, Path};
 use std::sync::Mutex;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use netstack::{FlowEvent, FlowEventKind, FlowLog};
+use netstack::{Capture, FlowEvent, FlowEventKind, FlowLog};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use serde::Serialize;
 
@@ -92,6 +92,15 @@ pub fn open_capture(path: &Path) -> io::Result<File> {
     let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?) - OFlag::O_NONBLOCK;
     fcntl(&file, FcntlArg::F_SETFL(flags))?;
     Ok(file)
+}
+
+/// Ends a capture whose stack has ended, and says what is missing in it.
+pub fn finish_capture(capture: &Capture) {
+    let captured = capture.finish();
+    tracing::info!(seen = captured.seen, dropped = captured.dropped, "the capture of the network is over");
+    if captured.dropped > 0 {
+        tracing::warn!(dropped = captured.dropped, "packets are missing in the capture of the network");
+    }
 }
 
 /// Opens a file of the caller's, who alone may read it if it is made. A link there may be what an earlier payload has left

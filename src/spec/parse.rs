@@ -268,6 +268,23 @@ fn size(text: &str) -> Option<u64> {
     decimal::<u64>(digits)?.checked_mul(1 << shift).filter(|size| *size > 0)
 }
 
+/// Several of [`network_rate`] together.
+pub fn network_rates(texts: &[String]) -> Result<[Option<RateSpec>; 2], SpecError> {
+    let mut rates = [None, None];
+    for text in texts {
+        for (place, rate) in rates.iter_mut().zip(network_rate(text)?) {
+            if rate.is_some() && std::mem::replace(place, rate).is_some() {
+                return Err(SpecError::Conflict {
+                    field: "network-rate",
+                    other: "network-rate",
+                    reason: "each way has one rate".into(),
+                });
+            }
+        }
+    }
+    Ok(rates)
+}
+
 /// `[in:|out:]RATE[,burst=SIZE]`: the rates that it sets, that of what comes in first
 pub fn network_rate(text: &str) -> Result<[Option<RateSpec>; 2], SpecError> {
     let bad = |reason: &str| invalid("network-rate", text, reason);

@@ -159,9 +159,18 @@ pub fn tap_name(option: &'static str, text: &str) -> Result<String, OptionError>
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
     /// The network namespace.
-    pub network: PathBuf,
-    /// The user namespace that it belongs to; `None`: it is asked of the kernel.
+    pub network: Network,
+    /// The user namespace that it belongs to; `None`: that of the process, or it is asked of the kernel.
     pub user: Option<PathBuf>,
+}
+
+/// Where the network namespace is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Network {
+    /// It is that of this process.
+    Process(i32),
+    /// It is here.
+    Path(PathBuf),
 }
 
 /// Checks the target: a process id, or a path.
@@ -170,13 +179,10 @@ pub struct Target {
 /// No process id where one is wanted.
 pub fn target(text: &str, is_path: bool, user: Option<PathBuf>) -> Result<Target, OptionError> {
     if is_path {
-        return Ok(Target { network: text.into(), user });
+        return Ok(Target { network: Network::Path(text.into()), user });
     }
     match text.parse::<i32>() {
-        Ok(pid) if pid > 0 => Ok(Target {
-            network: format!("/proc/{pid}/ns/net").into(),
-            user: user.or_else(|| Some(format!("/proc/{pid}/ns/user").into())),
-        }),
+        Ok(pid) if pid > 0 => Ok(Target { network: Network::Process(pid), user }),
         _ => Err(refused("PID", text, "that is no process id (a path wants --netns-type=path)")),
     }
 }
@@ -250,8 +256,8 @@ mod tests {
     #[test]
     fn a_target_is_a_process_or_a_path() {
         let process = target("12", false, None).unwrap();
-        assert_eq!(process.user, Some(PathBuf::from("/proc/12/ns/user")));
-        assert_eq!(target("/run/ns", true, None).unwrap().user, None);
+        assert_eq!(process, Target { network: Network::Process(12), user: None });
+        assert_eq!(target("/run/ns", true, None).unwrap().network, Network::Path("/run/ns".into()));
         assert!(target("/run/ns", false, None).is_err() && target("0", false, None).is_err());
     }
 }

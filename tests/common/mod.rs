@@ -110,3 +110,17 @@ macro_rules! need {
     };
 }
 pub(crate) use need;
+
+/// A port of the host that nobody has, and gets from the kernel without asking for it by its number: such ports begin at
+/// 32,768 (ip(7), ip_local_port_range). One that was asked of the kernel and given back may be another test's at once.
+pub(crate) fn free_port() -> u16 {
+    use std::net::{Ipv6Addr, TcpListener, UdpSocket};
+    static NEXT: std::sync::atomic::AtomicU16 = std::sync::atomic::AtomicU16::new(20_000);
+    loop {
+        let port = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let any = (Ipv6Addr::UNSPECIFIED, port);
+        if TcpListener::bind(any).is_ok() && UdpSocket::bind(any).is_ok() {
+            return port;
+        }
+    }
+}

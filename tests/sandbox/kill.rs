@@ -61,7 +61,7 @@ fn kill_9_of_the_sandboxs_init_ends_the_run() {
 #[test]
 fn kill_9_with_a_published_port_frees_it() {
     let home = Home::new();
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = crate::common::free_port();
     killed(&home, &["--rm", "-p", &format!("127.0.0.1:{port}:80")], "echo ready; exec sleep 1000");
     std::net::TcpListener::bind(("127.0.0.1", port)).unwrap();
     home.rootlet(["prune"]).run().ok();

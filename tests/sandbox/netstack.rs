@@ -1,7 +1,7 @@
 //! `rootlet netstack`, and the same program by the name `slirp4netns`: on namespaces of `unshare -Urn`, as Podman
 //! calls it.
 
-use crate::common::{Cmd, Home, Out, lab, need, rootlet_binary, skip};
+use crate::common::{Cmd, Home, Out, free_port, lab, need, rootlet_binary, skip};
 
 /// A namespace `target` without a network; `Net(OPTION…)` gives it one and waits until it can be used.
 const PRELUDE: &str = r#"
@@ -63,7 +63,8 @@ fn python(home: &Home, script: &str) -> Out {
     let body: String = script.lines().map(|line| format!("    {line}\n")).collect();
     let whole = format!("{PRELUDE}\ntry:\n    pass\n{body}\nfinally:\n    target.kill(); target.wait()\n");
     let command: Cmd = home.command("python3").args(["-c", &whole]);
-    command.env("S", home.path("bin/slirp4netns")).env("R", rootlet_binary()).run()
+    let ports = format!("{} {}", free_port(), free_port());
+    command.env("S", home.path("bin/slirp4netns")).env("R", rootlet_binary()).env("PORTS", ports).run()
 }
 
 #[test]
@@ -146,8 +147,7 @@ fn the_api_socket_answers_as_slirp4netns_does() {
     let home = Home::new();
     let script = r#"
 busy = socket.create_server(("127.0.0.1", 0)); taken = busy.getsockname()[1]
-free = socket.create_server(("127.0.0.1", 0)); tcp = free.getsockname()[1]; free.close()
-free = socket.socket(type=socket.SOCK_DGRAM); free.bind(("127.0.0.1", 0)); udp = free.getsockname()[1]; free.close()
+tcp, udp = map(int, os.environ["PORTS"].split())
 # Left by a server that was killed.
 old = socket.socket(socket.AF_UNIX); old.bind("api"); old.close()
 net = Net("-c", "-a", "api")
@@ -293,6 +293,80 @@ print(net.end())"#;
 }
 
 #[test]
+fn what_fails_leaves_nothing_behind() {
+    need!("nsenter", "ip");
+    let home = Home::new();
+    let script = r#"
+import itertools
+def tried(*options, of=str(target.pid), tap="tap0"):
+    ready, w = os.pipe()
+    command = [S, "-c", "-r", str(w), "-a", "made", *options, of, tap]
+    status = subprocess.run(command, pass_fds=(w,), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
+    os.close(w)
+    told = os.read(ready, 10)
+    os.close(ready)
+    made = (told, inside("ip -o link | grep -vc ': lo:'; ip -o addr; ip route; ip -6 route | grep -v '^fe80::'"), os.listdir("."))
+    if status != 1 or made != before:
+        print(options, of, tap, status, made, before)
+before = (b"", "0", os.listdir("."))
+for options in ("--mtu=99999", "--cidr=10.0.2.0", "--macaddress=1:2:3", "--outbound-addr=192.0.2.77", "--outbound-addr6=no-such-link", "--target-type=bess",
+                "--netns-type=path", "--exit-fd=77", "--exit-fd=1", "--userns-path=/etc/passwd", "--userns-path=/no/such", "--network-rate=fast", "--network-log=/no/such/log", "--no-such-option"):
+    tried(options)
+tried(of="x"), tried(of="0"), tried(of=str(os.getpid())), tried(tap="lo"), tried(tap="a/b")
+net = Net("-c", "-a", "made")
+print(net.end(), inside("ip -o link | wc -l"), os.path.lexists("made"))"#;
+    python(&home, script).ok().prints("0 1 False");
+}
+
+#[test]
+fn a_stack_that_fails_is_a_failure() {
+    need!("strace", "nsenter");
+    let home = Home::new();
+    let script = r#"
+calls = "epoll_wait,epoll_pwait"
+strace = ("strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=" + calls, "-e", f"inject={calls}:error=EBADF:when=3+", S)
+net = Net("-c", program=strace)
+inside("for i in 1 2 3 4 5; do ping -c 1 -W 1 10.0.2.2; done")
+print(net.p.wait(), "the network stack has failed" in net.p.stderr.read())"#;
+    python(&home, script).ok().prints("1 True");
+}
+
+#[test]
+fn what_goes_through_it_is_recorded_and_bounded() {
+    need!("nsenter", "nc");
+    let home = Home::new();
+    let script = r#"
+import resource, threading
+server = socket.create_server(("127.0.0.1", 0)); port = server.getsockname()[1]
+threading.Thread(target=lambda: [server.accept()[0].close() for _ in range(3)], daemon=True).start()
+def connect():
+    inside(f"nc -w 5 -z 10.0.2.2 {port}")
+    # A flow is told to have ended, and then its socket, whose peer is this port, is closed.
+    while any(line.split()[2].endswith(f":{port:04X}") for line in open("/proc/net/tcp")): pass
+def lines():
+    return [json.loads(line) for line in open("log").read().splitlines()]
+net = Net("-c", "--network-log=log", "--network-capture=capture", "--network-rate=10mbit")
+connect()
+size = os.stat("log").st_size
+# Room for half a line. The signal that comes with it ends nobody.
+resource.prlimit(net.p.pid, resource.RLIMIT_FSIZE, (size + 50, -1))
+connect()
+print(os.stat("log").st_size == size)
+resource.prlimit(net.p.pid, resource.RLIMIT_FSIZE, (-1, -1))
+connect()
+print(net.end())
+print([(line["event"], line.get("lost", 0)) for line in lines()])
+with open("capture", "rb") as file: print(file.read(4).hex())"#;
+    let out = python(&home, script).ok().text();
+    assert!(out.contains("a line of the network log is lost"), "{out}");
+    assert!(out.contains("the capture of the network ends here"), "{out}");
+    let lines: Vec<&str> = out.lines().filter(|line| !line.contains("WARN")).collect();
+    assert_eq!(lines[0], "True", "{out}");
+    assert!(lines.contains(&"0") && lines.contains(&"0a0d0d0a"), "{out}");
+    assert!(out.contains("('opened', 0), ('closed', 0), ('opened', 2), ('closed', 0)]"), "{out}");
+}
+
+#[test]
 fn wrong_uses_are_told_before_anything_is_made() {
     let home = Home::new();
     let pid = std::process::id().to_string();
@@ -314,6 +388,12 @@ fn wrong_uses_are_told_before_anything_is_made() {
         (&["--target-type=x"], "the type is netns"),
         (&["--netns-type=x"], "x"),
         (&["--exit-fd=77"], "not open"),
+        (&["--exit-fd=0"], "standard stream"),
+        (&["--ready-fd=2"], "standard stream"),
+        (&["--network-rate=fast"], "10mbit"),
+        (&["--network-log=/no/such/directory/log"], "ENOENT"),
+        (&["--network-capture=/no/such/directory/file"], "ENOENT"),
+        (&[], "is this program's own"),
         (&["--ready-fd=77"], "not open"),
         (&["--no-such-option"], "--no-such-option"),
         (&["--api-socket=/no/such/directory/api"], "ENOENT"),

@@ -5,7 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
-use crate::common::{Home, Lab, Running, need, skip};
+use crate::common::{Home, Lab, Running, free_port, need, skip};
 
 const NONE: [&str; 0] = [];
 
@@ -749,10 +749,6 @@ fn rules_that_make_no_sense_are_refused_before_anything_happens() {
 }
 
 /// A port of the host that nobody listens on now.
-fn free_port() -> u16 {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
-}
-
 const ECHO_SERVER: &str = "
 import socket, sys, threading
 family = socket.AF_INET6 if ':' in sys.argv[1] else socket.AF_INET
@@ -889,9 +885,7 @@ fn a_published_port_without_a_server_is_closed_at_once() {
 #[test]
 fn a_published_udp_port_leads_inside() {
     let home = Home::new();
-    let probe = UdpSocket::bind("127.0.0.1:0").unwrap();
-    let port = probe.local_addr().unwrap().port();
-    drop(probe);
+    let port = free_port();
     let server = "
 import socket
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('0.0.0.0', 5353))

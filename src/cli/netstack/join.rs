@@ -12,11 +12,12 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use rustix::fs::{CWD, Mode, OFlags, openat};
 use serde::{Deserialize, Serialize};
 
 use crate::cli::output::Failure;
 use crate::error::{errno_of, errno_text};
-use crate::spec::slirp::{GATEWAY_V6, PREFIX_V6, Target};
+use crate::spec::slirp::{GATEWAY_V6, Network, PREFIX_V6, Target};
 use crate::sys;
 
 /// How to bring the interface up.
@@ -36,12 +37,16 @@ enum Message {
     Failed { what: String, errno: i32 },
 }
 
-/// A step that failed, and the errno.
+/// A step that failed, and the errno, `UnknownErrno` if the kernel did not say no.
 struct Step(String, Errno);
 
 fn step(what: impl Into<String>) -> impl FnOnce(Errno) -> Step {
     let what = what.into();
     move |errno| Step(what, errno)
+}
+
+fn rustix_step(what: String) -> impl FnOnce(rustix::io::Errno) -> Step {
+    move |errno| Step(what, Errno::from_raw(errno.raw_os_error()))
 }
 
 fn io_step(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Step {
@@ -80,10 +85,10 @@ pub(super) fn make_tap(
     let message = serde_json::from_slice(buffer.get(..length).unwrap_or_default());
     match (message, fd) {
         (Ok(Message::Made { mac }), Some(fd)) => Ok((fd, mac)),
-        (Ok(Message::Failed { what, errno }), _) => {
-            let errno = Errno::from_raw(errno);
-            Err(Failure::text(what).cause(errno_text(errno)).hint(hint(errno)))
-        }
+        (Ok(Message::Failed { what, errno }), _) => Err(match Errno::from_raw(errno) {
+            Errno::UnknownErrno => Failure::text(what),
+            errno => Failure::text(what).cause(errno_text(errno)).hint(hint(errno)),
+        }),
         _ => Err(Failure::text("the process that was to make the network interface has ended")),
     }
 }
@@ -109,17 +114,17 @@ fn keep_debuggers_away() -> Result<(), Step> {
 
 /// In the child.
 fn in_target(target: &Target, tap: &str, configure: Option<Configure>) -> Result<(OwnedFd, [u8; 6]), Step> {
-    let open = |path: &Path| {
-        File::open(path).map_err(io_step(format!("cannot open the namespace {}", path.display())))
-    };
     // Both before either is joined: afterwards the paths are another user's to open.
-    let network = open(&target.network)?;
-    let user = target.user.as_deref().map(open).transpose()?;
+    let (network, user) = open_namespaces(target)?;
+    if is_own(&network, "net") {
+        // Root's own would get the interface, its address and a default route.
+        return Err(Step("the network namespace is this program's own".to_owned(), Errno::UnknownErrno));
+    }
     let join = |namespace: BorrowedFd<'_>, kind, what: &str| {
         setns(namespace, kind).map_err(step(format!("cannot join the {what} namespace")))
     };
     match &user {
-        Some(user) if is_own(user) => {}
+        Some(user) if is_own(user, "user") => {}
         Some(user) => join(user.as_fd(), CloneFlags::CLONE_NEWUSER, "user")?,
         // Who may join it already need not, and must not, change: Podman calls from inside.
         None => {
@@ -139,11 +144,35 @@ fn in_target(target: &Target, tap: &str, configure: Option<Configure>) -> Result
     Ok((fd, mac))
 }
 
-/// Whether this process is in the namespace.
-fn is_own(namespace: &File) -> bool {
+/// The target's network namespace, and its user namespace if that is known.
+fn open_namespaces(target: &Target) -> Result<(File, Option<File>), Step> {
+    let open = |path: &Path| {
+        File::open(path).map_err(io_step(format!("cannot open the namespace {}", path.display())))
+    };
+    let user = target.user.as_deref().map(open).transpose()?;
+    let pid = match &target.network {
+        Network::Path(path) => return Ok((open(path)?, user)),
+        Network::Process(pid) => pid,
+    };
+    // One directory for both: if the process ends, its number may be another one's at any time.
+    let flags = OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC;
+    let process = openat(CWD, format!("/proc/{pid}"), flags, Mode::empty())
+        .map_err(rustix_step(format!("there is no process {pid}")))?;
+    let of = |name: &str| {
+        let what = format!("cannot open the namespace {name} of process {pid}");
+        openat(&process, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+            .map(File::from)
+            .map_err(rustix_step(what))
+    };
+    let network = of("ns/net")?;
+    Ok((network, Some(user.map_or_else(|| of("ns/user"), Ok)?)))
+}
+
+/// Whether this process is in the namespace, of this kind.
+fn is_own(namespace: &File, kind: &str) -> bool {
     use std::os::unix::fs::MetadataExt as _;
     let id = |file: std::io::Result<std::fs::Metadata>| file.ok().map(|m| (m.dev(), m.ino()));
-    let own = id(std::fs::metadata("/proc/self/ns/user"));
+    let own = id(std::fs::metadata(format!("/proc/self/ns/{kind}")));
     own.is_some() && id(namespace.metadata()) == own
 }
 

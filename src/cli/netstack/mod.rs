@@ -9,15 +9,12 @@ mod api;
 mod confine;
 mod join;
 
-use std::ffi::{OsStr, OsString};
 use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 
-use clap::Parser as _;
-use clap::error::ErrorKind;
-use netstack::{DnsAt, DnsSpec, HostLoopback, Link, PolicySpec, Published, Stack, StackSpec};
+use netstack::{Capture, DnsAt, DnsSpec, HostLoopback, Link, PolicySpec, Published, Stack, StackSpec};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -25,9 +22,10 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use self::api::Api;
 use self::join::Configure;
 use super::args::{NetnsType, NetstackArgs, Slirp4netns};
-use super::output::{self, Failure};
+use super::output::Failure;
 use crate::error::errno_text;
 use crate::log;
+use crate::report::{NetworkLog, NetworkRecords, open_capture};
 use crate::spec::slirp::{
     self as spec, Addresses, DEFAULT_CIDR, DEFAULT_MTU, GATEWAY_MAC, GATEWAY_V6, OptionError, Outbound,
     PREFIX_V6, RESOLVER_V6, Target,
@@ -35,37 +33,13 @@ use crate::spec::slirp::{
 use crate::sys::process::{close_all_but, inherited_fd};
 
 /// The other name of this command.
-const SLIRP4NETNS: &str = "slirp4netns";
+pub(super) const SLIRP4NETNS: &str = "slirp4netns";
 
-/// Whether the program was called by the other name.
-pub(super) fn is_called_by_name(program: Option<&OsString>) -> bool {
-    program.is_some_and(|program| Path::new(program).file_name() == Some(OsStr::new(SLIRP4NETNS)))
-}
-
-/// The program by the name `slirp4netns`; gives the exit status, which is 1 for every failure.
-pub(super) fn main_by_name(args: &[OsString]) -> u8 {
-    let args = match Slirp4netns::try_parse_from(args) {
-        Ok(Slirp4netns { netstack, .. }) => netstack,
-        Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
-            output::print(&error.render().to_string());
-            return 0;
-        }
-        Err(error) => {
-            output::print_error(&log::escape_message(&error.render().to_string()));
-            return 1;
-        }
-    };
-    let done = Inherited::take(&args).and_then(|inherited| {
-        log::init(None, None).map_err(|error| Failure::new(&error))?;
-        netstack(&args, inherited)
-    });
-    match done {
-        Ok(code) => code,
-        Err(failure) => {
-            output::fail(&failure);
-            1
-        }
-    }
+/// The program by that name.
+pub(super) fn main_by_name(Slirp4netns { netstack: args, .. }: Slirp4netns) -> Result<u8, Failure> {
+    let inherited = Inherited::take(&args)?;
+    log::init(None, None).map_err(|error| Failure::new(&error))?;
+    netstack(&args, inherited)
 }
 
 /// The descriptors that the caller gave us.
@@ -81,6 +55,11 @@ impl Inherited {
     pub(super) fn take(args: &NetstackArgs) -> Result<Self, Failure> {
         let take = |option: &str, number: Option<i32>| {
             number.map(|number| {
+                if (0..=2).contains(&number) {
+                    // Taken and closed, the next file that is opened would be the one that messages go to.
+                    let text = format!("{option}: {number} is a standard stream");
+                    return Err(Failure::text(text).code(super::WRONG_USAGE));
+                }
                 inherited_fd(number).map_err(|errno| {
                     let text = format!("{option}: {number} is not open");
                     Failure::text(text).cause(errno_text(errno)).code(super::WRONG_USAGE)
@@ -107,6 +86,7 @@ struct Wanted {
     addresses: Addresses,
     mac: Option<[u8; 6]>,
     outbound: netstack::Outbound,
+    rates: netstack::Rates,
 }
 
 fn wanted(args: &NetstackArgs) -> Result<Wanted, Failure> {
@@ -146,7 +126,32 @@ fn wanted(args: &NetstackArgs) -> Result<Wanted, Failure> {
                 IpAddr::V4(_) => None,
             }),
         },
+        rates: rates(&args.network_rate)?,
     })
+}
+
+fn rates(texts: &[String]) -> Result<netstack::Rates, Failure> {
+    let rates = crate::spec::parse::network_rates(texts)
+        .map_err(|error| Failure::new(&error).code(super::WRONG_USAGE))?;
+    let [received, sent] = rates.map(|rate| rate.map(netstack::Rate::from));
+    Ok(netstack::Rates { sent, received })
+}
+
+/// Opens the files that tell of the network.
+fn open_records(args: &NetstackArgs) -> Result<NetworkRecords, Failure> {
+    let failed = |what: &str, path: &Path, error: &std::io::Error| {
+        let cause = crate::error::errno_of(error).map_or_else(|| error.to_string(), errno_text);
+        Failure::text(format!("cannot write the {what} {}", path.display())).cause(cause)
+    };
+    let log = args
+        .network_log
+        .as_deref()
+        .map(|path| NetworkLog::open(path).map_err(|error| failed("network log", path, &error)));
+    let capture = args
+        .network_capture
+        .as_deref()
+        .map(|path| open_capture(path).map_err(|error| failed("network capture", path, &error)));
+    Ok(NetworkRecords { log: log.transpose()?, capture: capture.transpose()? })
 }
 
 /// The address that is meant, which must be one of the host's.
@@ -196,6 +201,7 @@ pub(super) fn netstack(args: &NetstackArgs, inherited: Inherited) -> Result<u8, 
     }
     let addresses = wanted.addresses;
     let api = args.api_socket.as_deref().map(|path| Api::bind(path, addresses.guest)).transpose()?;
+    let records = open_records(args)?;
     let configure = args.configure.then(|| Configure {
         mac: wanted.mac.unwrap_or_else(random_mac),
         mtu: wanted.mtu,
@@ -213,13 +219,28 @@ pub(super) fn netstack(args: &NetstackArgs, inherited: Inherited) -> Result<u8, 
     }
     let failed = |error: netstack::Error| Failure::new(&error);
     let published = Published::bind(&[]).map_err(failed)?;
-    let stack = Stack::start(tap, &stack_spec(args, &wanted, mac), published).map_err(failed)?;
+    let capture = records
+        .capture
+        .map(Capture::start)
+        .transpose()
+        .map_err(|source| failed(netstack::Error::Start { what: "the thread of the capture", source }))?;
+    let mut spec = stack_spec(args, &wanted, mac);
+    spec.flow_log = records.log.map(NetworkLog::flow_log);
+    spec.capture.clone_from(&capture);
+    let stack = Stack::start(tap, &spec, published).map_err(failed)?;
+    // The log's last line is written when nobody has it any more.
+    drop(spec);
     if let Some(ready) = inherited.ready {
         std::fs::File::from(ready).write_all(b"1").map_err(|error| {
             Failure::text("cannot write to the ready descriptor").cause(error.to_string())
         })?;
     }
-    serve(&stack, api, inherited.exit.as_ref())
+    let served = serve(&stack, api, inherited.exit.as_ref());
+    stack.stop();
+    if let Some(capture) = capture {
+        crate::report::finish_capture(&capture);
+    }
+    served
 }
 
 fn stack_spec(args: &NetstackArgs, wanted: &Wanted, mac: [u8; 6]) -> StackSpec {
@@ -242,7 +263,7 @@ fn stack_spec(args: &NetstackArgs, wanted: &Wanted, mac: [u8; 6]) -> StackSpec {
         outbound: wanted.outbound,
         flow_log: None,
         capture: None,
-        rates: netstack::Rates::default(),
+        rates: wanted.rates,
     }
 }
 
@@ -262,7 +283,12 @@ fn serve(stack: &Stack, mut api: Option<Api>, exit: Option<&OwnedFd>) -> Result<
         }
         // What a closed exit descriptor has to say counts as well.
         if fds.iter().take(ends).any(|fd| fd.revents().is_some_and(|events| !events.is_empty())) {
-            return Ok(0);
+            return match stack.has_failed() {
+                true => {
+                    Err(Failure::text("the network stack has failed: the namespace has no network any more"))
+                }
+                false => Ok(0),
+            };
         }
         drop(fds);
         if let Some(api) = &mut api {
