@@ -6,14 +6,14 @@
 //!    as [`HostLoopback`] opens it, and are refused else. Rules by address are not asked: the gateway is no address of
 //!    anybody's network.
 //! 2. What is refused always:
-//!    - the host's loopback, by any name: 127/8, ::1, 0.0.0.0/8, ::, their IPv4-mapped, IPv4-compatible, NAT64 and 6to4
-//!      forms. The kernel of the host takes 0.0.0.0 and :: for loopback;
+//!    - the host's loopback, by any name: 127/8, ::1, 0.0.0.0/8, ::, their IPv4-mapped, IPv4-compatible, IPv4-translated,
+//!      NAT64 and 6to4 forms. The kernel of the host takes 0.0.0.0 and :: for loopback;
 //!    - multicast, broadcast and reserved addresses;
 //!    - link-local addresses and the cloud's metadata services, but for an `allow` rule that is about nothing else;
 //!    - the guest's own subnet, where there is nobody but the gateway;
 //!    - the host's own addresses (its LAN address, where services bound to 0.0.0.0 listen), which the caller of
 //!      [`decide`] looks up in the host's routing table, but for ports that [`HostLoopback`] opens.
-//! 3. A `deny` rule that matches refuses. Rules about an IPv4 address count for its NAT64 and 6to4 forms, too. So does
+//! 3. A `deny` rule that matches refuses. Rules about an IPv4 address count for the translated forms of it, too. So does
 //!    `deny_names` for a name by which the guest knows the address.
 //! 4. If there are `allow` rules or `allow_names`, one of them has to match. If there are none, everything else is allowed
 //!    that the caller can reach. A name opens private addresses only if the spec says that they are its: whoever runs a
