@@ -2,15 +2,20 @@
 //! these, and not nix's.
 
 #[cfg(not(test))]
+pub(crate) use nix::fcntl::splice;
+#[cfg(not(test))]
 pub(crate) use nix::sys::socket::{
     bind, connect, getpeername, getsockopt, recv, recvmsg, send, sendmsg, sendto, setsockopt, shutdown,
     socket,
 };
 
+#[cfg(not(test))]
+pub(crate) use nix::unistd::pipe2;
+
 #[cfg(test)]
 pub(crate) use faults::{
-    Call, Fault, bind, connect, getpeername, getsockopt, may_fail, recv, recvmsg, send, sendmsg, sendto,
-    set_plan, setsockopt, shutdown, socket,
+    Call, Fault, bind, connect, getpeername, getsockopt, may_fail, pipe2, recv, recvmsg, send, sendmsg,
+    sendto, set_plan, setsockopt, shutdown, socket, splice,
 };
 
 /// The same calls, with a plan of the calling thread's that says which of them fail.
@@ -22,6 +27,8 @@ mod faults {
 
     use nix::Result;
     use nix::errno::Errno;
+    use nix::fcntl::{OFlag, SpliceFFlags};
+    use nix::libc::loff_t;
     use nix::sys::socket::{
         self, AddressFamily, ControlMessage, GetSockOpt, MsgFlags, RecvMsg, SetSockOpt, Shutdown, SockFlag,
         SockProtocol, SockType, SockaddrLike,
@@ -41,6 +48,8 @@ mod faults {
         Send,
         Recv,
         EpollAdd,
+        Splice,
+        Pipe,
         /// Memory for the rings of a connection.
         Map,
     }
@@ -144,6 +153,23 @@ mod faults {
     pub(crate) fn recv(fd: RawFd, room: &mut [u8], flags: MsgFlags) -> Result<usize> {
         let most = if ask(Call::Recv, fd)? { room.len().min(1) } else { room.len() };
         socket::recv(fd, &mut room[..most], flags)
+    }
+
+    pub(crate) fn pipe2(flags: OFlag) -> Result<(OwnedFd, OwnedFd)> {
+        may_fail(Call::Pipe, -1)?;
+        nix::unistd::pipe2(flags)
+    }
+
+    pub(crate) fn splice<A: AsFd, B: AsFd>(
+        from: A,
+        from_at: Option<&mut loff_t>,
+        to: B,
+        to_at: Option<&mut loff_t>,
+        len: usize,
+        flags: SpliceFFlags,
+    ) -> Result<usize> {
+        let len = if ask(Call::Splice, from.as_fd().as_raw_fd())? { len.min(1) } else { len };
+        nix::fcntl::splice(from, from_at, to, to_at, len, flags)
     }
 
     pub(crate) fn recvmsg<'a, 'outer, 'inner: 'outer, S: SockaddrLike + 'a>(

@@ -28,11 +28,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
+use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl};
 use nix::sys::epoll::EpollFlags;
-use nix::sys::socket::{MsgFlags, Shutdown, SockaddrStorage, connect, getsockname, recv, send, shutdown};
+use nix::sys::socket::{MsgFlags, Shutdown, SockaddrStorage, getsockname};
 use smoltcp::time::Instant;
 
+use crate::calls::{connect, pipe2, recv, send, shutdown, splice};
 use crate::config::{INBOUND_CONNECT, JOIN_PIPE, MAX_PIPES, MAX_TCP_FLOWS};
 use crate::defect::At;
 use crate::engine::{Shared, Token};
@@ -178,7 +179,7 @@ impl Pipes {
             Some(pipe) => pipe,
             None => {
                 sh.budget.check_leaving(sh.budget.reserve() + 1).ok()?;
-                let (out, into) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).ok()?;
+                let (out, into) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).ok()?;
                 // Who has many pipes gets small ones.
                 let _ = fcntl(&into, FcntlArg::F_SETPIPE_SZ(JOIN_PIPE));
                 Pipe { out: sh.budget.hold(out), into: sh.budget.hold(into) }

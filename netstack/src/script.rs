@@ -100,12 +100,15 @@ impl Script {
     }
 
     fn with(spec: &StackSpec, segmentation: bool, ports: &[Publish]) -> Self {
+        Self::of(spec, segmentation, Published::bind(ports).expect("ports"))
+    }
+
+    fn of(spec: &StackSpec, segmentation: bool, published: Published) -> Self {
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
         let (wire, tap) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).expect("socket pair");
         setsockopt(&tap, sockopt::SndBuf, &(1 << 18)).expect("buffer");
         let now = Instant::from_secs(1_000);
-        let published = Published::bind(ports).expect("ports");
         let addresses = published.addresses().map(|(addr, ..)| addr).collect();
         let segmentation = if segmentation { Segmentation::TcpAndUdp } else { Segmentation::None };
         let (engine, control) = Engine::new(tap, spec, published, segmentation, now).expect("engine");

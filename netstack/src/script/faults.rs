@@ -553,3 +553,144 @@ fn answer(script: &Script, peers: &mut Vec<(Peer, bool)>, frame: &Out) {
     peer.ack = segment.seq_number().0.wrapping_add(len);
     script.send_ip(&peer.segment(TcpControl::None, b""));
 }
+
+/// A client on the host's loopback and a server in what stands for the guest's namespace, with a connection of the stack's
+/// between them that does not cross the TAP.
+struct Joining {
+    script: Script,
+    maker: crate::SocketMaker,
+    inside: TcpListener,
+}
+
+/// How an exchange over such a connection ended for the client: the bytes that came back, or why not.
+type Ended = Result<usize, std::io::ErrorKind>;
+
+impl Joining {
+    fn new() -> Self {
+        let (sockets, maker) = crate::inside_sockets().expect("socket pair");
+        let port = Publish {
+            host_ip: Some(ip("127.0.0.1")),
+            host_port: 0,
+            inside_ip: None,
+            inside_port: 80,
+            protocol: crate::Protocol::Tcp,
+        };
+        let published = Published::bind(&[port]).expect("port").through(sockets);
+        let script = Script::of(&spec(), true, published);
+        // Every address is the host's own here, the guest's too.
+        let inside = TcpListener::bind("[::]:80").expect("listener");
+        inside.set_nonblocking(true).expect("non-blocking");
+        Self { script, maker, inside }
+    }
+
+    /// One client's exchange: sends so many bytes, has them echoed, and both close.
+    fn exchange(&mut self, len: usize, what: &str) -> Ended {
+        let data: Vec<u8> = (0..len).map(Good::byte).collect();
+        let mut client = TcpStream::connect(self.script.published[0]).expect("connect");
+        client.set_nonblocking(true).expect("non-blocking");
+        let mut servers: Vec<(TcpStream, Vec<u8>, bool)> = Vec::new();
+        let (mut sent, mut back, mut buffer) = (0, Vec::<u8>::new(), vec![0u8; 100_000]);
+        let would_block = |error: &std::io::Error| error.kind() == std::io::ErrorKind::WouldBlock;
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        loop {
+            assert!(std::time::Instant::now() < deadline, "{what}: it stands still");
+            assert!(self.maker.answer(), "{what}: the stack has given the maker up");
+            self.script.turn(Duration::ZERO);
+            while self.script.try_recv().is_some() {}
+            while let Ok((stream, _)) = self.inside.accept() {
+                stream.set_nonblocking(true).expect("non-blocking");
+                servers.push((stream, Vec::new(), false));
+            }
+            servers.retain_mut(|(stream, held, ended)| {
+                if held.is_empty() && !*ended {
+                    match stream.read(&mut buffer) {
+                        Ok(0) => *ended = true,
+                        Ok(len) => held.extend(&buffer[..len]),
+                        Err(error) if would_block(&error) => {}
+                        Err(_) => return false,
+                    }
+                }
+                match stream.write(held) {
+                    Ok(len) => drop(held.drain(..len)),
+                    Err(error) if would_block(&error) => {}
+                    Err(_) => return false,
+                }
+                !(*ended && held.is_empty())
+            });
+            if sent < data.len() {
+                match client.write(&data[sent..]) {
+                    Ok(len) => sent += len,
+                    Err(error) if would_block(&error) => {}
+                    Err(error) => return Err(error.kind()),
+                }
+                if sent == data.len() {
+                    client.shutdown(std::net::Shutdown::Write).expect("shutdown");
+                }
+            }
+            match client.read(&mut buffer) {
+                Ok(0) => {
+                    assert!(back == data[..back.len()], "{what}: other bytes");
+                    return Ok(back.len());
+                }
+                Ok(len) => back.extend(&buffer[..len]),
+                Err(error) if would_block(&error) => {}
+                Err(error) => return Err(error.kind()),
+            }
+        }
+    }
+}
+
+#[test]
+fn joined_connections_whose_calls_fail_are_reset_or_do_without() {
+    let name = "script::faults::joined_connections_whose_calls_fail_are_reset_or_do_without";
+    if !hostile::in_empty_namespace(name) {
+        return;
+    }
+    const LEN: usize = 400_000;
+    let mut joining = Joining::new();
+    assert_eq!(joining.exchange(LEN, "no fault"), Ok(LEN));
+    assert_eq!(joining.script.stats().tcp_joined, 1);
+    calm_down(&mut joining.script, "no fault");
+    let before = joining.script.inventory();
+    drop(joining);
+    for call in [
+        Call::Connect,
+        Call::EpollAdd,
+        Call::Send,
+        Call::Recv,
+        Call::Splice,
+        Call::Pipe,
+        Call::SetSockOpt,
+        Call::GetSockOpt,
+    ] {
+        for errno in ERRORS {
+            let what = format!("{call:?} {errno}");
+            // A pipe that is kept would be used again.
+            let mut joining = Joining::new();
+            let empty = joining.script.inventory();
+            let ended = {
+                // The client's socket is watched first; if that fails, the connection goes the way of all others.
+                let mut watched = usize::from(errno == ERRORS[0]);
+                let _plan = plan(move |asked, _| {
+                    watched += usize::from(asked == Call::EpollAdd);
+                    let fails = asked == call && (call != Call::EpollAdd || watched > 1);
+                    if fails { Fault::Fails(errno) } else { Fault::None }
+                });
+                joining.exchange(LEN, &what)
+            };
+            if matches!(call, Call::Pipe | Call::SetSockOpt) {
+                assert_eq!(ended, Ok(LEN), "{what}");
+            } else {
+                use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
+                assert!(matches!(ended, Err(ConnectionReset | BrokenPipe)), "{what}: {ended:?}");
+            }
+            calm_down(&mut joining.script, &what);
+            let left = joining.script.inventory();
+            assert_eq!((left.0, left.1, left.2, left.3), (0, 0, 0, 0), "{what}");
+            assert!(left.4 - empty.4 <= before.4 - empty.4, "{what}: descriptors");
+            joining.script.engine.check_bounds();
+            // It was not for ever.
+            assert_eq!(joining.exchange(1_000, &what), Ok(1_000), "{what}");
+        }
+    }
+}

@@ -21,7 +21,7 @@ impl Good {
         Self { peer, server, sent: 0, back: 0 }
     }
 
-    fn byte(at: usize) -> u8 {
+    pub(super) fn byte(at: usize) -> u8 {
         u8::try_from(at % 251).expect("small")
     }
 
