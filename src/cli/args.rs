@@ -379,6 +379,9 @@ pub(super) struct NetstackArgs {
     /// take commands on a unix socket at this path
     #[arg(short, long, value_name = "PATH")]
     pub(super) api_socket: Option<PathBuf>,
+    /// take rootlet's own commands (counters, flows, ports, rules, rates) on a unix socket at this path
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["enable_sandbox", "enable_seccomp"])]
+    pub(super) network_control: Option<PathBuf>,
     /// specify network address CIDR (default=10.0.2.0/24)
     #[arg(long, value_name = "CIDR")]
     pub(super) cidr: Option<String>,

@@ -34,6 +34,7 @@ use serde::de::{DeserializeOwned, Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+pub(crate) use self::peer::Apart;
 use self::peer::{Peers, Stranger};
 use crate::error::{errno_of, errno_text};
 use crate::local_socket::{LocalListener, SocketFile};
@@ -155,12 +156,12 @@ pub(crate) struct Served {
 }
 
 impl ControlSocket {
-    /// Listens at `path`, an absolute one.
+    /// Listens at `path`, an absolute one; `apart` says who is of the sandbox.
     ///
     /// # Errors
     ///
     /// When something else is there, or others could put something else there.
-    pub(crate) fn bind(path: &Path) -> Result<Self, ControlError> {
+    pub(crate) fn bind(path: &Path, apart: Apart) -> Result<Self, ControlError> {
         let failed = |what: &'static str, source: Option<std::io::Error>| ControlError {
             path: path.to_owned(),
             what,
@@ -176,7 +177,7 @@ impl ControlSocket {
         if shared || (found.uid() != own && found.uid() != 0) {
             return Err(failed("others may put another one in its place: choose a directory of yours", None));
         }
-        let peers = Peers::like_us().map_err(|error| failed("/proc is missing", Some(error)))?;
+        let peers = Peers::like_us(apart).map_err(|error| failed("/proc is missing", Some(error)))?;
         let listener = LocalListener::bind(path).map_err(|error| match errno_of(&error) {
             Some(Errno::ENAMETOOLONG) => failed("the path of a socket has 107 bytes at most", Some(error)),
             Some(Errno::EADDRINUSE) => failed(

@@ -20,24 +20,40 @@ use nix::sys::socket::{getsockopt, sockopt};
 /// Why a peer may not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Stranger {
-    #[error("a process of another user namespace has connected, such as that of the sandbox")]
-    OtherNamespace,
+    #[error("a process of another {0} namespace has connected, such as that of the sandbox")]
+    OtherNamespace(&'static str),
     #[error("a process has connected that has ended, or cannot be looked at")]
     Unknown,
 }
 
-/// A user namespace, by its inode on nsfs.
+/// By what a process of the sandbox is told from one of the caller's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct UserNamespace {
-    dev: u64,
-    ino: u64,
+pub(crate) enum Apart {
+    /// The sandbox has a user namespace of its own.
+    User,
+    /// It may share ours, as that of a program which its own caller has put into a user namespace. But it has the network
+    /// namespace that we serve, which is not ours.
+    UserOrNetwork,
 }
 
+impl Apart {
+    fn namespaces(self) -> &'static [&'static str] {
+        match self {
+            Self::User => &["user"],
+            Self::UserOrNetwork => &["user", "net"],
+        }
+    }
+}
+
+/// Namespaces, by their names in /proc/PID/ns and their inodes on nsfs.
+type Namespaces = Vec<(&'static str, u64, u64)>;
+
 /// Those who may.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Peers {
     uid: u32,
-    namespace: UserNamespace,
+    apart: Apart,
+    namespaces: Namespaces,
 }
 
 impl Peers {
@@ -45,10 +61,10 @@ impl Peers {
     ///
     /// # Errors
     ///
-    /// When /proc does not tell in which user namespace this process is.
-    pub(super) fn like_us() -> std::io::Result<Self> {
-        let namespace = user_namespace("self")?;
-        Ok(Self { uid: rustix::process::geteuid().as_raw(), namespace })
+    /// When /proc does not tell in which namespaces this process is.
+    pub(super) fn like_us(apart: Apart) -> std::io::Result<Self> {
+        let namespaces = namespaces_of("self", apart)?;
+        Ok(Self { uid: rustix::process::geteuid().as_raw(), apart, namespaces })
     }
 
     /// Whether the other end of `stream` was one of them when it connected.
@@ -57,13 +73,15 @@ impl Peers {
         // 0 is who is not in our pid namespace.
         let pid = rustix::process::Pid::from_raw(peer.pid()).ok_or(Stranger::Unknown)?;
         let pidfd = pidfd_of(stream, pid).ok_or(Stranger::Unknown)?;
-        let found = user_namespace(&peer.pid().to_string());
+        let found = namespaces_of(&peer.pid().to_string(), self.apart);
         if !is_alive(&pidfd) {
             return Err(Stranger::Unknown);
         }
         match found {
-            Ok(namespace) if namespace == self.namespace => Ok(()),
-            Ok(_) => Err(Stranger::OtherNamespace),
+            Ok(found) => match found.iter().zip(&self.namespaces).find(|(theirs, ours)| theirs != ours) {
+                Some((&(name, ..), _)) => Err(Stranger::OtherNamespace(name)),
+                None => Ok(()),
+            },
             // An ordinary user may not look at root's processes. Those of the sandbox he may: he made their user namespace,
             // and so has every capability there (user_namespaces(7)).
             Err(error)
@@ -98,9 +116,12 @@ fn is_alive(pidfd: &OwnedFd) -> bool {
     poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ended| ended == 0)
 }
 
-fn user_namespace(process: &str) -> std::io::Result<UserNamespace> {
-    let file = std::fs::metadata(format!("/proc/{process}/ns/user"))?;
-    Ok(UserNamespace { dev: file.dev(), ino: file.ino() })
+fn namespaces_of(process: &str, apart: Apart) -> std::io::Result<Namespaces> {
+    let look = |&name: &&'static str| {
+        let file = std::fs::metadata(format!("/proc/{process}/ns/{name}"))?;
+        Ok((name, file.dev(), file.ino()))
+    };
+    apart.namespaces().iter().map(look).collect()
 }
 
 #[cfg(test)]
@@ -118,11 +139,16 @@ mod tests {
     }
 
     #[test]
-    fn only_the_same_namespace_may() {
+    fn only_the_same_namespaces_may() {
         let (stream, _other) = connected();
-        let like_us = Peers::like_us().unwrap();
-        assert_eq!(like_us.check(&stream), Ok(()));
-        let namespace = UserNamespace { ino: like_us.namespace.ino + 1, ..like_us.namespace };
-        assert_eq!(Peers { namespace, ..like_us }.check(&stream), Err(Stranger::OtherNamespace));
+        for apart in [Apart::User, Apart::UserOrNetwork] {
+            let like_us = Peers::like_us(apart).unwrap();
+            assert_eq!(like_us.check(&stream), Ok(()));
+            for at in 0..like_us.namespaces.len() {
+                let mut others = like_us.clone();
+                others.namespaces[at].2 += 1;
+                assert_eq!(others.check(&stream), Err(Stranger::OtherNamespace(others.namespaces[at].0)));
+            }
+        }
     }
 }

@@ -210,7 +210,7 @@ const SAY: &str = "{\"request\":\"say\",\"text\":\"hi\"}\n";
 fn whoever_is_silent_for_the_longest_gives_way() {
     let dir = Dir::new("many");
     let path = dir.0.join("control");
-    let served = ControlSocket::bind(&path).unwrap().serve(Parrot).unwrap();
+    let served = ControlSocket::bind(&path, Apart::User).unwrap().serve(Parrot).unwrap();
     let connect = || {
         let client = UnixStream::connect(&path).unwrap();
         // What hangs is to fail.
@@ -243,15 +243,15 @@ fn a_directory_in_which_others_may_write_is_refused() {
     let path = dir.0.join("control");
     for mode in [0o777, 0o770, 0o702] {
         set(mode);
-        let error = ControlSocket::bind(&path).unwrap_err().to_string();
+        let error = ControlSocket::bind(&path, Apart::User).unwrap_err().to_string();
         assert!(error.contains("others may put another one in its place"), "{error}");
     }
     for mode in [0o1777, 0o755, 0o700] {
         set(mode);
-        drop(ControlSocket::bind(&path).unwrap());
+        drop(ControlSocket::bind(&path, Apart::User).unwrap());
     }
-    let socket = ControlSocket::bind(&path).unwrap();
-    let error = ControlSocket::bind(&path).unwrap_err().to_string();
+    let socket = ControlSocket::bind(&path, Apart::User).unwrap();
+    let error = ControlSocket::bind(&path, Apart::User).unwrap_err().to_string();
     assert!(error.contains("something is there already"), "{error}");
     drop(socket);
     assert!(!path.exists());

@@ -12,7 +12,7 @@ use netstack::{
 
 use super::LaunchError;
 use crate::control::network::Network;
-use crate::control::{ControlSocket, Served};
+use crate::control::{Apart, ControlSocket, Served};
 use crate::plan::{NetPlan, Plan, StackPlan};
 use crate::report::{NetworkLog, NetworkRecords, PublishedPort, finish_capture};
 
@@ -54,7 +54,8 @@ impl Services {
         if let NetPlan::Stack(stack) = &plan.net {
             let ports: Vec<Publish> = stack.publish.iter().map(Publish::from).collect();
             let ports = Published::bind(&ports).map_err(LaunchError::Network)?;
-            control = stack.control.as_deref().map(ControlSocket::bind).transpose()?;
+            let bind = |path| ControlSocket::bind(path, Apart::User);
+            control = stack.control.as_deref().map(bind).transpose()?;
             published = ports
                 .addresses()
                 .map(|(host, protocol, inside_port)| PublishedPort {

@@ -428,3 +428,48 @@ fn wrong_uses_are_told_before_anything_is_made() {
     }
     assert!(home.command(&name).args(["-v"]).run().ok().text().starts_with("slirp4netns version "));
 }
+
+#[test]
+fn the_target_does_not_command_its_network() {
+    need!("nc", "nsenter");
+    let home = Home::new();
+    // As Podman has it: the program is in the user namespace that its caller has made, and so is the target.
+    let script = r#"
+join = ["nsenter", "-t", str(target.pid), "-U", "--preserve-credentials"]
+second = subprocess.Popen([*join, "unshare", "-n", "sh", "-c", "echo; exec sleep infinity"], stdout=subprocess.PIPE)
+second.stdout.read(1)
+try:
+    net = Net("-c", "--network-control=control", of=str(second.pid), program=(*join, R, "netstack"))
+    def command(enter, request):
+        nc = [*enter, "nc", "-NU", "control"]
+        return subprocess.run(nc, input=json.dumps(request), stdout=subprocess.PIPE, text=True).stdout.strip()
+    print(command(join, {"request": "set-rules", "deny": ["any"], "host_loopback": "none"}))
+    print(command(join, {"request": "publish", "ports": "127.0.0.1:0:80"})[:36])
+    rules = {"request": "set-rules", "deny": []}
+    inside = ["nsenter", "-t", str(second.pid), "-U", "--preserve-credentials", "-n"]
+    for enter in inside, []:
+        answer = json.loads(command(enter, rules))
+        print(answer["error"]["kind"], answer["error"]["text"])
+    print(command(join, {"request": "rules"}), stat.filemode(os.stat("control").st_mode), net.end(), os.path.exists("control"))
+    for option in "--enable-sandbox", "--enable-seccomp":
+        refused = subprocess.run([R, "netstack", "--network-control=control", option, "1"], stderr=subprocess.PIPE, text=True)
+        print(refused.returncode, "cannot be used with" in refused.stderr)
+finally:
+    second.kill(); second.wait()
+"#;
+    let rules = r#"{"result":{"allow":[],"deny":["any"],"host_loopback":"none"}}"#;
+    let other = "a process of another net namespace has connected, such as that of the sandbox";
+    let expected = [
+        rules,
+        r#"{"result":{"ports":[{"host":["127.0."#,
+        &format!("not-allowed {other}"),
+        // Who is outside of the program's own user namespace cannot be looked at from there.
+        "not-allowed a process has connected that has ended, or cannot be looked at",
+        // Told once.
+        &format!(" WARN rootlet::control: a connection to the control socket is refused reason={other}"),
+        &format!("{rules} srw------- 0 False"),
+        "2 True",
+        "2 True",
+    ];
+    python(&home, script).ok().prints(&expected.join("\n"));
+}

@@ -23,6 +23,8 @@ use self::api::Api;
 use self::join::Configure;
 use super::args::{NetnsType, NetstackArgs, Slirp4netns};
 use super::output::Failure;
+use crate::control::network::Network;
+use crate::control::{Apart, ControlSocket};
 use crate::error::errno_text;
 use crate::log;
 use crate::report::{NetworkLog, NetworkRecords, open_capture};
@@ -202,6 +204,7 @@ pub(super) fn netstack(args: &NetstackArgs, inherited: Inherited) -> Result<u8, 
     let addresses = wanted.addresses;
     let api = args.api_socket.as_deref().map(|path| Api::bind(path, addresses.guest)).transpose()?;
     let records = open_records(args)?;
+    let control = args.network_control.as_deref().map(bind_control).transpose()?;
     let configure = args.configure.then(|| Configure {
         mac: wanted.mac.unwrap_or_else(random_mac),
         mtu: wanted.mtu,
@@ -230,6 +233,11 @@ pub(super) fn netstack(args: &NetstackArgs, inherited: Inherited) -> Result<u8, 
     let stack = Stack::start(tap, &spec, published).map_err(failed)?;
     // The log's last line is written when nobody has it any more.
     drop(spec);
+    // Until the end of this function, and its file with it.
+    let _control = control
+        .map(|socket| socket.serve(Network(stack.control().clone())))
+        .transpose()
+        .map_err(|error| Failure::text("cannot serve the control socket").cause(error.to_string()))?;
     if let Some(ready) = inherited.ready {
         std::fs::File::from(ready).write_all(b"1").map_err(|error| {
             Failure::text("cannot write to the ready descriptor").cause(error.to_string())
@@ -241,6 +249,12 @@ pub(super) fn netstack(args: &NetstackArgs, inherited: Inherited) -> Result<u8, 
         crate::report::finish_capture(&capture);
     }
     served
+}
+
+fn bind_control(path: &Path) -> Result<ControlSocket, Failure> {
+    let path = std::path::absolute(path)
+        .map_err(|error| Failure::text("the path of the control socket").cause(error.to_string()))?;
+    ControlSocket::bind(&path, Apart::UserOrNetwork).map_err(|error| Failure::new(&error))
 }
 
 fn stack_spec(args: &NetstackArgs, wanted: &Wanted, mac: [u8; 6]) -> StackSpec {
