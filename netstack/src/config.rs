@@ -254,6 +254,9 @@ pub(crate) const INBOUND_CONNECT: Duration = Duration::from_secs(10);
 /// them takes. Beyond that the data is copied.
 pub(crate) const MAX_PIPES: usize = 64;
 pub(crate) const JOIN_PIPE: i32 = 256 * 1024;
+/// How long the guest's last data is waited for when the stack is to end: after the last of it, and in all.
+pub(crate) const LAST_DATA_QUIET: std::time::Duration = std::time::Duration::from_secs(1);
+pub(crate) const LAST_DATA_MOST: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// UDP sockets at once (a quarter of the descriptors if that is fewer).
 pub(crate) const MAX_UDP_SOCKETS: usize = 4_096;

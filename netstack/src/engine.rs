@@ -25,7 +25,9 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::UdpPacket;
 
-use crate::config::{Error, MAX_SUPER_SEGMENT, Publish, REASSEMBLY, StackSpec};
+use crate::config::{
+    Error, LAST_DATA_MOST, LAST_DATA_QUIET, MAX_SUPER_SEGMENT, Publish, REASSEMBLY, StackSpec,
+};
 use crate::control::{self, Commands, Control};
 use crate::defect::{self, At};
 use crate::device::{self, ReadResult, Segmentation, Tap};
@@ -369,6 +371,8 @@ pub(crate) struct Engine {
     more_work: bool,
     /// It ends because it cannot go on.
     broken: bool,
+    /// Who waits until the guest's last data has been passed on, and whether a whole turn has looked for it.
+    drained: Option<(bool, std::sync::mpsc::Sender<()>)>,
 }
 
 /// How a turn ended.
@@ -434,6 +438,7 @@ impl Engine {
             more_frames: false,
             more_work: false,
             broken: false,
+            drained: None,
             sh,
         };
         Ok((engine, control))
@@ -678,7 +683,23 @@ impl Engine {
         self.sh.tap.end_run();
         self.watch_tap();
         self.await_tokens();
+        self.tell_drained();
         Turn::Goes
+    }
+
+    /// Lets go of `waiter` when all that the guest has sent has been passed on.
+    fn drain(&mut self, waiter: std::sync::mpsc::Sender<()>) {
+        self.drained = Some((false, waiter));
+    }
+
+    fn tell_drained(&mut self) {
+        let Some((looked, _)) = &mut self.drained else { return };
+        if !std::mem::replace(looked, true) {
+            // Frames may wait that this turn did not know of.
+            self.more_work = true;
+        } else if !self.more_frames && !self.more_work && !self.tcp.is_owed() {
+            self.drained = None;
+        }
     }
 
     /// Connections wait at a listener.
@@ -1196,6 +1217,26 @@ impl Stack {
     #[must_use]
     pub fn has_failed(&self) -> bool {
         self.failed.load(Ordering::Relaxed)
+    }
+
+    /// Waits until what the guest has sent has been passed on, datagrams and connections with their ends, as the guest's
+    /// kernel sends it when the last program is gone. Not longer than data comes, and a second; ten seconds in all.
+    pub fn drain(&self) {
+        let (waiter, drained) = std::sync::mpsc::channel();
+        if self.control.ask(move |engine, _| engine.drain(waiter)).is_err() {
+            return;
+        }
+        let until = std::time::Instant::now() + LAST_DATA_MOST;
+        let mut seen = self.stats().bytes_from_guest;
+        // Nothing is sent: the other end goes.
+        while drained.recv_timeout(LAST_DATA_QUIET) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            let now = self.stats().bytes_from_guest;
+            if now == seen || std::time::Instant::now() >= until {
+                tracing::debug!("the network ends before all data of the inside has been taken");
+                return;
+            }
+            seen = now;
+        }
     }
 
     /// Ends the thread and closes every flow. Dropping the stack does the same. A thread that a system call holds up for

@@ -608,6 +608,14 @@ impl Tcp {
         }
     }
 
+    /// Whether there are connections whose data from the guest, to its end, has not been passed on.
+    pub(crate) fn is_owed(&self) -> bool {
+        self.flows.iter().any(|(_, flow)| match (&flow.far, &flow.phase) {
+            (Far::Host(host), Phase::Open(_)) => flow.inbound_until.is_none() && !host.shut && !host.failed,
+            _ => false,
+        })
+    }
+
     /// Ends the guest's flows that are not allowed any more, with a reset on both sides.
     pub(crate) fn review(&mut self, sh: &mut Shared) {
         let outbound = |flow: &Flow| !flow.inbound && matches!(flow.far, Far::Host(_));

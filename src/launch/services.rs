@@ -142,6 +142,8 @@ impl Services {
     pub(super) fn finish(&mut self) -> bool {
         drop((self.control.take(), self.controlled.take()));
         if let Some(stack) = self.stack.take() {
+            // The inside's kernel still has what its programs wrote before they ended.
+            stack.drain();
             stack.stop();
         }
         if let Some(capture) = self.capture.take() {

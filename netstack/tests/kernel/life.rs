@@ -1,6 +1,7 @@
 //! Idle, end, and programs of every day.
 
 use std::io::{Read, Write};
+use std::net::UdpSocket;
 
 use crate::common::*;
 use crate::tools::*;
@@ -10,6 +11,7 @@ crate::tests! {
     idle_means_no_wake_up,
     stopping_ends_every_flow,
     the_stack_ends_with_its_namespace,
+    what_was_sent_last_arrives,
 }
 
 fn programs_of_every_day_work(world: &World) {
@@ -80,4 +82,50 @@ fn the_stack_ends_with_its_namespace(_: &World) {
     wait_until("the stack ended", || !stack.is_running());
     drop(net);
     stack.stop();
+}
+
+fn what_was_sent_last_arrives(world: &World) {
+    let guest = Guest::new();
+    let udp = world.internet.run(|| UdpSocket::bind((INTERNET_V4, 0)).unwrap());
+    udp.set_read_timeout(Some(PATIENCE)).unwrap();
+    let (addr, server) = accept_one(&world.internet, INTERNET_V4);
+    let mut client = guest.net.run(move || connect(addr).unwrap());
+    let mut server = server.join().unwrap();
+    // As much as the guest's kernel and the stack take while nobody reads. The guest's program then ends.
+    client.set_nonblocking(true).unwrap();
+    let mut sent = 0;
+    let data = pattern(11, 1 << 20).repeat(64);
+    wait_until("nothing more is taken", || {
+        while let Ok(some) = client.write(&data[sent..]) {
+            sent += some;
+        }
+        let (flows, bytes) = (guest.stack.stats().tcp_flows, guest.stack.stats().bytes_from_guest);
+        assert_eq!(flows, 1);
+        // It stands still for as long as an answer of the gateway takes.
+        guest.net.run(|| sh(&format!("ping -c 1 -W 5 {GATEWAY_V4}")));
+        guest.stack.stats().bytes_from_guest < bytes + 1_000 && client.write(&data[sent..]).is_err()
+    });
+    let to = udp.local_addr().unwrap();
+    guest.net.run(move || {
+        UdpSocket::bind("0.0.0.0:0").unwrap().send_to(b"last words", to).unwrap();
+        drop(client);
+    });
+    let reader = std::thread::spawn(move || {
+        let mut all = Vec::new();
+        server.read_to_end(&mut all).map(|_| all)
+    });
+    guest.stack.drain();
+    guest.stack.stop();
+    assert!(reader.join().unwrap().unwrap() == data[..sent], "{sent} bytes");
+    assert_eq!(udp.recv_from(&mut [0; 16]).unwrap().0, 10);
+
+    // A peer that does not read is not waited for.
+    let guest = Guest::new();
+    let (addr, server) = accept_one(&world.internet, INTERNET_V4);
+    let mut client = guest.net.run(move || connect(addr).unwrap());
+    let _server = server.join().unwrap();
+    client.set_nonblocking(true).unwrap();
+    while client.write(&data).is_ok() {}
+    drop(client);
+    guest.stack.drain();
 }
