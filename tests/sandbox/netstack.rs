@@ -340,8 +340,9 @@ import resource, threading
 server = socket.create_server(("127.0.0.1", 0)); port = server.getsockname()[1]
 threading.Thread(target=lambda: [server.accept()[0].close() for _ in range(3)], daemon=True).start()
 def connect():
-    inside(f"nc -w 5 -z 10.0.2.2 {port}")
-    # A flow is told to have ended, and then its socket, whose peer is this port, is closed.
+    inside(f"nc -d -w 50 10.0.2.2 {port}")
+    # A flow is told to have ended, and then its socket, whose peer is this port, is closed. The server has closed before, so
+    # nothing stays in TIME-WAIT.
     while any(line.split()[2].endswith(f":{port:04X}") for line in open("/proc/net/tcp")): pass
 def lines():
     return [json.loads(line) for line in open("log").read().splitlines()]
