@@ -193,9 +193,11 @@ class Load:
     async def ping(self, chance, address):
         size = chance.choice(["56", "1400", "4000"])
         process = await asyncio.create_subprocess_exec(
-            "ping", "-n", "-c", "2", "-i", "0.2", "-W", "20", "-s", size, address, stdout=asyncio.subprocess.PIPE)
+            "ping", "-n", "-c", "3", "-i", "0.2", "-W", "20", "-s", size, address, stdout=asyncio.subprocess.PIPE)
         text, _ = await process.communicate()
-        assert b" 2 received" in text, text.decode()
+        # Where rates are bounded, queues run over: one may be lost.
+        self.done["ping lost"] += b" 3 received" not in text
+        assert b" 0 received" not in text, text.decode()
 
     async def refused(self, chance, address):
         try:
