@@ -209,8 +209,8 @@ pub(crate) struct Forward {
     udp: Slab<Socket>,
     /// Listeners with more connections than one turn takes.
     eager: Vec<FlowId>,
-    /// Listeners that could not accept for want of descriptors.
-    starved: Vec<FlowId>,
+    /// Listeners that could not accept for want of descriptors, and whether they got some before that.
+    starved: Vec<(FlowId, bool)>,
 }
 
 impl Forward {
@@ -346,10 +346,10 @@ impl Forward {
         join: &mut Join,
     ) {
         let Some(Socket { fd: listener, inside }) = self.tcp.get(id) else { return };
-        for _ in 0..TURN {
+        for accepted in 0..TURN {
             // Who gets no answer inside makes room, or a flood at one port would take those of the others.
             if sh.budget.is_short() && !tcp.spare(sh) {
-                return self.starve(sh, now, id);
+                return self.starve(sh, now, id, accepted > 0);
             }
             let fd = match crate::sys::accept(listener.as_fd()) {
                 Ok(fd) => fd,
@@ -358,7 +358,7 @@ impl Forward {
                 Err(Errno::ECONNABORTED | Errno::EINTR | Errno::EPROTO) => continue,
                 Err(errno) => {
                     tracing::debug!(%errno, "a published port cannot accept");
-                    return self.starve(sh, now, id);
+                    return self.starve(sh, now, id, accepted > 0);
                 }
             };
             let peer =
@@ -374,14 +374,15 @@ impl Forward {
         self.eager.push(id);
     }
 
-    /// The listener is tried again when one of our descriptors is closed, or in a while.
-    fn starve(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
+    /// The listener is tried again when one of our descriptors is closed, or in a while; after those that got nothing
+    /// if it has been `served`.
+    fn starve(&mut self, sh: &mut Shared, now: Instant, id: FlowId, served: bool) {
         if self.starved.is_empty() {
             sh.timers.set(now + STARVED_RETRY, TimerKey::Accept);
         }
-        if !self.starved.contains(&id) {
+        if !self.starved.iter().any(|&(waits, _)| waits == id) {
             sh.stats.refused_by_limit.one();
-            self.starved.push(id);
+            self.starved.push((id, served));
         }
     }
 
@@ -399,9 +400,12 @@ impl Forward {
         !self.eager.is_empty()
     }
 
-    /// Listeners that had to stop, to be tried again.
+    /// Listeners that had to stop, to be tried again. Those come first that got nothing the last time, or the first would
+    /// take every descriptor that is closed.
     pub(crate) fn take_starved(&mut self) -> Vec<FlowId> {
-        std::mem::take(&mut self.starved)
+        let mut starved = std::mem::take(&mut self.starved);
+        starved.sort_by_key(|&(_, served)| served);
+        starved.into_iter().map(|(id, _)| id).collect()
     }
 
     /// Datagrams wait at a published socket.

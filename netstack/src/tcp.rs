@@ -60,6 +60,8 @@ use crate::udp;
 const TURN_BUDGET: usize = 1024 * 1024;
 /// Segments sent for one flow before the others get their turn.
 const TURN_SEGMENTS: usize = 1024;
+/// Connections that are looked at for one that may give way, each time there is no descriptor for another.
+const SPARE_TURN: usize = 64;
 /// Segments that are sent without a word from the guest. More than fit into any window some times over: then something
 /// is wrong, and the flow ends instead of going on for ever.
 const MAX_UNHEARD: usize = 1 << 18;
@@ -144,6 +146,9 @@ struct Flow {
     finished: bool,
     /// A connection to a published port that the guest has not accepted yet.
     inbound_until: Option<Instant>,
+    /// The guest has said more than its SYN-ACK. Before that its kernel may have no room for the connection (the backlog of
+    /// listen(2)): it drops then whatever we send, and has perhaps forgotten that there was anything.
+    taken: bool,
     /// Where else the server inside may listen.
     other_way: Option<FlowKey>,
     /// Its first bytes are to be looked at before they go on.
@@ -389,6 +394,7 @@ impl Tcp {
                 let again = flow.heard_ack.is_some_and(|heard| ack <= heard);
                 if !again && segment.ack() {
                     flow.heard_ack = Some(ack);
+                    flow.taken |= !segment.syn();
                 }
                 let probe = flow.acknowledged.is_none_or(|acknowledged| segment.seq_number() < acknowledged);
                 if again && !probe && only_fin_is_missing(socket, &segment) {
@@ -525,25 +531,27 @@ impl Tcp {
         false
     }
 
-    /// Ends the connection of either direction that has waited for its answer for longest, and long enough, so that
-    /// another gets its descriptor; whether there was one.
+    /// Ends a connection of either direction that nobody has taken for long enough, so that another gets its descriptor;
+    /// whether there was one. Those to outside that have waited for longest come first.
     pub(crate) fn spare(&mut self, sh: &mut Shared) -> bool {
         if self.evict_half_open(sh, HALF_OPEN_SPARE) {
             return true;
         }
-        while let Some(&id) = self.arriving.front() {
-            let waits = self.flows.get(id).filter(|flow| flow.inbound_until.is_some());
-            if waits.is_some_and(|flow| flow.account.lasted(sh.now) < HALF_OPEN_SPARE.into()) {
-                return false;
+        for _ in 0..self.arriving.len().min(SPARE_TURN) {
+            let Some(id) = self.arriving.pop_front() else { break };
+            let Some(flow) = self.flows.get(id).filter(|flow| !flow.taken) else { continue };
+            let since = match flow.inbound_until {
+                Some(_) => Some(flow.account.opened),
+                None => flow.owes.then_some(flow.heard),
+            };
+            if since.is_none_or(|since| sh.now < since + HALF_OPEN_SPARE) {
+                self.arriving.push_back(id);
+                continue;
             }
-            let evicted = waits.is_some();
-            self.arriving.pop_front();
-            if evicted {
-                sh.stats.evicted.one();
-                self.give_reason(id, "evicted");
-                self.remove(sh, id, true);
-                return true;
-            }
+            sh.stats.evicted.one();
+            self.give_reason(id, "evicted");
+            self.remove(sh, id, true);
+            return true;
         }
         false
     }
@@ -579,7 +587,7 @@ impl Tcp {
         sh.stats.tcp_in.one();
         if self.arriving.len() >= 2 * MAX_TCP_FLOWS {
             let flows = &self.flows;
-            self.arriving.retain(|&id| flows.get(id).is_some_and(|flow| flow.inbound_until.is_some()));
+            self.arriving.retain(|&id| flows.get(id).is_some_and(|flow| !flow.taken));
         }
         self.arriving.push_back(id);
         let Some(flow) = self.flows.get_mut(id) else { return };
@@ -714,6 +722,9 @@ impl Tcp {
         flow.inbound_until = Some(now + INBOUND_CONNECT);
         flow.heard = now;
         flow.owes = false;
+        // Numbers of another connection.
+        flow.heard_ack = None;
+        flow.taken = false;
         if let Phase::Open(socket) = before {
             self.recycle(socket.into_rings(), 0);
         }
@@ -732,6 +743,7 @@ impl Tcp {
             closed: false,
             finished: false,
             inbound_until: None,
+            taken: false,
             other_way: None,
             peek: false,
             hello: None,
@@ -1161,12 +1173,12 @@ impl Tcp {
     }
 }
 
-/// Why a connection to the host's world did not come about, in a word.
 /// Whether the host lacks something, rather than the way to the peer.
 fn is_want(errno: Errno) -> bool {
     matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM)
 }
 
+/// Why a connection to the host's world did not come about, in a word.
 fn failure_word(errno: Errno) -> &'static str {
     match errno {
         Errno::ECONNREFUSED => "refused-by-peer",
