@@ -167,7 +167,7 @@ impl Control {
         self.ask(|engine, _| engine.rates())
     }
 
-    /// Replaces how fast data may go, from now on, with full bursts.
+    /// Replaces how fast data may go, from now on. A way whose rate becomes another one begins with a full burst.
     ///
     /// # Errors
     ///

@@ -476,9 +476,14 @@ impl Engine {
 
     /// See [`Control::set_rates`].
     pub(crate) fn set_rates(&mut self, now: Instant, rates: Rates) {
-        self.sh.spec.rates = rates;
-        self.sh.sent = Bucket::new(rates.sent, now);
-        self.sh.received = Bucket::new(rates.received, now);
+        let held = std::mem::replace(&mut self.sh.spec.rates, rates);
+        // A way whose rate stays has no new burst, and its debt is not forgotten.
+        if rates.sent != held.sent {
+            self.sh.sent = Bucket::new(rates.sent, now);
+        }
+        if rates.received != held.received {
+            self.sh.received = Bucket::new(rates.received, now);
+        }
     }
 
     /// See [`Control::rates`].
@@ -900,13 +905,11 @@ impl Engine {
         }
     }
 
-    /// Whether a packet has no hop left for the way beyond the gateway, which then says so, as traceroute wants it.
+    /// Whether a packet has no hop left for the way beyond the gateway, which then says so.
     fn expired(&mut self, packet: &Packet<'_>) -> bool {
         let expired = packet.hop_limit <= 1;
-        if expired && emit::deserves_icmp_error(packet) && !self.sh.tap.is_congested() {
-            let from = self.sh.spec.gateway.ip_like(packet.dst);
-            let error = emit::IcmpError::time_exceeded(packet.is_v6());
-            emit::icmp_error(&mut self.sh.tap, from, packet.src, error, packet.bytes);
+        if expired {
+            crate::udp::hops_exceeded(&mut self.sh, packet);
         }
         expired
     }

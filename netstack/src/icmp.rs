@@ -154,11 +154,7 @@ impl Icmp {
             destination.account.sent.add(packet.payload().len());
         }
         let hops = match packet.hop_limit {
-            0 | 1 => {
-                let from = sh.spec.gateway.ip_like(packet.dst);
-                let error = emit::IcmpError::time_exceeded(packet.is_v6());
-                return emit::icmp_error(&mut sh.tap, from, packet.src, error, packet.bytes);
-            }
+            0 | 1 => return udp::hops_exceeded(sh, packet),
             hops => (hops < 64).then_some(hops - 1),
         };
         sh.sent.take(packet.payload().len());

@@ -643,6 +643,15 @@ pub(crate) fn unreachable(sh: &mut Shared, packet: &Packet<'_>, what: Unreachabl
     }
 }
 
+/// Says that a packet had no hop left for the way beyond the gateway, as traceroute wants it.
+pub(crate) fn hops_exceeded(sh: &mut Shared, packet: &Packet<'_>) {
+    if emit::deserves_icmp_error(packet) && !sh.tap.is_congested() {
+        let from = sh.spec.gateway.ip_like(packet.dst);
+        let error = IcmpError::time_exceeded(packet.is_v6());
+        emit::icmp_error(&mut sh.tap, from, packet.src, error, packet.bytes);
+    }
+}
+
 fn count_send(sh: &mut Shared, sent: nix::Result<()>) {
     if sent.is_err() {
         sh.stats.dropped_datagrams.one();

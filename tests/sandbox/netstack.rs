@@ -341,9 +341,10 @@ server = socket.create_server(("127.0.0.1", 0)); port = server.getsockname()[1]
 threading.Thread(target=lambda: [server.accept()[0].close() for _ in range(3)], daemon=True).start()
 def connect():
     inside(f"nc -d -w 50 10.0.2.2 {port}")
-    # A flow is told to have ended, and then its socket, whose peer is this port, is closed. The server has closed before, so
-    # nothing stays in TIME-WAIT.
-    while any(line.split()[2].endswith(f":{port:04X}") for line in open("/proc/net/tcp")): pass
+    # A flow is told to have ended, and then its socket, whose peer is this port, is closed. What is in TIME-WAIT (06) is
+    # closed: ours, had the server not closed before, or an earlier connection's for which this was the client's port.
+    def is_there(local, peer, state): return peer.endswith(f":{port:04X}") and state != "06"
+    while any(is_there(*line.split()[1:4]) for line in open("/proc/net/tcp")): pass
 def lines():
     return [json.loads(line) for line in open("log").read().splitlines()]
 net = Net("-c", "--network-log=log", "--network-capture=capture", "--network-rate=10mbit")

@@ -118,6 +118,22 @@ fn what_the_guest_sends_waits_behind_its_window() {
 }
 
 #[test]
+fn a_rate_that_stays_brings_no_new_burst() {
+    let mut script = script(None, LIMIT);
+    let (mut peer, mut server) = open(&mut script);
+    server.write_all(&[7; 300_000]).expect("write");
+    takes(&mut script, &mut peer, BURST);
+    // The other way gets one.
+    script.engine.set_rates(script.now, Rates { sent: LIMIT, received: LIMIT });
+    rests(&mut script);
+    script.advance_millis(10);
+    takes(&mut script, &mut peer, 1_000);
+    let faster = LIMIT.map(|limit| Rate { bytes_per_second: 2 * RATE, ..limit });
+    script.engine.set_rates(script.now, Rates { sent: LIMIT, received: faster });
+    takes(&mut script, &mut peer, BURST);
+}
+
+#[test]
 fn datagrams_of_the_guest_wait_in_the_tap() {
     let mut script = script(LIMIT, None);
     let server = UdpSocket::bind("127.0.0.1:0").expect("socket");
