@@ -39,10 +39,10 @@ impl LocalListener {
     ///
     /// # Errors
     ///
-    /// As bind(2): EADDRINUSE if there is anything else, a link included.
+    /// As bind(2): EADDRINUSE if there is anything else, a link included; EINVAL if the file system cannot exchange files.
     pub(crate) fn bind(path: &Path) -> io::Result<Self> {
         let (listener, id) = match listen_at(path) {
-            Err(error) if error.kind() == ErrorKind::AddrInUse => replace(path).map_err(|_| error)?,
+            Err(error) if error.kind() == ErrorKind::AddrInUse => replace(path)?,
             other => (other?, identity(path)),
         };
         // The working directory may be another one when the file goes.
@@ -114,12 +114,21 @@ impl Drop for SocketFile {
 
 /// Listens in place of a socket of the caller's that nobody listens at any more.
 fn replace(path: &Path) -> io::Result<(UnixListener, Option<(u64, u64)>)> {
-    listen_in_place_of(dead_socket(path).ok_or(Errno::EADDRINUSE)?, path)
+    listen_in_place_of(dead_socket(path).ok_or(Errno::EADDRINUSE)?, path, exchange)
+}
+
+fn exchange(a: &Path, b: &Path) -> io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    Ok(renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE)?)
 }
 
 /// Listens in place of the socket `left`. Another one may have taken its place meanwhile: the two sockets change places, and
 /// if the one that comes out is not the one that was looked at, they change back.
-fn listen_in_place_of(left: (u64, u64), path: &Path) -> io::Result<(UnixListener, Option<(u64, u64)>)> {
+fn listen_in_place_of(
+    left: (u64, u64),
+    path: &Path,
+    mut exchange: impl FnMut(&Path, &Path) -> io::Result<()>,
+) -> io::Result<(UnixListener, Option<(u64, u64)>)> {
     // Relative to the open directory, so that a path of the greatest length has room for the other name.
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let dir = std::fs::File::open(dir)?;
@@ -127,18 +136,16 @@ fn listen_in_place_of(left: (u64, u64), path: &Path) -> io::Result<(UnixListener
     beside.push(format!(".{:016x}", RandomState::new().build_hasher().finish()));
     let listener = listen_at(&beside)?;
     let id = identity(&beside);
-    let exchange = || {
-        use rustix::fs::{CWD, RenameFlags, renameat_with};
-        renameat_with(CWD, &beside, CWD, path, RenameFlags::EXCHANGE).map_err(io::Error::from)
-    };
-    let replaced = exchange().and_then(|()| {
+    let replaced = exchange(&beside, path).and_then(|()| {
         if identity(&beside) == Some(left) {
             return Ok(());
         }
-        exchange()?;
+        exchange(&beside, path)?;
         Err(Errno::EADDRINUSE.into())
     });
-    let removed = std::fs::remove_file(&beside);
+    let there = identity(&beside);
+    // If they could not change back, it is another server's.
+    let removed = if there == id || there == Some(left) { std::fs::remove_file(&beside) } else { Ok(()) };
     replaced.and(removed).map(|()| (listener, id))
 }
 
@@ -233,7 +240,7 @@ mod tests {
         let left = dead_socket(path).unwrap();
         let mut first = LocalListener::bind(path).unwrap();
         assert_eq!(dead_socket(path), None);
-        let second = listen_in_place_of(left, path).unwrap_err();
+        let second = listen_in_place_of(left, path, exchange).unwrap_err();
         assert_eq!(second.raw_os_error(), Some(Errno::EADDRINUSE as i32));
         // To ask whether anybody listens is to connect.
         assert_eq!(first.accept().len(), 1);
@@ -242,6 +249,33 @@ mod tests {
         drop((client, first));
         // Empty: nothing is left beside.
         std::fs::remove_dir(&dir).unwrap();
+    }
+
+    #[test]
+    fn what_cannot_be_exchanged_is_left_as_it_is() {
+        let dir = Place::new("exchange").0.clone();
+        std::fs::create_dir(&dir).unwrap();
+        let path = &dir.join("socket");
+        drop(UnixListener::bind(path).unwrap());
+        let left = dead_socket(path).unwrap();
+        let count = || std::fs::read_dir(&dir).unwrap().count();
+        // As on a file system that does not know it. It is not said that somebody is there.
+        let none = listen_in_place_of(left, path, |_, _| Err(Errno::EINVAL.into())).unwrap_err();
+        assert_eq!((none.raw_os_error(), count()), (Some(Errno::EINVAL as i32), 1));
+        // Another server's is taken out by mistake, and cannot be put back: it stays.
+        let theirs = UnixListener::bind(dir.join("theirs")).unwrap();
+        std::fs::rename(dir.join("theirs"), path).unwrap();
+        let theirs_id = identity(path);
+        let mut times = 0;
+        let failed = listen_in_place_of(left, path, |a, b| {
+            times += 1;
+            if times == 1 { exchange(a, b) } else { Err(Errno::ENOENT.into()) }
+        });
+        assert_eq!(failed.unwrap_err().raw_os_error(), Some(Errno::ENOENT as i32));
+        let ids = std::fs::read_dir(&dir).unwrap().map(|entry| identity(&entry.unwrap().path()));
+        assert!(ids.into_iter().any(|id| id == theirs_id));
+        drop(theirs);
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]

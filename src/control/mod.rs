@@ -5,7 +5,7 @@
 //!          <── {"id":1,"result":{…}} ───────
 //! ```
 //!
-//! Here is what is the same whatever is commanded: who may connect ([`peer`]), lines, limits, the thread. What requests
+//! Here is what is the same whatever is commanded: where the socket may be ([`place`]), who may connect ([`peer`]), lines, limits, the thread. What requests
 //! there are says a [`Commanded`], for the network [`network`]. It is outside the sandbox: the process, its thread, its
 //! namespaces.
 //!
@@ -19,11 +19,11 @@
 
 pub(crate) mod network;
 mod peer;
+mod place;
 
 use std::fmt;
 use std::io::{ErrorKind, PipeReader, PipeWriter, Read as _, Write as _};
 use std::os::fd::AsFd as _;
-use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -36,6 +36,7 @@ use serde_json::{Map, Value};
 
 pub(crate) use self::peer::Apart;
 use self::peer::{Peers, Stranger};
+use self::place::Unsafe;
 use crate::error::{errno_of, errno_text};
 use crate::local_socket::{LocalListener, SocketFile};
 
@@ -167,21 +168,23 @@ impl ControlSocket {
             what,
             source,
         };
-        let dir = path.parent().unwrap_or(Path::new("/"));
-        let found = std::fs::metadata(dir)
-            .map_err(|error| failed("its directory cannot be looked at", Some(error)))?;
-        let own = rustix::process::geteuid().as_raw();
-        // Who may replace the socket gets the commands, and may answer what he wants. In a directory with the sticky bit only
-        // the owners of files may (and that of the directory).
-        let shared = found.mode() & 0o022 != 0 && found.mode() & 0o1000 == 0;
-        if shared || (found.uid() != own && found.uid() != 0) {
-            return Err(failed("others may put another one in its place: choose a directory of yours", None));
-        }
+        // Who may replace the socket gets the commands, and may answer what he wants.
+        place::check(path.parent().unwrap_or(Path::new("/"))).map_err(|error| match error {
+            Unsafe::Unknown(_, source) => failed("its directory cannot be looked at", Some(source)),
+            other => {
+                let what = "others may put another one in its place: choose a directory of yours";
+                failed(what, Some(std::io::Error::other(other)))
+            }
+        })?;
         let peers = Peers::like_us(apart).map_err(|error| failed("/proc is missing", Some(error)))?;
         let listener = LocalListener::bind(path).map_err(|error| match errno_of(&error) {
             Some(Errno::ENAMETOOLONG) => failed("the path of a socket has 107 bytes at most", Some(error)),
             Some(Errno::EADDRINUSE) => failed(
                 "something is there already, and it is not a socket of yours that is dead",
+                Some(error),
+            ),
+            Some(Errno::EINVAL) => failed(
+                "a dead socket of yours is there, and this file system cannot exchange it: remove it",
                 Some(error),
             ),
             _ => failed("the socket cannot be made", Some(error)),

@@ -8,6 +8,11 @@
 //! of the peer (SO_PEERPIDFD, Linux 6.5) that is still alive afterwards says that the number was not another's meanwhile;
 //! who has ended, or cannot be looked at, is nobody. Before 6.5 the pidfd is made from the number: who connects, ends, and
 //! has its number taken over by a process of the caller's, all before we accept, passes for that one.
+//!
+//! An ordinary user may not look at root's processes so. What anybody may read is how ids are mapped where they are. The
+//! initial user namespace alone has all user, group and project ids, if root does not give all of them to another one;
+//! where that is ours, whoever has these maps and is root is obeyed. In other namespaces maps prove nothing, and of network
+//! namespaces nothing can be read: there such processes are sent away.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
@@ -73,30 +78,53 @@ impl Peers {
         // 0 is who is not in our pid namespace.
         let pid = rustix::process::Pid::from_raw(peer.pid()).ok_or(Stranger::Unknown)?;
         let pidfd = pidfd_of(stream, pid).ok_or(Stranger::Unknown)?;
-        let found = namespaces_of(&peer.pid().to_string(), self.apart);
-        if !is_alive(&pidfd) {
-            return Err(Stranger::Unknown);
-        }
-        match found {
+        let process = peer.pid().to_string();
+        let judged = match namespaces_of(&process, self.apart) {
             Ok(found) => match found.iter().zip(&self.namespaces).find(|(theirs, ours)| theirs != ours) {
                 Some((&(name, ..), _)) => Err(Stranger::OtherNamespace(name)),
                 None => Ok(()),
             },
-            // An ordinary user may not look at root's processes. Those of the sandbox he may: he made their user namespace,
-            // and so has every capability there (user_namespaces(7)).
-            Err(error)
-                if peer.uid() == 0
-                    && self.uid != 0
-                    && matches!(
-                        error.raw_os_error().map(Errno::from_raw),
-                        Some(Errno::EACCES | Errno::EPERM)
-                    ) =>
-            {
-                Ok(())
-            }
+            Err(error) if is_denied(&error) && peer.uid() == 0 && self.uid != 0 => self.judge_root(&process),
+            Err(_) => Err(Stranger::Unknown),
+        };
+        if is_alive(&pidfd) { judged } else { Err(Stranger::Unknown) }
+    }
+
+    /// Whether a process of root's, in whose namespaces we may not look, is in ours.
+    fn judge_root(&self, process: &str) -> Result<(), Stranger> {
+        let user_namespace = self.namespaces.iter().any(|&(name, _, inode)| (name, inode) == INITIAL);
+        if self.apart != Apart::User || !user_namespace {
+            return Err(Stranger::Unknown);
+        }
+        match maps_all(process) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Stranger::OtherNamespace("user")),
             Err(_) => Err(Stranger::Unknown),
         }
     }
+}
+
+/// The initial user namespace: it has this inode on every machine (`USER_NS_INIT_INO` in linux/nsfs.h).
+const INITIAL: (&str, u64) = ("user", 0xEFFF_FFFD);
+
+/// Whether this process is in the initial user namespace. Not if /proc does not tell.
+pub(super) fn in_initial_user_namespace() -> bool {
+    std::fs::metadata("/proc/self/ns/user").is_ok_and(|file| file.ino() == INITIAL.1)
+}
+
+/// Whether a process is in a user namespace that has all ids, each of them under its own number.
+fn maps_all(process: &str) -> std::io::Result<bool> {
+    for map in ["uid_map", "gid_map", "projid_map"] {
+        let map = std::fs::read_to_string(format!("/proc/{process}/{map}"))?;
+        if !map.split_whitespace().eq(["0", "0", "4294967295"]) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn is_denied(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error().map(Errno::from_raw), Some(Errno::EACCES | Errno::EPERM))
 }
 
 fn pidfd_of(stream: &UnixStream, pid: rustix::process::Pid) -> Option<OwnedFd> {

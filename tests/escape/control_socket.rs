@@ -8,7 +8,7 @@ use std::path::Path;
 
 use nix::sys::signal::Signal;
 
-use crate::common::{Home, Running, is_root, skip};
+use crate::common::{Home, Running, is_root, rootlet_binary, skip};
 
 /// Asks at each path of its arguments, and prints the kind of what comes back, or the error.
 const ASK: &str = r#"
@@ -132,6 +132,41 @@ fn another_user_is_sent_away() {
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
     assert_eq!(ask("65534").trim(), "nothing");
     assert!(ask("0").starts_with("result"), "root is the caller");
+    running.signal(Signal::SIGTERM);
+    running.finish().exits(143);
+}
+
+#[test]
+fn root_of_another_user_namespace_is_sent_away() {
+    if !is_root() {
+        skip!("only root can be another user, and root");
+    }
+    let home = Home::new();
+    let dir = home.dir("work/of-user");
+    home.command("chown").args(["54321:54321"]).arg(&dir).run().ok();
+    let path = dir.join("c");
+    // Of an ordinary user's, who may not look at processes of root.
+    let running = home
+        .command("setpriv")
+        .args(["--reuid=54321", "--regid=54321", "--clear-groups", "--"])
+        .arg(rootlet_binary())
+        .args(["run", "--rm", &format!("--network-control={}", path.display())])
+        .args(["--", "sh", "-c", "echo ready; exec sleep 1000"])
+        .env("XDG_STATE_HOME", &dir)
+        .start();
+    running.until_out("ready");
+    // So that who has no capability here gets as far as a connection.
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
+    let program = home.file("work/ask.py", ASK);
+    let ask = |command: &[&str]| {
+        let command = home.command(command[0]).args(&command[1..]).args(["python3"]).arg(&program).arg(&path);
+        command.run().ok().text()
+    };
+    for unshare in [&["unshare", "--user"][..], &["unshare", "--user", "--map-root-user"]] {
+        let told = ask(unshare);
+        assert!(told.contains("not-allowed") && told.contains("another user namespace"), "{told}");
+    }
+    assert!(ask(&["env"]).starts_with("result"), "root is obeyed");
     running.signal(Signal::SIGTERM);
     running.finish().exits(143);
 }

@@ -288,6 +288,12 @@ fn places_that_are_not_the_callers_are_refused() {
     open.set_mode(0o777);
     std::fs::set_permissions(&dir, open).unwrap();
     refused(&[&option("d/c")], "others may put another one in its place");
+    // Nor where they may put another directory.
+    refused(&[&option("d/e/c")], "others may put another one in its place");
+    refused(&[&option("link/e/c")], "is open to other users");
+    let mut closed = std::fs::metadata(&dir).unwrap().permissions();
+    closed.set_mode(0o755);
+    std::fs::set_permissions(&dir, closed).unwrap();
     // Beside them is fine, and the plan has it.
     let out = home
         .rootlet(["run", "--dry-run", &option("d/e/c"), "-v", &volume("work", ""), "--", "true"])
