@@ -247,6 +247,9 @@ pub(crate) const HALF_OPEN_SPARE: Duration = Duration::from_secs(1);
 /// How long the guest may leave data or a FIN of ours unacknowledged before the flow is given up. Its kernel answers
 /// even window probes, whatever its programs do, so silence means that it is gone.
 pub(crate) const GUEST_SILENCE: Duration = Duration::from_secs(180);
+/// How long the guest may say nothing on a connection whose end it has acknowledged before it is asked whether it still has
+/// it. Its own end, or its RST, may have been lost where the TAP's queue was full, and nobody says a RST twice.
+pub(crate) const FIN_WAIT_PROBE: Duration = Duration::from_secs(60);
 /// How long the guest has to answer the SYN of a connection to a published port.
 pub(crate) const INBOUND_CONNECT: Duration = Duration::from_secs(10);
 

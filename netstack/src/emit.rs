@@ -3,9 +3,10 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use nix::errno::Errno;
+use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
     ArpOperation, ArpPacket, ArpRepr, EthernetAddress, Icmpv4Packet, Icmpv6Packet, Icmpv6Repr, IpProtocol,
-    NdiscNeighborFlags, NdiscRepr, checksum,
+    NdiscNeighborFlags, NdiscRepr, TcpControl, TcpPacket, TcpRepr, TcpSeqNumber, checksum,
 };
 
 use crate::device::{Offload, Tap};
@@ -61,6 +62,33 @@ fn udp_header(segment: &mut [u8], from: Endpoint, to: Endpoint) {
 pub(crate) fn udp_headers(packet: &mut [u8], from: Endpoint, to: Endpoint) {
     let header_len = ingress::write_ip_header(packet, from.ip, to.ip, UDP, HOPS);
     udp_header(&mut packet[header_len..], from, to);
+}
+
+/// Sends a segment whose number has been acknowledged already, so that the guest answers it: with what it has received, or,
+/// if it does not know the connection, with a RST (RFC 9293 section 3.8.4, the probe of a keep-alive without its octet).
+pub(crate) fn tcp_probe(tap: &mut Tap, from: Endpoint, to: Endpoint, seq: TcpSeqNumber, ack: TcpSeqNumber) {
+    let segment = TcpRepr {
+        src_port: from.port,
+        dst_port: to.port,
+        control: TcpControl::None,
+        seq_number: seq,
+        ack_number: Some(ack),
+        window_len: u16::MAX,
+        window_scale: None,
+        max_seg_size: None,
+        sack_permitted: false,
+        sack_ranges: [None; 3],
+        timestamp: None,
+        payload: &[],
+    };
+    let header_len = ip_header_len(to.ip);
+    let len = header_len + segment.buffer_len();
+    let packet = tap.packet_mut(len);
+    ingress::write_ip_header(packet, from.ip, to.ip, ingress::TCP, HOPS);
+    let sums = ChecksumCapabilities::default();
+    let segment_at = &mut packet[header_len..];
+    segment.emit(&mut TcpPacket::new_unchecked(segment_at), &from.ip.into(), &to.ip.into(), &sums);
+    tap.send_ip(len, Offload::NONE);
 }
 
 /// What an ICMP error says: type, code, and the word behind the checksum.

@@ -39,8 +39,8 @@ use smoltcp::wire::{TcpControl, TcpPacket, TcpRepr, TcpSeqNumber};
 
 use crate::calls::{recv, send, shutdown};
 use crate::config::{
-    GUEST_SILENCE, HALF_OPEN_SPARE, INBOUND_CONNECT, LARGEST_RING, MAX_DNS_CONNECTIONS, MAX_HALF_OPEN,
-    MAX_TCP_FLOWS, RING_POOL, RINGS,
+    FIN_WAIT_PROBE, GUEST_SILENCE, HALF_OPEN_SPARE, INBOUND_CONNECT, LARGEST_RING, MAX_DNS_CONNECTIONS,
+    MAX_HALF_OPEN, MAX_TCP_FLOWS, RING_POOL, RINGS,
 };
 use crate::defect::At;
 use crate::device::FlowDevice;
@@ -170,6 +170,8 @@ struct Flow {
     unheard: usize,
     /// The guest owes us an acknowledgement.
     owes: bool,
+    /// When it was last asked whether it still has the connection.
+    probed: Option<Instant>,
     /// The flow's earliest timer.
     timer: Option<Instant>,
     /// A timer, and nothing else, brought us here.
@@ -184,6 +186,11 @@ struct Flow {
     acknowledged: Option<TcpSeqNumber>,
     /// The most that the guest has acknowledged.
     heard_ack: Option<TcpSeqNumber>,
+}
+
+/// When the guest is to be asked next whether it still has a connection on which it owes us nothing.
+fn next_probe(heard: Instant, probed: Option<Instant>) -> Instant {
+    probed.map_or(heard, |probed| probed.max(heard)) + FIN_WAIT_PROBE
 }
 
 /// Whether smoltcp may hold data from the guest that cannot be delivered yet: what reached farthest is not acknowledged.
@@ -755,6 +762,7 @@ impl Tcp {
             heard: now,
             unheard: 0,
             owes: false,
+            probed: None,
             timer: None,
             rested: false,
             moved: 0,
@@ -1031,7 +1039,7 @@ impl Tcp {
         }
         if fate == Fate::Broken
             || flow.inbound_until.is_some_and(|until| now >= until)
-            || (flow.owes && now >= flow.heard + GUEST_SILENCE)
+            || ((flow.owes || flow.probed > Some(flow.heard)) && now >= flow.heard + GUEST_SILENCE)
             || flow.unheard >= MAX_UNHEARD
         {
             flow.why.get_or_insert(match fate {
@@ -1054,6 +1062,12 @@ impl Tcp {
             flow.unheard += sent;
             flow.account.received.packets += u64::try_from(sent).unwrap_or(0);
             flow.finished = socket.state() == State::TimeWait && !sh.tap.is_blocked();
+            if socket.state() == State::FinWait2 && now >= next_probe(flow.heard, flow.probed) {
+                flow.probed = Some(now);
+                if let (Some(next), Some(acknowledged)) = (flow.heard_ack, flow.acknowledged) {
+                    emit::tcp_probe(&mut sh.tap, flow.key.remote, flow.key.guest, next - 1, acknowledged);
+                }
+            }
         }
         if sh.tap.is_blocked() {
             // The rest when the TAP takes frames again: the engine runs us then.
@@ -1135,7 +1149,8 @@ impl Tcp {
         let own = own.map(|at| at.max(now + Duration::from_millis(10)));
         let silence = owes.then_some(flow.heard + GUEST_SILENCE);
         let idle = matches!(flow.far, Far::Dns(_)).then(|| Stream::look_at(flow.heard, flow.closed));
-        let wanted = [own, silence, idle, cold, flow.inbound_until].into_iter().flatten().min();
+        let probe = (socket.state() == State::FinWait2).then(|| next_probe(flow.heard, flow.probed));
+        let wanted = [own, silence, probe, idle, cold, flow.inbound_until].into_iter().flatten().min();
         let Some(at) = wanted.map(|at| at.max(now + Duration::from_millis(1))) else { return };
         if flow.timer.is_none_or(|timer| at < timer) {
             if let Some(later) = flow.timer.replace(at) {

@@ -1,6 +1,7 @@
 //! TCP in awkward cases: ends of every kind, windows that close, segments in the wrong place.
 
 use super::*;
+use crate::config::FIN_WAIT_PROBE;
 use std::net::Shutdown;
 
 /// A connection that is open, and its other end.
@@ -84,6 +85,50 @@ fn the_host_may_close_its_half_first() {
     let all = open.server_reads();
     assert_eq!((all.len(), all.ends_with(b"the end")), (100_007, true));
     open.expect_gone();
+}
+
+#[test]
+fn a_guest_that_is_silent_after_the_hosts_end_is_asked() {
+    let closed_by_the_host = || {
+        let mut open = open();
+        open.server.shutdown(Shutdown::Write).expect("shutdown");
+        assert_eq!(open.take_to_the_end(), b"");
+        open.script.settle();
+        while open.script.try_recv().is_some() {}
+        open
+    };
+    let asked = |open: &mut Open| {
+        open.script.advance(FIN_WAIT_PROBE);
+        let probe = open.script.expect_tcp("a question", |segment| segment.ack());
+        assert_eq!(
+            probe.tcp().seq_number(),
+            TcpSeqNumber(open.peer.ack.wrapping_sub(1)),
+            "which wants an answer"
+        );
+        assert_eq!(probe.tcp().ack_number(), TcpSeqNumber(open.peer.seq));
+        assert!(probe.tcp().payload().is_empty() && !probe.tcp().fin());
+    };
+    // It has it still, and may keep it.
+    let mut open = closed_by_the_host();
+    for _ in 0..5 {
+        asked(&mut open);
+        open.send(TcpControl::None, b"");
+        open.script.nothing_comes("more than a question");
+    }
+    open.send(TcpControl::Fin, b"the end");
+    assert_eq!(open.server_reads(), b"the end");
+    // It has none: the RST of its kernel to a segment that no connection is for takes its number from it.
+    let mut open = closed_by_the_host();
+    asked(&mut open);
+    open.send(TcpControl::Rst, b"");
+    open.script.settle();
+    assert_eq!(open.script.stats().tcp_flows, 0);
+    // It says nothing any more.
+    let mut open = closed_by_the_host();
+    asked(&mut open);
+    asked(&mut open);
+    open.script.advance(FIN_WAIT_PROBE);
+    assert_eq!(open.script.stats().tcp_flows, 0);
 }
 
 #[test]
