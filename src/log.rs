@@ -41,11 +41,7 @@ pub fn init(level: Option<&str>, file: Option<&Path>) -> Result<(), LogError> {
     let text = level.or(from_env.as_deref());
     let file = file
         .map(|path| {
-            OpenOptions::new()
-                .create(true)
-                .append(true)
-                .mode(0o600)
-                .open(path)
+            crate::report::open_unlinked(OpenOptions::new().create(true).append(true).mode(0o600), 0, path)
                 .map_err(|source| LogError::Open { path: path.to_owned(), source })
         })
         .transpose()?;

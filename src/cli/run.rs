@@ -1,7 +1,7 @@
 //! `rootlet run`
 
 use std::ffi::OsStr;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
@@ -81,7 +81,9 @@ pub(super) fn run(args: &RunArgs) -> Result<u8, Failure> {
 }
 
 fn open_report(path: &Path) -> Result<(PathBuf, File), Failure> {
-    File::create(path).map(|file| (path.to_owned(), file)).map_err(|source| report_failed(path, &source))
+    crate::report::open_unlinked(OpenOptions::new().write(true).create(true).truncate(true), 0, path)
+        .map(|file| (path.to_owned(), file))
+        .map_err(|source| report_failed(path, &source))
 }
 
 fn report_failed(path: &Path, source: &std::io::Error) -> Failure {

@@ -4,7 +4,10 @@ mod network;
 
 pub use network::{NetworkLog, NetworkRecords, finish_capture, open_capture};
 
+use std::fs::{File, OpenOptions};
 use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Component, Path};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -58,4 +61,14 @@ impl Outcome {
             Self::TimedOut => 124,
         }
     }
+}
+
+/// Opens a file of the caller's that something is written to. A link there may be what an earlier payload has left in a
+/// directory that it could write, so it is not followed (ELOOP); those in /dev and /proc (`/dev/stderr`) are the host's own.
+/// `flags` are for open(2).
+pub(crate) fn open_unlinked(options: &mut OpenOptions, flags: i32, path: &Path) -> std::io::Result<File> {
+    let is_hosts = ["/dev", "/proc"].iter().any(|dir| path.starts_with(dir))
+        && path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    let links = if is_hosts { 0 } else { libc::O_NOFOLLOW };
+    options.custom_flags(flags | libc::O_NOCTTY | links).open(path)
 }

@@ -8,13 +8,15 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::{Component, Path};
+use std::path::Path;
 use std::sync::Mutex;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use netstack::{Capture, FlowEvent, FlowEventKind, FlowLog};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use serde::Serialize;
+
+use super::open_unlinked;
 
 /// No log is made longer than this, whatever was in it before: some four million lines.
 const LOG_LIMIT: u64 = 1 << 30;
@@ -103,13 +105,10 @@ pub fn finish_capture(capture: &Capture) {
     }
 }
 
-/// Opens a file of the caller's, who alone may read it if it is made. A link there may be what an earlier payload has left
-/// in a directory that it could write, so it is not followed; those in /dev and /proc (`/dev/stderr`) are the host's own.
+/// Opens a file of the caller's, who alone may read it if it is made. Nothing is waited for.
 fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
-    let is_hosts = ["/dev", "/proc"].iter().any(|dir| path.starts_with(dir))
-        && path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
-    let links = if is_hosts { 0 } else { libc::O_NOFOLLOW };
-    options.mode(0o600).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | links).open(path)
+    options.mode(0o600);
+    open_unlinked(options, libc::O_NONBLOCK, path)
 }
 
 /// Where lines go.

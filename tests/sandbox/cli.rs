@@ -323,6 +323,24 @@ fn a_report_that_cannot_be_written_does_not_hide_the_end() {
 }
 
 #[test]
+fn nothing_is_written_through_a_link_that_a_payload_may_have_left() {
+    let home = Home::new();
+    let target = home.file("work/target", "kept");
+    std::os::unix::fs::symlink(&target, home.path("work/link")).unwrap();
+    let log = |path: &str| {
+        home.rootlet(["--log-level=info", &format!("--log-file={path}"), "run", "--rm", "--", "true"])
+    };
+    for refused in [home.sh(["--report=link"], "echo ran"), log("link")] {
+        let out = refused.run().exits(125).says("ELOOP");
+        assert_eq!(out.text(), "", "{out}");
+    }
+    assert_eq!(std::fs::read_to_string(&target).unwrap(), "kept");
+    // The host's own are.
+    assert!(home.sh(["--report=/dev/stderr"], "true").run().ok().errors().contains("\"outcome\""));
+    log("/proc/self/fd/2").run().ok().says("INFO");
+}
+
+#[test]
 fn the_report_has_the_notes_of_the_plan() {
     let home = Home::new();
     let report = home.path("work/report.json");
