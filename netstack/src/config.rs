@@ -252,6 +252,9 @@ pub(crate) const GUEST_SILENCE: Duration = Duration::from_secs(180);
 pub(crate) const FIN_WAIT_PROBE: Duration = Duration::from_secs(60);
 /// How long the guest has to answer the SYN of a connection to a published port.
 pub(crate) const INBOUND_CONNECT: Duration = Duration::from_secs(10);
+/// How long a connection from the host's loopback waits for a socket of the guest's namespace, which is there at once unless
+/// something is wrong.
+pub(crate) const INSIDE_SOCKET: Duration = Duration::from_secs(1);
 
 /// Pipes at once that connections from the host's loopback to published ports have data in, and the bytes that each of
 /// them takes. Beyond that the data is copied.

@@ -39,7 +39,7 @@ use crate::flow::{Endpoint, FlowId, FlowKey, TimerKey, Timers};
 use crate::flowlog::{EachFlow, FlowEvent, FlowEventKind, FlowState, Refusals};
 use crate::forward::{self, BoundPort, Forward, PortId, Published, PublishedPort};
 use crate::fragment::Reassembly;
-use crate::host::Budget;
+use crate::host::{self, Budget};
 use crate::icmp::Icmp;
 use crate::ingress::{self, Drop as Dropped, ICMP, ICMPV6, Inbound, Packet, TCP, UDP};
 use crate::join::Join;
@@ -642,7 +642,9 @@ impl Engine {
                 Some(Token::Dns(id)) => self.dns.host_event(&mut self.sh, now, id),
                 Some(Token::TcpListener(id)) => self.accept(now, id),
                 Some(Token::Near(id)) => self.join.near_event(id, flags),
-                Some(Token::Inner(id)) => self.join.inner_event(&mut self.sh, now, id, flags),
+                Some(Token::Inner(id)) => {
+                    self.join.inner_event(&mut self.sh, now, &mut self.tcp, id, flags);
+                }
                 Some(Token::Inside) => self.join.sockets(&mut self.sh, now, &mut self.tcp),
                 Some(token) => self.datagrams(now, token, flags),
                 None => {}
@@ -951,7 +953,7 @@ impl Engine {
                 TimerKey::Dns(id) => self.dns.timer(&mut self.sh, now, id),
                 // It has brought us here: buckets are filled each turn.
                 TimerKey::Rate => {}
-                TimerKey::Join => self.join.timer(&mut self.sh, now),
+                TimerKey::Join => self.join.timer(&mut self.sh, now, &mut self.tcp),
                 TimerKey::Accept => self.sh.descriptor_freed = true,
                 TimerKey::Router => ndp::advertise_router(&mut self.sh, now, ndp::ALL_NODES),
                 TimerKey::Reassembly => {
@@ -1168,7 +1170,7 @@ impl Stack {
                 |errno| tracing::warn!(%errno, "the TAP takes no super-segments: the network will be slower"),
             )
             .unwrap_or(Segmentation::None);
-        nonblocking(tap.as_fd()).map_err(failed("non-blocking TAP"))?;
+        host::nonblocking(tap.as_fd()).map_err(failed("non-blocking TAP"))?;
         let mut clock = clock();
         let (engine, control) =
             Engine::new(tap, spec, published, segmentation, clock()).map_err(failed("event loop"))?;
@@ -1273,12 +1275,6 @@ fn end_within(ended: &PipeReader, patience: std::time::Duration) -> bool {
             hung_up => return hung_up != Ok(0),
         }
     }
-}
-
-fn nonblocking(fd: BorrowedFd<'_>) -> nix::Result<()> {
-    use nix::fcntl::{FcntlArg, OFlag, fcntl};
-    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
-    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
 }
 
 #[cfg(test)]

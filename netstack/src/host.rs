@@ -151,6 +151,13 @@ pub(crate) fn reset_on_close(fd: BorrowedFd<'_>) {
     let _ = setsockopt(&fd, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 });
 }
 
+/// Has calls on a descriptor fail instead of waiting.
+pub(crate) fn nonblocking(fd: BorrowedFd<'_>) -> nix::Result<()> {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
+}
+
 /// The pending error of a socket.
 pub(crate) fn socket_error(fd: BorrowedFd<'_>) -> Option<Errno> {
     match getsockopt(&fd, sockopt::SocketError) {

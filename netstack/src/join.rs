@@ -11,20 +11,24 @@
 //! The server sees a connection from the guest's own address to the guest's own address: the one address that leads back
 //! by itself. It is not loopback: a service that trusts its loopback is not meant to be reached from elsewhere, and what
 //! listens there only is not reached (nor is it otherwise).
+//! A service that trusts the addresses of its own machine, or asks who owns the other end's socket, takes it for local,
+//! though: docs/networking.md says so.
 //!
 //! States of a flow:
 //!
-//! - `Waiting`: for a socket of the guest's namespace. Without anybody who makes them the connection goes the way of all
-//!   others ([`Tcp::inbound`]).
+//! - `Waiting`: for a socket of the guest's namespace, [`INSIDE_SOCKET`] at most.
 //! - `Connecting`: to the server's IPv4 address, and if that is refused, to the IPv6 one.
 //! - `Open`: data flows, until both ends have been passed on or one side is broken.
+//!
+//! Whatever goes wrong on our side before the server has answered (there is no socket, or no port for it) is no failure of
+//! the connection's: nothing of it has been read yet, so it goes the way of all others ([`Tcp::inbound`]).
 //!
 //! Data. Little at a time is copied: `recv`, `send`. Whoever fills [`CHUNK`] at once gets a pipe through which the kernel
 //! hands on pages. A flow has a pipe only while something is in it, and there are [`MAX_PIPES`] at most, beyond which is
 //! copied. What the receiver does not take waits in the pipe, or in a buffer of [`CHUNK`]; then nothing more is read.
 
-use std::collections::VecDeque;
-use std::net::{IpAddr, SocketAddr};
+use std::collections::{BTreeSet, VecDeque};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd};
 
 use nix::errno::Errno;
@@ -34,14 +38,15 @@ use nix::sys::socket::{MsgFlags, Shutdown, SockaddrStorage, getsockname};
 use smoltcp::time::Instant;
 
 use crate::calls::{connect, pipe2, recv, send, shutdown, splice};
-use crate::config::{INBOUND_CONNECT, JOIN_PIPE, MAX_PIPES, MAX_TCP_FLOWS};
+use crate::config::{INBOUND_CONNECT, INSIDE_SOCKET, JOIN_PIPE, MAX_PIPES, MAX_TCP_FLOWS};
 use crate::defect::At;
 use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
 use crate::flowlog::{Account, EachFlow, FlowEventKind, Traffic};
 use crate::host::{self, HostFd, Room};
-use crate::inside::InsideSockets;
+use crate::inside::{Family, InsideSockets};
 use crate::policy::Transport;
+use crate::sys;
 use crate::tcp::{Tcp, WATCHED, retry};
 use crate::udp;
 
@@ -49,7 +54,7 @@ use crate::udp;
 pub(crate) const CHUNK: usize = 16 * 1024;
 /// Bytes moved one way of a flow before the others get their turn.
 const TURN_BUDGET: usize = 1024 * 1024;
-/// Sockets that are asked for at once.
+/// Sockets that are asked for at once: answers beyond that would not fit into the queue.
 const MAX_ASKED: usize = 64;
 /// Empty pipes that are kept for the next.
 const POOL: usize = 4;
@@ -63,8 +68,9 @@ struct Side {
     writable: bool,
     /// A short read does not mean that there is nothing more to read.
     more_behind: bool,
-    /// Urgent data, at which splice(2) would stop for ever.
-    urgent: bool,
+    /// What is left is copied: splice(2) stops for ever at urgent data, and may tell an end or a failure there, though more
+    /// can be read.
+    copied: bool,
     /// Everything up to the end of its stream has been read.
     eof: bool,
     /// The end of the other's stream has been passed on to it.
@@ -80,7 +86,7 @@ impl Side {
             readable: true,
             writable: true,
             more_behind: false,
-            urgent: false,
+            copied: false,
             eof: false,
             shut: false,
             failed: false,
@@ -96,7 +102,7 @@ impl Side {
         self.readable |= broken || events.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP);
         self.writable |= broken || events.contains(EpollFlags::EPOLLOUT);
         self.more_behind |= broken || events.intersects(EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLPRI);
-        self.urgent |= events.contains(EpollFlags::EPOLLPRI);
+        self.copied |= events.contains(EpollFlags::EPOLLPRI);
     }
 
     /// Whether it broke and nothing more can be read from it.
@@ -133,12 +139,9 @@ impl Way {
 
 #[derive(Debug)]
 enum Phase {
-    /// For a socket that can connect to this one of the two places of the server; a descriptor is kept for it.
-    Waiting {
-        way: usize,
-        _room: Room,
-    },
-    Connecting(usize),
+    /// For a socket; a descriptor is kept for it.
+    Waiting(#[expect(dead_code, reason = "it counts while it lives")] Room),
+    Connecting,
     Open,
 }
 
@@ -150,8 +153,12 @@ struct Joined {
     /// In the guest's namespace.
     inner: Option<Side>,
     phase: Phase,
-    /// As they would be seen if the flow went the way of all others.
+    /// When that is given up, unless it is open.
+    until: Instant,
+    /// The two places of the server, as they would be seen if the flow went the way of all others.
     ways: [FlowKey; 2],
+    /// Which of them it is at.
+    way: usize,
     /// From the guest, and to it.
     traffic: [Way; 2],
     dirty: bool,
@@ -205,14 +212,23 @@ struct Allowance {
     wanted: bool,
 }
 
+/// A socket that was asked for.
+#[derive(Debug)]
+struct Asked {
+    /// When the answer is taken for lost.
+    until: Instant,
+    flow: FlowId,
+    family: Family,
+}
+
 /// All joined flows.
 #[derive(Debug)]
 pub(crate) struct Join {
     inside: Option<InsideSockets>,
-    /// Sockets that were asked for and have not come: [`MAX_ASKED`] at most, so that no queue overflows.
-    asked: usize,
-    /// Who is to get the next ones, and where they are to connect to.
-    unasked: VecDeque<(FlowId, IpAddr)>,
+    /// Those that have not come: [`MAX_ASKED`] at most.
+    asked: VecDeque<Asked>,
+    /// Who is to get the next ones.
+    unasked: VecDeque<(FlowId, Family)>,
     flows: Slab<Joined>,
     dirty: Vec<FlowId>,
     /// Those that wait until more may go, each way.
@@ -220,7 +236,7 @@ pub(crate) struct Join {
     /// How many did the last time, who share what there is.
     sharers: [usize; 2],
     /// When those that are not open yet are given up.
-    deadlines: VecDeque<(Instant, FlowId)>,
+    deadlines: BTreeSet<(Instant, FlowId)>,
     pipes: Pipes,
 }
 
@@ -231,13 +247,13 @@ impl Join {
         }
         Ok(Self {
             inside,
-            asked: 0,
+            asked: VecDeque::new(),
             unasked: VecDeque::new(),
             flows: Slab::default(),
             dirty: Vec::new(),
             held: Default::default(),
             sharers: [0; 2],
-            deadlines: VecDeque::new(),
+            deadlines: BTreeSet::new(),
             pipes: Pipes::default(),
         })
     }
@@ -270,8 +286,10 @@ impl Join {
             key: ways[0],
             near: Side::new(fd),
             inner: None,
-            phase: Phase::Waiting { way: 0, _room: sh.budget.room() },
+            phase: Phase::Waiting(sh.budget.room()),
+            until: now,
             ways,
+            way: 0,
             traffic: Default::default(),
             dirty: false,
             held: [false; 2],
@@ -287,145 +305,189 @@ impl Join {
         {
             return Err(flow.near.fd);
         }
-        self.want(id, ways[0].guest.ip);
         sh.joined = self.flows.len();
         sh.count_tcp();
-        self.wait_at_most(sh, now, id);
+        self.want(sh, now, id);
         Ok(())
     }
 
-    /// Wants a socket for a flow that connects to `to`.
-    fn want(&mut self, id: FlowId, to: IpAddr) {
+    /// Wants a socket for a flow.
+    fn want(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
         if self.unasked.len() >= 2 * self.flows.len() + 64 {
             let flows = &self.flows;
             self.unasked.retain(|(id, _)| flows.get(*id).is_some());
         }
-        self.unasked.push_back((id, to));
-        self.ask();
+        self.wait_until(sh, id, now + INSIDE_SOCKET);
+        let Some(flow) = self.flows.get(id) else { return };
+        self.unasked.push_back((id, Family::of(flow.ways[flow.way].guest.ip)));
+        self.ask(now);
     }
 
     /// Asks for as many sockets as may be under way.
-    fn ask(&mut self) {
+    fn ask(&mut self, now: Instant) {
         let Some(inside) = &self.inside else { return };
-        while self.asked < MAX_ASKED
-            && let Some((id, to)) = self.unasked.pop_front()
+        while self.asked.len() < MAX_ASKED
+            && let Some((flow, family)) = self.unasked.pop_front()
         {
-            if self.flows.get(id).is_none() {
+            if self.flows.get(flow).is_none() {
                 continue;
             }
             // That nobody is there is said when the answers are read.
-            if inside.ask(id, to).is_err() {
-                return self.unasked.push_front((id, to));
+            if inside.ask(flow, family).is_err() {
+                return self.unasked.push_front((flow, family));
             }
-            self.asked += 1;
+            // The timer is set: the flow waits no longer than for this answer.
+            self.asked.push_back(Asked { until: now + INSIDE_SOCKET, flow, family });
         }
     }
 
-    fn wait_at_most(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
-        if self.deadlines.len() >= 2 * self.flows.len() + 64 {
-            let flows = &self.flows;
-            self.deadlines
-                .retain(|(_, id)| flows.get(*id).is_some_and(|flow| !matches!(flow.phase, Phase::Open)));
-        }
-        self.deadlines.push_back((now + INBOUND_CONNECT, id));
-        sh.timers.set(now + INBOUND_CONNECT, TimerKey::Join);
+    fn wait_until(&mut self, sh: &mut Shared, id: FlowId, until: Instant) {
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        self.deadlines.remove(&(flow.until, id));
+        self.deadlines.insert((until, id));
+        flow.until = until;
+        sh.timers.set(until, TimerKey::Join);
     }
 
-    /// Gives up those whose time is up.
-    pub(crate) fn timer(&mut self, sh: &mut Shared, now: Instant) {
-        while let Some(&(at, id)) = self.deadlines.front() {
-            let waits = self.flows.get(id).is_some_and(|flow| !matches!(flow.phase, Phase::Open));
-            if waits && at > now {
-                return sh.timers.set(at, TimerKey::Join);
+    /// Gives up what has lasted for too long.
+    pub(crate) fn timer(&mut self, sh: &mut Shared, now: Instant, tcp: &mut Tcp) {
+        while let Some(&(at, id)) = self.deadlines.first()
+            && at <= now
+        {
+            self.deadlines.pop_first();
+            match self.flows.get(id).map(|flow| &flow.phase) {
+                Some(Phase::Waiting(_)) => {
+                    tracing::debug!("no socket inside came in time");
+                    self.cross(sh, now, tcp, id);
+                }
+                Some(Phase::Connecting) => self.try_other(sh, now, tcp, id, "not-answered"),
+                Some(Phase::Open) | None => {}
             }
-            self.deadlines.pop_front();
-            if waits {
-                self.try_other(sh, now, id, "not-answered");
-            }
+        }
+        // Their answers were lost, or will come too late.
+        while self.asked.front().is_some_and(|asked| asked.until <= now) {
+            self.asked.pop_front();
+        }
+        self.ask(now);
+        let asked = self.asked.front().map(|asked| asked.until);
+        if let Some(at) = self.deadlines.first().map(|(at, _)| *at).into_iter().chain(asked).min() {
+            sh.timers.set(at, TimerKey::Join);
         }
     }
 
     /// Sockets of the guest's namespace have come.
     pub(crate) fn sockets(&mut self, sh: &mut Shared, now: Instant, tcp: &mut Tcp) {
-        while let Some(inside) = &self.inside {
+        for _ in 0..MAX_ASKED {
+            let Some(inside) = &self.inside else { return };
             match inside.next() {
                 Ok(made) => {
-                    self.asked = self.asked.saturating_sub(1);
+                    let is_it = |asked: &Asked| asked.flow == made.flow && asked.family == made.family;
+                    // Who answers late, or was not asked, has nobody who waits.
+                    if self.asked.iter().position(is_it).and_then(|at| self.asked.remove(at)).is_none() {
+                        continue;
+                    }
                     match made.socket {
                         Ok(socket) => {
                             let fd = sh.budget.hold(socket);
-                            self.connect(sh, now, made.flow, fd);
+                            self.connect(sh, now, tcp, made.flow, fd);
                         }
                         // Without IPv6 there, for example.
-                        Err(_) => self.try_other(sh, now, made.flow, "failed"),
+                        Err(Errno::EAFNOSUPPORT) => {
+                            self.try_other(sh, now, tcp, made.flow, "refused-inside");
+                        }
+                        Err(errno) => {
+                            tracing::debug!(%errno, "no socket inside");
+                            self.cross(sh, now, tcp, made.flow);
+                        }
                     }
-                    self.ask();
+                    self.ask(now);
                 }
                 Err(Errno::EAGAIN) => return,
                 Err(Errno::EINTR) => {}
                 Err(errno) => {
                     tracing::debug!(%errno, "nobody makes sockets inside any more");
                     self.inside = None;
-                    return self.give_up_waiting(sh, now, tcp);
+                    let waits = |flow: &Joined| matches!(flow.phase, Phase::Waiting(_));
+                    let waiting = self.flows.iter().filter(|(_, flow)| waits(flow));
+                    let ids: Vec<FlowId> = waiting.map(|(id, _)| id).collect();
+                    return ids.into_iter().for_each(|id| self.cross(sh, now, tcp, id));
                 }
             }
         }
     }
 
-    /// Nobody will make sockets for those that wait: they go the way of all others.
-    fn give_up_waiting(&mut self, sh: &mut Shared, now: Instant, tcp: &mut Tcp) {
-        let waits = |flow: &Joined| matches!(flow.phase, Phase::Waiting { .. });
-        let ids: Vec<FlowId> = self.flows.iter().filter(|(_, flow)| waits(flow)).map(|(id, _)| id).collect();
-        for id in ids {
-            let Some(flow) = self.flows.remove(id) else { continue };
-            sh.joined = self.flows.len();
-            if flow.told {
-                sh.tell(Transport::Tcp, true, flow.key, flow.account.closed(now, "failed"));
-            }
-            sh.unwatch(flow.near.fd.as_fd());
-            tcp.inbound(sh, now, flow.near.fd, flow.ways);
+    /// Has a flow of which nothing has been read go the way of all others, from that place of the server on at which it is.
+    fn cross(&mut self, sh: &mut Shared, now: Instant, tcp: &mut Tcp, id: FlowId) {
+        if self.flows.get(id).is_some_and(|flow| flow.near.failed) {
+            return self.remove(sh, id, Some("reset-by-peer"));
         }
-        sh.count_tcp();
+        let Some(flow) = self.take(sh, id) else { return };
+        if flow.told {
+            sh.tell(Transport::Tcp, true, flow.key, flow.account.closed(now, "failed"));
+        }
+        sh.unwatch(flow.near.fd.as_fd());
+        tcp.inbound(sh, now, flow.near.fd, [flow.ways[flow.way], flow.ways[1]]);
     }
 
-    fn connect(&mut self, sh: &mut Shared, now: Instant, id: FlowId, fd: HostFd) {
+    fn connect(&mut self, sh: &mut Shared, now: Instant, tcp: &mut Tcp, id: FlowId, fd: HostFd) {
         let Some(flow) = self.flows.get_mut(id) else { return };
-        let Phase::Waiting { way, .. } = flow.phase else { return };
+        let guest = flow.ways[flow.way].guest;
         host::tune_tcp(fd.as_fd());
-        let to = SocketAddr::from(flow.ways[way].guest);
-        match connect(fd.as_raw_fd(), &SockaddrStorage::from(to)) {
+        sys::avoid_port(fd.as_fd(), guest.port);
+        if let Err(errno) = sh.watch(fd.as_fd(), Token::Inner(id), WATCHED) {
+            tracing::debug!(%errno, "a socket inside cannot be watched");
+            return self.cross(sh, now, tcp, id);
+        }
+        match connect(fd.as_raw_fd(), &SockaddrStorage::from(SocketAddr::from(guest))) {
             Ok(()) | Err(Errno::EINPROGRESS) => {}
-            Err(_) => return self.try_other(sh, now, id, "refused-inside"),
+            Err(errno) => {
+                sh.unwatch(fd.as_fd());
+                drop(fd);
+                if is_refusal(errno) {
+                    return self.try_other(sh, now, tcp, id, "refused-inside");
+                }
+                // Of so many connections the inside's kernel has no port left, for example.
+                tracing::debug!(%errno, "a socket inside cannot connect");
+                return self.cross(sh, now, tcp, id);
+            }
         }
         let from = getsockname::<SockaddrStorage>(fd.as_raw_fd()).ok();
-        if let Some(from) = from.as_ref().and_then(udp::socket_addr) {
-            flow.key = FlowKey { guest: flow.ways[way].guest, remote: Endpoint::from(from) };
+        let from = from.as_ref().and_then(udp::socket_addr).map(Endpoint::from);
+        if from == Some(guest) {
+            // It got the server's port for its own, and so has met itself. Then there is no server.
+            sh.unwatch(fd.as_fd());
+            host::reset_on_close(fd.as_fd());
+            drop(fd);
+            return self.try_other(sh, now, tcp, id, "refused-inside");
         }
-        if !std::mem::replace(&mut flow.told, true) {
-            sh.stats.tcp_in.one();
-            sh.stats.tcp_joined.one();
-            sh.tell(Transport::Tcp, true, flow.key, FlowEventKind::Opened);
-        }
-        flow.phase = Phase::Connecting(way);
-        let watched = sh.watch(fd.as_fd(), Token::Inner(id), WATCHED);
+        flow.key = FlowKey { guest, remote: from.unwrap_or(flow.ways[flow.way].remote) };
+        flow.told = true;
+        sh.tell(Transport::Tcp, true, flow.key, FlowEventKind::Opened);
         flow.inner = Some(Side { readable: false, writable: false, ..Side::new(fd) });
-        if watched.is_err() {
-            self.remove(sh, id, Some("failed"));
-        }
+        flow.phase = Phase::Connecting;
+        self.wait_until(sh, id, now + INBOUND_CONNECT);
     }
 
     /// The server is not where it was looked for: at the other place, or nowhere.
-    fn try_other(&mut self, sh: &mut Shared, now: Instant, id: FlowId, why: &'static str) {
+    fn try_other(&mut self, sh: &mut Shared, now: Instant, tcp: &mut Tcp, id: FlowId, why: &'static str) {
         let Some(flow) = self.flows.get_mut(id) else { return };
-        flow.inner = None;
-        let first = matches!(flow.phase, Phase::Waiting { way: 0, .. } | Phase::Connecting(0));
-        if !first || flow.ways[0] == flow.ways[1] || flow.near.failed || self.inside.is_none() {
+        if let Some(inner) = flow.inner.take() {
+            // Who made it may not have closed it yet.
+            sh.unwatch(inner.fd.as_fd());
+        }
+        if flow.way > 0 || flow.ways[0] == flow.ways[1] || flow.near.failed {
             return self.remove(sh, id, Some(why));
         }
-        flow.phase = Phase::Waiting { way: 1, _room: sh.budget.room() };
-        let to = flow.ways[1].guest.ip;
-        self.want(id, to);
-        self.wait_at_most(sh, now, id);
+        if std::mem::take(&mut flow.told) {
+            sh.tell(Transport::Tcp, true, flow.key, flow.account.closed(now, why));
+        }
+        flow.way = 1;
+        flow.key = flow.ways[1];
+        flow.phase = Phase::Waiting(sh.budget.room());
+        if self.inside.is_none() {
+            return self.cross(sh, now, tcp, id);
+        }
+        self.want(sh, now, id);
     }
 
     /// Something happened to the client's socket.
@@ -436,17 +498,29 @@ impl Join {
     }
 
     /// Something happened to the socket in the guest's namespace.
-    pub(crate) fn inner_event(&mut self, sh: &mut Shared, now: Instant, id: FlowId, events: EpollFlags) {
+    pub(crate) fn inner_event(
+        &mut self,
+        sh: &mut Shared,
+        now: Instant,
+        tcp: &mut Tcp,
+        id: FlowId,
+        events: EpollFlags,
+    ) {
         let Some(flow) = self.flows.get_mut(id) else { return };
         let Some(inner) = &mut flow.inner else { return };
-        if let Phase::Connecting(_) = flow.phase {
+        if let Phase::Connecting = flow.phase {
             if !events.intersects(EpollFlags::EPOLLOUT | EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP) {
                 return;
             }
-            if host::socket_error(inner.fd.as_fd()).is_some() {
-                return self.try_other(sh, now, id, "refused-inside");
+            let error = host::socket_error(inner.fd.as_fd());
+            if error.is_some_and(is_refusal) {
+                return self.try_other(sh, now, tcp, id, "refused-inside");
             }
+            // With another one the server was there, and has reset the connection since. What it said before is there.
+            inner.failed = error.is_some();
             flow.phase = Phase::Open;
+            self.deadlines.remove(&(flow.until, id));
+            count(sh);
         }
         inner.event(events);
         self.mark(id);
@@ -550,13 +624,15 @@ impl Join {
 
     /// Ends a flow; with a reason: so that both sides notice that something went wrong.
     fn remove(&mut self, sh: &mut Shared, id: FlowId, failure: Option<&'static str>) {
-        let Some(flow) = self.flows.remove(id) else { return };
-        sh.joined = self.flows.len();
-        sh.count_tcp();
-        if flow.told {
-            let why = failure.unwrap_or("finished");
-            sh.tell(Transport::Tcp, true, flow.key, flow.account.closed(sh.now, why));
+        let Some(flow) = self.take(sh, id) else { return };
+        if !matches!(flow.phase, Phase::Open) {
+            count(sh);
         }
+        if !flow.told {
+            sh.tell(Transport::Tcp, true, flow.key, FlowEventKind::Opened);
+        }
+        let why = failure.unwrap_or("finished");
+        sh.tell(Transport::Tcp, true, flow.key, flow.account.closed(sh.now, why));
         if failure.is_some() {
             for side in std::iter::once(&flow.near).chain(&flow.inner) {
                 host::reset_on_close(side.fd.as_fd());
@@ -567,20 +643,41 @@ impl Join {
                 self.pipes.give_back(pipe, in_pipe == 0);
             }
         }
+    }
+
+    /// Takes a flow out of the tables.
+    fn take(&mut self, sh: &mut Shared, id: FlowId) -> Option<Joined> {
+        let flow = self.flows.remove(id)?;
+        self.deadlines.remove(&(flow.until, id));
+        sh.joined = self.flows.len();
+        sh.count_tcp();
         sh.descriptor_freed = true;
+        Some(flow)
     }
 
     #[cfg(test)]
     pub(crate) fn check_bounds(&self) {
         let lent = self.flows.iter().flat_map(|(_, flow)| &flow.traffic).filter(|way| way.pipe.is_some());
         assert_eq!(self.pipes.lent, lent.count());
-        assert!(self.asked <= MAX_ASKED && self.unasked.len() <= 2 * MAX_TCP_FLOWS + 64);
+        assert!(self.asked.len() <= MAX_ASKED && self.unasked.len() <= 2 * MAX_TCP_FLOWS + 64);
         assert!(self.pipes.lent <= MAX_PIPES && self.pipes.free.len() <= POOL);
-        assert!(self.flows.len() <= MAX_TCP_FLOWS && self.deadlines.len() <= 2 * MAX_TCP_FLOWS + 64);
+        let waiting = self.flows.iter().filter(|(_, flow)| !matches!(flow.phase, Phase::Open)).count();
+        assert!(self.flows.len() <= MAX_TCP_FLOWS && self.deadlines.len() == waiting);
         for way in self.flows.iter().flat_map(|(_, flow)| &flow.traffic) {
             assert!(way.rest.capacity() <= CHUNK && (way.pipe.is_none() || way.in_pipe > 0));
         }
     }
+}
+
+/// Whether a socket says by this error that there is no server where it was to connect to.
+fn is_refusal(errno: Errno) -> bool {
+    matches!(errno, Errno::ECONNREFUSED | Errno::EHOSTUNREACH | Errno::ENETUNREACH | Errno::ETIMEDOUT)
+}
+
+/// Counts a flow of which is known that it does not cross the TAP.
+fn count(sh: &Shared) {
+    sh.stats.tcp_in.one();
+    sh.stats.tcp_joined.one();
 }
 
 /// Moves data from one side to the other, as much as both take, and the end of it.
@@ -606,8 +703,13 @@ fn pump(
             allowance.wanted = true;
             break;
         }
+        if from.copied
+            && let Some(pipe) = way.pipe.take()
+        {
+            pipes.give_back(pipe, true);
+        }
         let pipe = match way.pipe.take() {
-            None if way.bulk && !from.urgent => pipes.lend(sh),
+            None if way.bulk && !from.copied => pipes.lend(sh),
             other => other,
         };
         let n = match pipe {
@@ -670,7 +772,8 @@ fn take_pages(from: &mut Side, way: &mut Way, pipe: Pipe, most: usize) -> usize 
     let got = retry(|| splice(&from.fd, None, &pipe.into, None, most, SpliceFFlags::SPLICE_F_NONBLOCK));
     way.pipe = Some(pipe);
     match got {
-        Ok(0) => from.eof = true,
+        // It may stand at urgent data. recv(2) knows.
+        Ok(0) => (from.copied, from.more_behind) = (true, true),
         Ok(n) => {
             way.in_pipe = n;
             return n;
@@ -678,7 +781,7 @@ fn take_pages(from: &mut Side, way: &mut Way, pipe: Pipe, most: usize) -> usize 
         Err(Errno::EAGAIN) => from.readable = false,
         Err(_) => {
             from.failed = true;
-            from.readable = false;
+            (from.copied, from.more_behind) = (true, true);
         }
     }
     0

@@ -1,4 +1,5 @@
-//! The only module of this crate with `unsafe`: ioctls of the TAP driver, `accept4`, descriptors in messages, and the rings of TCP sockets.
+//! The only module of this crate with `unsafe`: ioctls of the TAP driver, `accept4`, descriptors in
+//! messages, options that nix lacks, and the rings of TCP sockets.
 //!
 //! [`RingSocket`] is the one piece with an invariant of its own. smoltcp's sockets want `&'static mut [u8]` or a `Vec`
 //! as their rings. A `Vec` from the allocator may be touched (zeroed) as a whole, which made 1,000 idle connections
@@ -7,7 +8,7 @@
 #![allow(unsafe_code, reason = "the crate's one module for it")]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
 
 use nix::errno::Errno;
@@ -100,27 +101,83 @@ pub(crate) fn accept(fd: BorrowedFd<'_>) -> nix::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 
-/// Receives a message with a descriptor, if one comes with it, close-on-exec from birth. It never waits.
-pub(crate) fn receive_descriptor(
+/// Receives a message with the descriptors that come with it, close-on-exec from birth. It never waits.
+///
+/// By hand, as nix looks at no descriptor of a message with more than there is room for, and those would stay open.
+pub(crate) fn receive_descriptors(
     fd: BorrowedFd<'_>,
     buffer: &mut [u8],
-) -> nix::Result<(usize, Option<OwnedFd>)> {
-    use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg};
-    let mut space = nix::cmsg_space!(std::os::fd::RawFd);
-    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-    let mut pieces = [io::IoSliceMut::new(buffer)];
-    let message = recvmsg::<UnixAddr>(fd.as_raw_fd(), &mut pieces, Some(&mut space), flags)?;
-    let mut received = None;
-    for control in message.cmsgs().into_iter().flatten() {
-        if let ControlMessageOwned::ScmRights(fds) = control {
-            // All of them: what nobody owned would stay open. The space takes two, for its alignment.
-            for raw in fds {
-                // SAFETY: recvmsg installed a new descriptor that nobody else owns.
-                received = Some(unsafe { OwnedFd::from_raw_fd(raw) });
+) -> nix::Result<(usize, Vec<OwnedFd>)> {
+    let mut piece = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // For two, aligned as headers are.
+    let mut space = [0u64; 4];
+    // SAFETY: msghdr is plain data for which all zeroes is a valid value.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut piece;
+    message.msg_iovlen = 1;
+    message.msg_control = space.as_mut_ptr().cast();
+    // SAFETY: it only computes.
+    let room = unsafe { libc::CMSG_SPACE(2 * FD_LEN) };
+    message.msg_controllen = usize::try_from(room).unwrap_or(0).min(size_of_val(&space)) as _;
+    let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+    // SAFETY: the message points to the buffer and the space, which outlive the call, and says how long they are.
+    let len = Errno::result(unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, flags) })?;
+    let mut fds = Vec::new();
+    // SAFETY: recvmsg has filled the space, and the message says how far.
+    let mut header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+    while !header.is_null() {
+        // SAFETY: the header lies within the space, and is aligned as the space is.
+        let (level, kind, end) = unsafe { ((*header).cmsg_level, (*header).cmsg_type, (*header).cmsg_len) };
+        if (level, kind) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            // SAFETY: it only computes.
+            let begin = unsafe { libc::CMSG_LEN(0) } as usize;
+            #[allow(clippy::unnecessary_cast, reason = "less than usize with some C libraries")]
+            let end = end as usize;
+            for i in 0..end.saturating_sub(begin) / FD_LEN as usize {
+                // SAFETY: the header says that its data has so many descriptors, which nobody else owns.
+                fds.push(unsafe {
+                    OwnedFd::from_raw_fd(libc::CMSG_DATA(header).cast::<RawFd>().add(i).read_unaligned())
+                });
             }
         }
+        // SAFETY: as for the first one.
+        header = unsafe { libc::CMSG_NXTHDR(&raw const message, header) };
     }
-    Ok((message.bytes, received))
+    Ok((usize::try_from(len).unwrap_or(0), fds))
+}
+
+/// Bytes of a descriptor in a message.
+const FD_LEN: u32 = 4;
+
+/// Family, type and protocol of a socket.
+pub(crate) fn kind_of_socket(fd: BorrowedFd<'_>) -> nix::Result<(i32, i32, i32)> {
+    let get = |option| {
+        let mut value: libc::c_int = 0;
+        let mut len = libc::socklen_t::try_from(size_of_val(&value)).unwrap_or(0);
+        let (to, level) = ((&raw mut value).cast(), libc::SOL_SOCKET);
+        // SAFETY: the value and its length outlive the call, and the length is the value's.
+        Errno::result(unsafe { libc::getsockopt(fd.as_raw_fd(), level, option, to, &raw mut len) })?;
+        Ok(value)
+    };
+    Ok((get(libc::SO_DOMAIN)?, get(libc::SO_TYPE)?, get(libc::SO_PROTOCOL)?))
+}
+
+/// Has a socket that is about to connect choose another port than `port` for its own, where the kernel can (Linux 6.3) and
+/// by its defaults might choose that.
+pub(crate) fn avoid_port(fd: BorrowedFd<'_>, port: u16) {
+    /// From linux/in.h: the least of the ports to choose from, and in the upper half the greatest; 0: as ever.
+    const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
+    const RANGE: std::ops::RangeInclusive<u16> = 32_768..=60_999;
+    if !RANGE.contains(&port) {
+        return;
+    }
+    // What is more of it.
+    let is_low = u32::from(port) < (u32::from(*RANGE.start()) + u32::from(*RANGE.end())) / 2;
+    let ports: u32 = if is_low { u32::from(port) + 1 } else { (u32::from(port) - 1) << 16 };
+    let len = libc::socklen_t::try_from(size_of_val(&ports)).unwrap_or(0);
+    let from = (&raw const ports).cast();
+    // SAFETY: the value outlives the call, and the length is its own. If it fails the port is as it was.
+    let _ = unsafe { libc::setsockopt(fd.as_raw_fd(), libc::IPPROTO_IP, IP_LOCAL_PORT_RANGE, from, len) };
 }
 
 /// The memory of a receive and a transmit ring: one private anonymous mapping of twice `capacity` bytes, of which each

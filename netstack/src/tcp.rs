@@ -723,6 +723,15 @@ impl Tcp {
             return self.remove(sh, id, true);
         };
         let Some(flow) = self.flows.get_mut(id) else { return };
+        // By another name it is another flow.
+        let why = if flow.inbound_until.is_some_and(|until| now >= until) {
+            "not-answered"
+        } else {
+            "refused-inside"
+        };
+        sh.tell(Transport::Tcp, true, flow.key, flow.account.closed(now, why));
+        sh.tell(Transport::Tcp, true, key, FlowEventKind::Opened);
+        (flow.account.sent, flow.account.received) = Default::default();
         let before = std::mem::replace(&mut flow.phase, Phase::Open(Box::new(socket)));
         self.by_key.remove(&std::mem::replace(&mut flow.key, key));
         self.by_key.insert(key, id);

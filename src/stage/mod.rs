@@ -6,7 +6,7 @@
 //! |---|---|---|
 //! | setup | channel to the supervisor, socket maker, mounts under construction | every capability in the sandbox's user namespace |
 //! | init | channel, socket maker, signalfd, listener of the filter | the same; not dumpable, so the payload cannot trace or read it |
-//! | payload before execve | channel to init (closed by execve) | gives up step by step, see `payload.rs` |
+//! | payload before execve | channel to init, socket maker (both closed by execve) | gives up step by step, see `payload.rs` |
 //! | payload | none | the capabilities of the plan, no_new_privs, the filter |
 
 mod command;

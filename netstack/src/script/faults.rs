@@ -71,6 +71,14 @@ fn is_reset(frame: &Out) -> bool {
     )
 }
 
+fn is_connecting(frame: &Out) -> bool {
+    matches!(
+        ingress::parse_frame(frame.ethernet(), [0x52, 0x54, 0, 0, 0, 2], true),
+        Ok(Inbound::Ip(packet)) if packet.protocol == ingress::TCP
+            && TcpPacket::new_checked(packet.payload()).is_ok_and(|segment| segment.syn() && !segment.ack())
+    )
+}
+
 /// Lets the engine do what there is to do. It has to come to an end.
 fn calm_down(script: &mut Script, what: &str) -> Vec<Out> {
     let mut frames = Vec::new();
@@ -563,7 +571,13 @@ struct Joining {
 }
 
 /// How an exchange over such a connection ended for the client: the bytes that came back, or why not.
-type Ended = Result<usize, std::io::ErrorKind>;
+#[derive(Debug, PartialEq, Eq)]
+enum Ended {
+    Echoed(usize),
+    Failed(std::io::ErrorKind),
+    /// It went over the TAP, behind which nobody is here.
+    Crossed,
+}
 
 impl Joining {
     fn new() -> Self {
@@ -596,7 +610,11 @@ impl Joining {
             assert!(std::time::Instant::now() < deadline, "{what}: it stands still");
             assert!(self.maker.answer(), "{what}: the stack has given the maker up");
             self.script.turn(Duration::ZERO);
-            while self.script.try_recv().is_some() {}
+            while let Some(frame) = self.script.try_recv() {
+                if is_connecting(&frame) {
+                    return Ended::Crossed;
+                }
+            }
             while let Ok((stream, _)) = self.inside.accept() {
                 stream.set_nonblocking(true).expect("non-blocking");
                 servers.push((stream, Vec::new(), false));
@@ -621,7 +639,7 @@ impl Joining {
                 match client.write(&data[sent..]) {
                     Ok(len) => sent += len,
                     Err(error) if would_block(&error) => {}
-                    Err(error) => return Err(error.kind()),
+                    Err(error) => return Ended::Failed(error.kind()),
                 }
                 if sent == data.len() {
                     client.shutdown(std::net::Shutdown::Write).expect("shutdown");
@@ -630,25 +648,25 @@ impl Joining {
             match client.read(&mut buffer) {
                 Ok(0) => {
                     assert!(back == data[..back.len()], "{what}: other bytes");
-                    return Ok(back.len());
+                    return Ended::Echoed(back.len());
                 }
                 Ok(len) => back.extend(&buffer[..len]),
                 Err(error) if would_block(&error) => {}
-                Err(error) => return Err(error.kind()),
+                Err(error) => return Ended::Failed(error.kind()),
             }
         }
     }
 }
 
 #[test]
-fn joined_connections_whose_calls_fail_are_reset_or_do_without() {
-    let name = "script::faults::joined_connections_whose_calls_fail_are_reset_or_do_without";
+fn joined_connections_whose_calls_fail_cross_the_tap_or_are_reset_or_do_without() {
+    let name = "script::faults::joined_connections_whose_calls_fail_cross_the_tap_or_are_reset_or_do_without";
     if !hostile::in_empty_namespace(name) {
         return;
     }
     const LEN: usize = 400_000;
     let mut joining = Joining::new();
-    assert_eq!(joining.exchange(LEN, "no fault"), Ok(LEN));
+    assert_eq!(joining.exchange(LEN, "no fault"), Ended::Echoed(LEN));
     assert_eq!(joining.script.stats().tcp_joined, 1);
     calm_down(&mut joining.script, "no fault");
     let before = joining.script.inventory();
@@ -678,19 +696,32 @@ fn joined_connections_whose_calls_fail_are_reset_or_do_without() {
                 });
                 joining.exchange(LEN, &what)
             };
+            let refused = [Errno::ECONNREFUSED, Errno::EHOSTUNREACH, Errno::ENETUNREACH, Errno::ETIMEDOUT];
             if matches!(call, Call::Pipe | Call::SetSockOpt) {
-                assert_eq!(ended, Ok(LEN), "{what}");
+                assert_eq!(ended, Ended::Echoed(LEN), "{what}");
+            } else if call == Call::Connect && !refused.contains(&errno) {
+                // The server has not been asked yet.
+                assert_eq!(ended, Ended::Crossed, "{what}");
+                assert_eq!(
+                    (joining.script.stats().tcp_in, joining.script.stats().tcp_joined),
+                    (1, 0),
+                    "{what}"
+                );
             } else {
                 use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
-                assert!(matches!(ended, Err(ConnectionReset | BrokenPipe)), "{what}: {ended:?}");
+                assert!(matches!(ended, Ended::Failed(ConnectionReset | BrokenPipe)), "{what}: {ended:?}");
             }
+            // The inside does not answer.
+            joining.script.advance(Duration::from_secs(11));
+            calm_down(&mut joining.script, &what);
+            joining.script.advance(Duration::from_secs(11));
             calm_down(&mut joining.script, &what);
             let left = joining.script.inventory();
             assert_eq!((left.0, left.1, left.2, left.3), (0, 0, 0, 0), "{what}");
             assert!(left.4 - empty.4 <= before.4 - empty.4, "{what}: descriptors");
             joining.script.engine.check_bounds();
             // It was not for ever.
-            assert_eq!(joining.exchange(1_000, &what), Ok(1_000), "{what}");
+            assert_eq!(joining.exchange(1_000, &what), Ended::Echoed(1_000), "{what}");
         }
     }
 }

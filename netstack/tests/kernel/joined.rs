@@ -22,6 +22,14 @@ crate::tests! {
     joined_connections_obey_rates_and_are_told,
     joined_connections_work_with_few_descriptors,
     without_a_maker_of_sockets_connections_cross_the_tap,
+    without_answers_of_the_maker_connections_cross_the_tap,
+    answers_that_cannot_carry_a_socket_say_so,
+    what_is_no_good_answer_is_not_used,
+    no_connection_meets_itself,
+    without_a_port_inside_connections_cross_the_tap,
+    a_server_that_resets_at_once_is_met_once,
+    nothing_behind_urgent_data_is_lost,
+    each_place_of_the_server_is_told_apart,
 }
 
 const GUEST_V4: &str = "10.0.2.100";
@@ -33,6 +41,30 @@ fn guest(spec: &StackSpec) -> Guest {
 
 fn listener(guest: &Guest, ip: &'static str) -> TcpListener {
     guest.net.run(move || TcpListener::bind((ip, 8080)).unwrap())
+}
+
+/// A guest whose maker of sockets is the test's.
+fn guest_of(spec: &StackSpec) -> (Guest, netstack::SocketMaker) {
+    let published = netstack::Published::bind(&[publish(None, 8080, Protocol::Tcp)]).unwrap();
+    let (inside, maker) = netstack::inside_sockets().unwrap();
+    (Guest::in_net(Net::new(), spec, published.through(inside)), maker)
+}
+
+/// Whom a server sees when the next client comes, who is served.
+fn seen_by(guest: &Guest, listener: &TcpListener) -> IpAddr {
+    let mut client = connect(at("127.0.0.1", guest.published[0].port())).unwrap();
+    greet(&mut client, listener)
+}
+
+fn greet(client: &mut TcpStream, listener: &TcpListener) -> IpAddr {
+    let (stream, peer) = listener.accept().unwrap();
+    patient(stream).write_all(b"hello").unwrap();
+    client.read_exact(&mut [0; 5]).unwrap();
+    peer.ip().to_canonical()
+}
+
+fn is(ip: &str) -> IpAddr {
+    ip.parse().unwrap()
 }
 
 /// The client's end of a joined connection, and the server's.
@@ -334,21 +366,241 @@ fn joined_connections_work_with_few_descriptors(_: &World) {
 }
 
 fn without_a_maker_of_sockets_connections_cross_the_tap(_: &World) {
-    let published = netstack::Published::bind(&[publish(None, 8080, Protocol::Tcp)]).unwrap();
-    let (inside, maker) = netstack::inside_sockets().unwrap();
-    let guest = Guest::in_net(Net::new(), &spec(), published.through(inside));
+    let (guest, maker) = guest_of(&spec());
     let listener = listener(&guest, "0.0.0.0");
     let port = guest.published[0].port();
-    // One waits for a socket when the maker goes.
+    // One is there and one waits for a socket when the maker goes.
+    let mut open = connect(at("127.0.0.1", port)).unwrap();
+    wait_until("the first is asked for", || guest.stack.stats().tcp_flows == 1);
+    let maker = guest.net.run(move || {
+        wait_until("a question", || {
+            use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+            let fd = std::os::fd::AsFd::as_fd(&maker);
+            poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::ZERO) == Ok(1)
+        });
+        assert!(maker.answer());
+        maker
+    });
+    let (stream, peer) = listener.accept().unwrap();
+    assert_eq!(peer.ip(), is(GUEST_V4));
     let mut first = connect(at("127.0.0.1", port)).unwrap();
-    wait_until("the flow", || guest.stack.stats().tcp_flows == 1);
+    wait_until("the flow", || guest.stack.stats().tcp_flows == 2);
     drop(maker);
     let mut second = connect(at("::1", port)).unwrap();
     for client in [&mut first, &mut second] {
-        let (stream, peer) = listener.accept().unwrap();
-        assert_eq!(peer.ip(), GATEWAY_V4.parse::<IpAddr>().unwrap());
-        patient(stream).write_all(b"hello").unwrap();
-        client.read_exact(&mut [0; 5]).unwrap();
+        assert_eq!(greet(client, &listener), is(GATEWAY_V4));
     }
-    assert_eq!(guest.stack.stats().tcp_joined, 0);
+    assert_eq!(guest.stack.stats().tcp_joined, 1);
+    patient(stream).write_all(b"hello").unwrap();
+    open.read_exact(&mut [0; 5]).unwrap();
+}
+
+fn without_answers_of_the_maker_connections_cross_the_tap(_: &World) {
+    let (guest, maker) = guest_of(&spec());
+    let listener = listener(&guest, "0.0.0.0");
+    // More than are asked for at once.
+    let port = guest.published[0].port();
+    let mut clients: Vec<TcpStream> = (0..70).map(|_| connect(at("127.0.0.1", port)).unwrap()).collect();
+    let servers: Vec<_> = clients.iter().map(|_| listener.accept().unwrap()).collect();
+    for (stream, peer) in servers {
+        assert_eq!(peer.ip(), is(GATEWAY_V4));
+        patient(stream).write_all(b"hello").unwrap();
+    }
+    clients.iter_mut().for_each(|client| client.read_exact(&mut [0; 5]).unwrap());
+    assert_eq!((guest.stack.stats().tcp_joined, guest.stack.stats().tcp_in), (0, 70));
+    // The maker comes back; what it answers now to the old questions is of no use, and does no harm.
+    guest.net.spawn(move || make_sockets(&maker));
+    assert_eq!(seen_by(&guest, &listener), is(GUEST_V4));
+}
+
+fn answers_that_cannot_carry_a_socket_say_so(_: &World) {
+    use nix::sys::socket::{ControlMessage, UnixAddr, sendmsg};
+    use std::os::fd::AsRawFd as _;
+    let (limit, in_flight) = (500, 3 * 250);
+    let guest = guest(&spec());
+    let listener = listener(&guest, "0.0.0.0");
+    assert_eq!(seen_by(&guest, &listener), is(GUEST_V4));
+    // The kernel takes no more descriptors of a user without privilege who has so many under way. The payload is the same
+    // user as the maker.
+    let (queue, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    for _ in 0..in_flight / 250 {
+        let fds = [queue.as_raw_fd(); 250];
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let byte = [std::io::IoSlice::new(b"x")];
+        sendmsg::<UnixAddr>(queue.as_raw_fd(), &byte, &rights, MsgFlags::empty(), None).unwrap();
+    }
+    with_descriptors(limit, || {
+        for _ in 0..70 {
+            assert_eq!(seen_by(&guest, &listener), is(GATEWAY_V4));
+        }
+    });
+    drop((queue, _other));
+    // The kernel collects what nobody can receive any more in its own time.
+    wait_until("sockets come again", || seen_by(&guest, &listener) == is(GUEST_V4));
+}
+
+fn what_is_no_good_answer_is_not_used(_: &World) {
+    use nix::sys::socket::{
+        AddressFamily, ControlMessage, SockFlag, SockType, UnixAddr, recv, sendmsg, socket,
+    };
+    use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+    let (guest, maker) = guest_of(&spec());
+    let listener = listener(&guest, "0.0.0.0");
+    let answer = |maker: &netstack::SocketMaker, question: &[u8], fds: &[OwnedFd]| {
+        let whole = [question, &[0; 4]].concat();
+        let fds: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let control = if fds.is_empty() { &[][..] } else { &rights[..] };
+        let whole = [std::io::IoSlice::new(&whole)];
+        sendmsg::<UnixAddr>(maker.as_fd().as_raw_fd(), &whole, control, MsgFlags::MSG_DONTWAIT, None)
+    };
+    let open = |family, kind| socket(family, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    let port = guest.published[0].port();
+    // Nobody has asked. As much as there is room for, time and again.
+    let unasked = [1, 0, 0, 0, 0, 0, 0, 0, 4];
+    for _ in 0..10_000 {
+        let _ = answer(&maker, &unasked, &[open(AddressFamily::Inet, SockType::Stream)]);
+    }
+    let round = |fds: &mut dyn FnMut() -> Vec<OwnedFd>| {
+        let mut client = connect(at("127.0.0.1", port)).unwrap();
+        let mut question = [0; 9];
+        let flags = MsgFlags::empty();
+        wait_until("a question", || recv(maker.as_fd().as_raw_fd(), &mut question, flags) == Ok(9));
+        wait_until("answered", || answer(&maker, &question, &fds()).is_ok());
+        greet(&mut client, &listener)
+    };
+    // No TCP socket, or one of the other family.
+    let no_socket = || vec![std::fs::File::open("/dev/null").unwrap().into()];
+    assert_eq!(round(&mut { no_socket }), is(GATEWAY_V4));
+    for (family, kind) in [
+        (AddressFamily::Inet, SockType::Datagram),
+        (AddressFamily::Unix, SockType::Stream),
+        (AddressFamily::Inet6, SockType::Stream),
+    ] {
+        assert_eq!(round(&mut || vec![open(family, kind)]), is(GATEWAY_V4), "{family:?} {kind:?}");
+    }
+    assert_eq!(round(&mut Vec::new), is(GATEWAY_V4));
+    // One that waits for the other end: others would wait, too.
+    let net = guest.net.clone();
+    let blocking = move || vec![net.run(move || open(AddressFamily::Inet, SockType::Stream))];
+    assert_eq!(round(&mut { blocking }), is(GUEST_V4));
+    assert_eq!(
+        round(&mut || vec![open(AddressFamily::Inet, SockType::Stream), no_socket().remove(0)]),
+        is(GATEWAY_V4)
+    );
+    // That was the last answer that anybody listened to.
+    wait_until("the maker is not listened to", || {
+        answer(&maker, &unasked, &[]) == Err(nix::errno::Errno::EPIPE)
+    });
+    assert_eq!(seen_by(&guest, &listener), is(GATEWAY_V4));
+}
+
+/// A guest whose kernel chooses from these ports, with a server's port published.
+fn guest_with_ports(ports: &'static str, inside_port: u16) -> Guest {
+    let guest = Guest::joined(&spec(), &[publish(None, inside_port, Protocol::Tcp)]);
+    guest.net.run(move || std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", ports).unwrap());
+    guest
+}
+
+fn no_connection_meets_itself(_: &World) {
+    // It might be chosen, among few, or nothing else can be.
+    for ports in ["40000 40003", "39997 40000", "40000 40000"] {
+        let guest = guest_with_ports(ports, 40_000);
+        for _ in 0..50 {
+            let mut client = connect(at("127.0.0.1", guest.published[0].port())).unwrap();
+            let answer = client.write_all(b"anybody there?").and_then(|()| client.read(&mut [0; 10]));
+            assert!(answer.is_err(), "{ports}: {answer:?}");
+        }
+        assert_eq!(guest.stack.stats().tcp_joined, 50);
+        // The server gets its port.
+        let listener = guest.net.run(|| TcpListener::bind(("0.0.0.0", 40_000)).unwrap());
+        if ports != "40000 40000" {
+            assert_eq!(seen_by(&guest, &listener), is(GUEST_V4), "{ports}");
+        }
+    }
+}
+
+fn without_a_port_inside_connections_cross_the_tap(_: &World) {
+    let guest = guest_with_ports("50000 50003", 8080);
+    let listener = listener(&guest, "0.0.0.0");
+    let pairs: Vec<_> = (0..4).map(|_| pair(&guest, &listener)).collect();
+    wait_until("joined", || guest.stack.stats().tcp_joined == 4);
+    assert_eq!(seen_by(&guest, &listener), is(GATEWAY_V4));
+    assert_eq!((guest.stack.stats().tcp_in, guest.stack.stats().tcp_joined), (5, 4));
+    drop(pairs);
+}
+
+fn a_server_that_resets_at_once_is_met_once(_: &World) {
+    let guest = guest(&spec());
+    let listener = listener(&guest, "::");
+    let met = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let meeting = std::sync::Arc::clone(&met);
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            meeting.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            let mut stream = stream.unwrap();
+            let _ = stream.write_all(b"go away");
+            reset(stream);
+        }
+    });
+    for _ in 0..500 {
+        // Not the one with a time-out, which may take the reset for its own.
+        let mut client = TcpStream::connect(at("127.0.0.1", guest.published[0].port())).map(patient).unwrap();
+        let mut all = Vec::new();
+        let end = client.read_to_end(&mut all);
+        assert_eq!((&all[..], end.unwrap_err().kind()), (&b"go away"[..], ErrorKind::ConnectionReset));
+    }
+    assert_eq!(met.load(std::sync::atomic::Ordering::SeqCst), 500);
+}
+
+fn nothing_behind_urgent_data_is_lost(_: &World) {
+    use std::os::fd::AsRawFd as _;
+    let guest = guest(&spec());
+    let listener = listener(&guest, "0.0.0.0");
+    let data = pattern(5, 400_000);
+    for round in 0..300 {
+        let (client, mut server) = pair(&guest, &listener);
+        let reading = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            server.read_to_end(&mut all).map(|_| all)
+        });
+        let mut client = client;
+        client.write_all(&data).unwrap();
+        nix::sys::socket::send(client.as_raw_fd(), b"!", MsgFlags::MSG_OOB).unwrap();
+        client.write_all(&data[..5_000]).unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        let all = reading.join().unwrap().unwrap();
+        let whole = [&data[..], b"!", &data[..5_000]].concat();
+        assert!(all == whole, "{round}: {} of {}", all.len(), whole.len());
+    }
+}
+
+fn each_place_of_the_server_is_told_apart(_: &World) {
+    let (log, lines) = flow_lines();
+    let guest = guest(&StackSpec { flow_log: Some(log), ..spec() });
+    let listener = listener(&guest, GUEST_V6);
+    let (client, server) = pair(&guest, &listener);
+    drop((client, server));
+    wait_until("the flow is gone", || guest.stack.stats().tcp_flows == 0);
+    for line in [
+        format!("tcp in {GUEST_V4} opened"),
+        format!("tcp in {GUEST_V4} closed refused-inside none none"),
+        format!("tcp in {GUEST_V6} opened"),
+        format!("tcp in {GUEST_V6} closed finished none none"),
+    ] {
+        assert_eq!(lines.recv_timeout(PATIENCE).unwrap(), line);
+    }
+    // Across the TAP as well.
+    let (log, lines) = flow_lines();
+    let guest =
+        Guest::with(&StackSpec { flow_log: Some(log), ..spec() }, &[publish(None, 8080, Protocol::Tcp)]);
+    let listener = self::listener(&guest, GUEST_V6);
+    let (client, server) = pair(&guest, &listener);
+    drop((client, server));
+    wait_until("the flow is gone", || guest.stack.stats().tcp_flows == 0);
+    for (ip, what) in [(GATEWAY_V4, "opened"), (GATEWAY_V4, "closed refused-inside"), (GATEWAY_V6, "opened")]
+    {
+        let line = lines.recv_timeout(PATIENCE).unwrap();
+        assert!(line.starts_with(&format!("tcp in {ip} {what}")), "{line}");
+    }
 }
