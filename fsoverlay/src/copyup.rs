@@ -189,10 +189,42 @@ impl Engine {
 
     /// The last steps of copying up: the object's names.
     fn place_copy(&self, node: &Arc<Node>, from: &Stat, has_record: bool, temp: &Temp<'_>) -> Res<()> {
+        self.copy_up_parents(node)?;
+        let links = self.place_known_links(node, from, has_record, temp)?;
+        self.place_late_links(node, &links);
+        Ok(())
+    }
+
+    /// Brings the directories of all its names into the upper, or of one at least. Nobody may have to wait for that
+    /// who only wants to know how many names there are.
+    fn copy_up_parents(&self, node: &Arc<Node>) -> Res<()> {
+        let links = node.inner.lock().links.clone();
+        let mut one = false;
+        for link in &links {
+            match self.copy_up(&link.parent) {
+                Ok(()) => one = true,
+                // Removed since, and then the directory that it was in.
+                Err(Errno::NOENT) if !node.has_link(&link.parent, &link.name) => {}
+                Err(err) if one => tracing::debug!(?err, "a hard link was left behind by a copy-up"),
+                Err(err) => return Err(err),
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the copy those names whose directories are in the upper, and makes the node the copy.
+    fn place_known_links(
+        &self,
+        node: &Arc<Node>,
+        from: &Stat,
+        has_record: bool,
+        temp: &Temp<'_>,
+    ) -> Res<Vec<Link>> {
         let _changing = node.names.begin();
         let (links, left) = {
             let inner = node.inner.lock();
-            (inner.links.clone(), u32::try_from(i64::from(from.nlink) + inner.extra_links).unwrap_or(0))
+            let links: Vec<_> = inner.links.iter().filter(|link| link.parent.is_upper()).cloned().collect();
+            (links, u32::try_from(i64::from(from.nlink) + inner.extra_links).unwrap_or(0))
         };
         // Names that nobody knows yet will have to lead here.
         let entry = if from.nlink > 1 && (left > 1 || left > 0 && links.is_empty()) {
@@ -207,7 +239,7 @@ impl Engine {
         };
         let mut placed = false;
         for link in &links {
-            let last = self.copy_up(&link.parent).and_then(|()| {
+            let last = || -> Res<()> {
                 let state = link.parent.dir()?.state.write();
                 if state.removed || !node.has_link(&link.parent, &link.name) {
                     return Ok(());
@@ -231,7 +263,7 @@ impl Engine {
                 }
                 drop(state);
                 Ok(())
-            });
+            }();
             match last {
                 Ok(()) => {}
                 // Removed since, and then the directory that it was in.
@@ -252,8 +284,7 @@ impl Engine {
             entry.keep();
         }
         self.note_links(node);
-        self.place_late_links(node, &links);
-        Ok(())
+        Ok(links)
     }
 
     /// Names that were looked up while the copy was made: whoever did so met the layer's

@@ -369,6 +369,7 @@ impl Engine {
         }
         self.name_gone(&node, parent, name, in_upper.as_ref(), held, parked);
         drop(changing);
+        self.note_links(&node);
         if let Some(listing) = &mut state.listing {
             listing.remove(&self.hasher, name);
         }
@@ -431,7 +432,8 @@ impl Engine {
     }
 
     /// Notes that a name of an object is gone. `in_upper` is what stood at the name in
-    /// the upper, if anything did. The parent's lock is held.
+    /// the upper, if anything did. The parent's lock is held. [`Engine::note_links`] must follow, once nobody has to
+    /// wait any more who counts names.
     pub(crate) fn name_gone(
         &self,
         node: &Arc<Node>,
@@ -449,7 +451,7 @@ impl Engine {
             inner.extra_links -= 1;
             drop(inner);
             drop(old);
-            return self.note_links(node);
+            return;
         };
         let last = stat.nlink <= 1 + u32::from(inner.entry);
         let no_name = inner.links.is_empty();
@@ -481,7 +483,6 @@ impl Engine {
         if let (true, Some(quota)) = (freed, self.quota()) {
             released(quota, node.kind, stat);
         }
-        self.note_links(node);
         if stat.nlink <= 1
             && let Ok(upper) = self.upper()
         {

@@ -293,7 +293,7 @@ impl Engine {
         loop {
             let before = node.names.wait_settled();
             let attr = self.report(node, self.stat(node)?);
-            if node.names.settled() == Some(before) || tries == MAX_COUNTS {
+            if before.is_none() || node.names.settled() == before || tries == MAX_COUNTS {
                 return Ok(attr);
             }
             // Somebody changed its names meanwhile, or is about to.

@@ -1301,6 +1301,69 @@ mod tests {
         drop(release);
     }
 
+    /// Waits before it lets anything but the first into the upper.
+    #[derive(Debug)]
+    struct SlowQuota {
+        first: std::sync::atomic::AtomicBool,
+        asked: Sender<()>,
+        go_on: Mutex<Receiver<()>>,
+    }
+
+    impl crate::hooks::Quota for SlowQuota {
+        fn reserve(&self, _most: crate::hooks::Usage) -> Result<(), crate::hooks::Refusal> {
+            if !self.first.swap(false, Ordering::AcqRel) {
+                let _ = self.asked.send(());
+                let _ = self.go_on.lock().recv();
+            }
+            Ok(())
+        }
+
+        fn settle(&self, _reserved: crate::hooks::Usage, _growth: crate::hooks::Growth) {}
+    }
+
+    #[test]
+    fn nobody_waits_for_the_directories_of_a_far_file_that_is_copied_up() {
+        let scratch = Scratch::new("far-parents");
+        let lower = scratch.dir.canonicalize().expect("there").join("lower");
+        std::fs::create_dir_all(lower.join("far/sub")).expect("made");
+        std::fs::write(lower.join("far/sub/file"), "x").expect("written");
+        let table = format!("25 22 0:45 / {}/far rw - fuse.sshfs me@phone: rw", lower.display());
+        let spec = OverlaySpec {
+            layers: vec![LayerSpec { dir: lower, ..LayerSpec::default() }],
+            patience: Some(HOUR),
+            ..scratch.spec()
+        };
+        let mut engine = Engine::open_among(&MountTable::parse(table.as_bytes()), &spec).expect("an overlay");
+        let ((asked, is_asked), (go_on, wait)) = (channel(), channel());
+        let quota = Arc::new(SlowQuota { first: true.into(), asked, go_on: Mutex::new(wait) });
+        engine.set_hooks(Hooks { quota: Some(quota), ..Hooks::default() });
+        let mut file = engine.root().clone();
+        for name in ["far", "sub", "file"] {
+            file = engine.lookup(&file, name.as_bytes()).expect("found");
+        }
+        let set = crate::setattr::SetAttr { perm: Some(0o600), ..Default::default() };
+        let settled = std::thread::scope(|scope| {
+            let changed = scope.spawn(|| engine.set_attr(&file, set).map(|attr| attr.meta.perm));
+            let settled = ["far", "sub"].map(|_| {
+                assert_eq!(is_asked.recv(), Ok(()));
+                let settled = file.names.settled().is_some();
+                let _ = go_on.send(());
+                settled
+            });
+            drop(go_on);
+            assert_eq!(changed.join().expect("no panic"), Ok(0o600));
+            settled
+        });
+        assert_eq!(settled, [true; 2], "its names are not being changed yet");
+        let nlink = || hurried(|| engine.attr_now(&file)).map(|attr| attr.stat.nlink);
+        assert_eq!(nlink(), Ok(1));
+        // While they are changed, by whoever may wait for the mount, no worker waits for that.
+        let changing = file.names.begin();
+        assert_eq!(nlink(), Err(FAR));
+        drop(changing);
+        assert_eq!(nlink(), Ok(1));
+    }
+
     #[test]
     fn a_write_that_was_held_back_has_the_bytes_that_came() {
         let scratch = Scratch::new("held-back-write");

@@ -25,12 +25,14 @@
 //! all while there is no entry. The lock is held over small I/O; it comes after the directories' locks.
 //!
 //! The names of a copy are counted by looking at the disk and adding what that does not know. Whoever
-//! changes both holds a [`Changing`]; who counted meanwhile waits for the end of it and counts again.
+//! changes both holds a [`Changing`]; who counted meanwhile waits for the end of it and counts again. While one is
+//! held no layer is asked for anything, since a far mount may never answer, and no room is reserved.
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, Mode, OFlags, XattrFlags};
 
@@ -143,6 +145,8 @@ const CHANGED: u32 = 1 << 8;
 
 /// How often who waits for a change looks before he sleeps: most are over at once.
 const LOOKS: u32 = 100;
+/// How long he sleeps at most: a change is a few steps in the upper, whose disk may hang all the same.
+const MAX_WAIT: Duration = Duration::from_secs(5);
 
 /// Those who sleep until a change is over, of all nodes: it is rare enough.
 static SLEEPERS: AtomicUsize = AtomicUsize::new(0);
@@ -155,23 +159,26 @@ impl Changes {
         Some(self.0.load(Ordering::SeqCst)).filter(|changes| changes % CHANGED == 0)
     }
 
-    /// The same when nobody changes the names any more. Who changes them may not get a processor for long; he
-    /// never waits for what needs this, so no lock that he takes may be held.
-    pub(crate) fn wait_settled(&self) -> u32 {
+    /// The same when nobody changes the names any more; `None` if that takes more than [`MAX_WAIT`]. Whoever calls
+    /// it must not hold a lock that is taken while names are changed.
+    pub(crate) fn wait_settled(&self) -> Option<u32> {
         for _ in 0..LOOKS {
             if let Some(changes) = self.settled() {
-                return changes;
+                return Some(changes);
             }
             std::thread::yield_now();
         }
+        let end = Instant::now() + MAX_WAIT;
         let mut guard = ASLEEP.lock().unwrap_or_else(PoisonError::into_inner);
         // Before the look: whoever ends the change after it sees a sleeper.
         SLEEPERS.fetch_add(1, Ordering::SeqCst);
         let changes = loop {
-            if let Some(changes) = self.settled() {
+            let left = end.saturating_duration_since(Instant::now());
+            let changes = self.settled();
+            if changes.is_some() || left.is_zero() {
                 break changes;
             }
-            guard = AWAKE.wait(guard).unwrap_or_else(PoisonError::into_inner);
+            guard = AWAKE.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0;
         };
         SLEEPERS.fetch_sub(1, Ordering::SeqCst);
         changes
@@ -456,6 +463,8 @@ impl Engine {
     fn write_links(&self, node: &Arc<Node>) -> Res<()> {
         let upper = self.upper()?;
         let origin = self.numbers.describe(node.ino);
+        // Before the lock, which workers take, too: a far mount may never answer.
+        let born = self.birth_below(node)?;
         let mut entries = upper.links.entries.write();
         // Looked at with the lock: of two who write, the later one has seen more.
         let (entry, left, covered, place) = {
@@ -465,10 +474,11 @@ impl Engine {
         };
         let fd = entries.dir(upper)?;
         if let Some(covered) = covered {
-            let Place::Lower { dir, name } = &place else { return Ok(()) };
+            if !matches!(place, Place::Lower { .. }) {
+                return Ok(());
+            }
             let covered = u32::try_from(covered).unwrap_or(u32::MAX);
-            let object = || stat_at(self.fd(dir)?.as_fd(), name);
-            return self.write_covered(node, &mut entries, &fd, &origin, covered, object);
+            return self.write_covered(node, &mut entries, &fd, &origin, covered, born);
         }
         if !entry {
             return Ok(());
@@ -515,7 +525,17 @@ impl Engine {
         Ok(())
     }
 
-    /// `object` is the layer's.
+    /// When the object of a layer was made, as far as that is known.
+    fn birth_below(&self, node: &Node) -> Res<Option<Time>> {
+        let place = node.inner.lock().place.clone();
+        let Place::Lower { dir, name } = place else { return Ok(None) };
+        match self.upper()?.links.get(node.ino) {
+            Some((entry, _)) => Ok(entry.birth),
+            None => Ok(birth(&stat_at(self.fd(&dir)?.as_fd(), &name)?)),
+        }
+    }
+
+    /// `born` is of the layer's object.
     fn write_covered(
         &self,
         node: &Node,
@@ -523,7 +543,7 @@ impl Engine {
         fd: &Fd,
         origin: &str,
         count: u32,
-        object: impl FnOnce() -> Res<Stat>,
+        born: Option<Time>,
     ) -> Res<()> {
         let old = entries.by_number.get(&node.ino).copied();
         if let Some(Entry { what: What::Copy(_), .. }) = old {
@@ -538,11 +558,7 @@ impl Engine {
             }
             return Ok(());
         }
-        let birth = match old {
-            Some(old) => old.birth,
-            None => birth(&object()?),
-        };
-        let new = Entry { what: What::Covered(count), birth };
+        let new = Entry { what: What::Covered(count), birth: old.map_or(born, |old| old.birth) };
         match old {
             Some(old) => rustix::fs::renameat(fd, old.name(origin), fd, new.name(origin))?,
             None => match make_placeholder(fd.as_fd(), new.name(origin).as_bytes()) {

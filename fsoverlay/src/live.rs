@@ -84,7 +84,11 @@ impl Engine {
 
     /// The attributes of an object as they are now, owner and mode included.
     pub(crate) fn attr_now(&self, node: &Arc<Node>) -> Res<Attr> {
-        if node.far.get().is_some() {
+        if let Some((far, _)) = node.far.get() {
+            if node.names.settled().is_none() {
+                // Who changes its names does so afar.
+                far.check()?;
+            }
             self.see_far_root(node)?;
         }
         if self.live.is_some()

@@ -249,6 +249,9 @@ impl Engine {
             }
         }
         drop(changing);
+        if let Some(target) = target.as_ref().filter(|target| target.kind != Kind::Dir) {
+            self.note_links(target);
+        }
         self.moved(&mut guards, &source, &from, &to)?;
         if let Some(listing) = &mut guards.get(parent)?.listing {
             listing.remove(&self.hasher, name);
