@@ -704,9 +704,15 @@ impl Engine {
         if !std::mem::replace(looked, true) {
             // Frames may wait that this turn did not know of.
             self.more_work = true;
-        } else if !self.more_frames && !self.more_work && !self.tcp.is_owed() {
+        } else if !self.more_frames && !self.more_work && !self.tcp.is_owed() && !self.join.is_owed() {
             self.drained = None;
         }
+    }
+
+    /// Something that changes while data of the guest's is passed on.
+    fn progress(&self) -> u64 {
+        let from_guest = self.sh.stats.snapshot().bytes_from_guest;
+        from_guest.wrapping_add(self.tcp.passed_on()).wrapping_add(self.join.passed_on())
     }
 
     /// Connections wait at a listener.
@@ -971,6 +977,9 @@ impl Engine {
 pub(crate) fn live(mut engine: Engine, mut clock: impl FnMut() -> Instant) -> bool {
     let turns = AssertUnwindSafe(|| {
         while engine.turn(&mut clock, None) == Turn::Goes {}
+        // Who got a part must not take it for the whole.
+        engine.tcp.reset_if_owed();
+        engine.join.reset_if_owed();
         engine.tell_the_rest("stopped");
     });
     let Err(panic) = catch_unwind(turns) else { return !engine.broken };
@@ -1225,17 +1234,19 @@ impl Stack {
     }
 
     /// Waits until what the guest has sent has been passed on, datagrams and connections with their ends, as the guest's
-    /// kernel sends it when the last program is gone. Not longer than data comes, and a second; ten seconds in all.
+    /// kernel sends it when the last program is gone. Not longer than data goes, and a second; ten seconds in all. Where some
+    /// is left then, the connection ends with a reset.
     pub fn drain(&self) {
         let (waiter, drained) = std::sync::mpsc::channel();
         if self.control.ask(move |engine, _| engine.drain(waiter)).is_err() {
             return;
         }
         let until = std::time::Instant::now() + LAST_DATA_MOST;
-        let mut seen = self.stats().bytes_from_guest;
+        let progress = || self.control.ask(|engine, _| engine.progress()).ok();
+        let mut seen = progress();
         // Nothing is sent: the other end goes.
         while drained.recv_timeout(LAST_DATA_QUIET) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
-            let now = self.stats().bytes_from_guest;
+            let now = progress();
             if now == seen || std::time::Instant::now() >= until {
                 tracing::debug!("the network ends before all data of the inside has been taken");
                 return;

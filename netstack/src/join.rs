@@ -608,6 +608,32 @@ impl Join {
         self.flows.get(id).map(|flow| flow.key)
     }
 
+    /// Whether there are connections whose data from the guest, to its end, has not been passed on.
+    pub(crate) fn is_owed(&self) -> bool {
+        let owed = |flow: &Joined| matches!(flow.phase, Phase::Open) && !flow.near.shut && !flow.near.failed;
+        self.flows.iter().any(|(_, flow)| owed(flow))
+    }
+
+    /// Bytes from the guest that have been passed on for the flows that there are.
+    pub(crate) fn passed_on(&self) -> u64 {
+        let held = |way: &Way| u64::try_from(way.in_pipe + way.rest.len() - way.taken).unwrap_or(0);
+        let flows = self.flows.iter();
+        flows.map(|(_, flow)| flow.account.sent.bytes.saturating_sub(held(&flow.traffic[0]))).sum()
+    }
+
+    /// Has the end of both sockets be a reset if one said more than was passed on.
+    pub(crate) fn reset_if_owed(&self) {
+        for (_, Joined { near, inner, traffic, .. }) in self.flows.iter() {
+            let Some(inner) = inner else { continue };
+            let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+            let holds = |side: &Side| retry(|| recv(side.fd.as_raw_fd(), &mut [0], peek)) == Ok(1);
+            if !traffic.iter().all(Way::is_empty) || holds(inner) || holds(near) {
+                host::reset_on_close(near.fd.as_fd());
+                host::reset_on_close(inner.fd.as_fd());
+            }
+        }
+    }
+
     /// Has the end of every socket be a reset.
     pub(crate) fn reset_on_close(&self) {
         for side in self.flows.iter().flat_map(|(_, flow)| std::iter::once(&flow.near).chain(&flow.inner)) {

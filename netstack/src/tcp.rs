@@ -631,6 +631,22 @@ impl Tcp {
         })
     }
 
+    /// Bytes that have been passed on for the flows that there are.
+    pub(crate) fn passed_on(&self) -> u64 {
+        self.flows.iter().map(|(_, flow)| flow.account.sent.bytes).sum()
+    }
+
+    /// Has the end of a host socket be a reset if the guest said more than was passed on.
+    pub(crate) fn reset_if_owed(&self) {
+        for (_, flow) in self.flows.iter() {
+            if let (Far::Host(host), Phase::Open(socket)) = (&flow.far, &flow.phase)
+                && (socket.can_recv() || has_gap(flow.farthest, flow.acknowledged))
+            {
+                host::reset_on_close(host.fd.as_fd());
+            }
+        }
+    }
+
     /// Ends the guest's flows that are not allowed any more, with a reset on both sides.
     pub(crate) fn review(&mut self, sh: &mut Shared) {
         let outbound = |flow: &Flow| !flow.inbound && matches!(flow.far, Far::Host(_));

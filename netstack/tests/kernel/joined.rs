@@ -30,6 +30,7 @@ crate::tests! {
     a_server_that_resets_at_once_is_met_once,
     nothing_behind_urgent_data_is_lost,
     each_place_of_the_server_is_told_apart,
+    what_a_joined_server_sent_last_arrives,
 }
 
 const GUEST_V4: &str = "10.0.2.100";
@@ -507,8 +508,10 @@ fn no_connection_meets_itself(_: &World) {
     for ports in ["40000 40003", "39997 40000", "40000 40000"] {
         let guest = guest_with_ports(ports, 40_000);
         for _ in 0..50 {
-            let mut client = connect(at("127.0.0.1", guest.published[0].port())).unwrap();
-            let answer = client.write_all(b"anybody there?").and_then(|()| client.read(&mut [0; 10]));
+            let answer = connect(at("127.0.0.1", guest.published[0].port())).and_then(|mut client| {
+                client.write_all(b"anybody there?")?;
+                client.read(&mut [0; 10])
+            });
             assert!(answer.is_err(), "{ports}: {answer:?}");
         }
         assert_eq!(guest.stack.stats().tcp_joined, 50);
@@ -572,6 +575,33 @@ fn nothing_behind_urgent_data_is_lost(_: &World) {
         let all = reading.join().unwrap().unwrap();
         let whole = [&data[..], b"!", &data[..5_000]].concat();
         assert!(all == whole, "{round}: {} of {}", all.len(), whole.len());
+    }
+}
+
+fn what_a_joined_server_sent_last_arrives(_: &World) {
+    for reads in [true, false] {
+        let guest = guest(&spec());
+        let listener = listener(&guest, "0.0.0.0");
+        let (mut client, mut server) = pair(&guest, &listener);
+        let sent = fill(&mut server);
+        drop(server);
+        let mut read = move || {
+            let mut all = Vec::new();
+            client.read_to_end(&mut all).map(|_| all.len()).map_err(|error| error.kind())
+        };
+        let drain = move || {
+            guest.stack.drain();
+            guest.stack.stop();
+        };
+        if reads {
+            let reader = std::thread::spawn(read);
+            drain();
+            assert_eq!(reader.join().unwrap(), Ok(sent));
+        } else {
+            // It is not waited for, and learns that this is not all.
+            drain();
+            assert_eq!(read(), Err(ErrorKind::ConnectionReset));
+        }
     }
 }
 

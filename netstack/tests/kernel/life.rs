@@ -1,7 +1,9 @@
 //! Idle, end, and programs of every day.
 
 use std::io::{Read, Write};
-use std::net::UdpSocket;
+use std::net::{TcpStream, UdpSocket};
+
+use netstack::{Rate, Rates, StackSpec};
 
 use crate::common::*;
 use crate::tools::*;
@@ -84,17 +86,10 @@ fn the_stack_ends_with_its_namespace(_: &World) {
     stack.stop();
 }
 
-fn what_was_sent_last_arrives(world: &World) {
-    let guest = Guest::new();
-    let udp = world.internet.run(|| UdpSocket::bind((INTERNET_V4, 0)).unwrap());
-    udp.set_read_timeout(Some(PATIENCE)).unwrap();
-    let (addr, server) = accept_one(&world.internet, INTERNET_V4);
-    let mut client = guest.net.run(move || connect(addr).unwrap());
-    let mut server = server.join().unwrap();
-    // As much as the guest's kernel and the stack take while nobody reads. The guest's program then ends.
+/// Writes as much as the guest's kernel and the stack take while nobody reads; how much that is.
+fn fill(guest: &Guest, client: &mut TcpStream, data: &[u8]) -> usize {
     client.set_nonblocking(true).unwrap();
     let mut sent = 0;
-    let data = pattern(11, 1 << 20).repeat(64);
     wait_until("nothing more is taken", || {
         while let Ok(some) = client.write(&data[sent..]) {
             sent += some;
@@ -105,6 +100,19 @@ fn what_was_sent_last_arrives(world: &World) {
         guest.net.run(|| sh(&format!("ping -c 1 -W 5 {GATEWAY_V4}")));
         guest.stack.stats().bytes_from_guest < bytes + 1_000 && client.write(&data[sent..]).is_err()
     });
+    sent
+}
+
+fn what_was_sent_last_arrives(world: &World) {
+    let data = pattern(11, 1 << 20).repeat(64);
+    let guest = Guest::new();
+    let udp = world.internet.run(|| UdpSocket::bind((INTERNET_V4, 0)).unwrap());
+    udp.set_read_timeout(Some(PATIENCE)).unwrap();
+    let (addr, server) = accept_one(&world.internet, INTERNET_V4);
+    let mut client = guest.net.run(move || connect(addr).unwrap());
+    let mut server = server.join().unwrap();
+    // The guest's program ends when nobody takes anything any more.
+    let sent = fill(&guest, &mut client, &data);
     let to = udp.local_addr().unwrap();
     guest.net.run(move || {
         UdpSocket::bind("0.0.0.0:0").unwrap().send_to(b"last words", to).unwrap();
@@ -123,9 +131,24 @@ fn what_was_sent_last_arrives(world: &World) {
     let guest = Guest::new();
     let (addr, server) = accept_one(&world.internet, INTERNET_V4);
     let mut client = guest.net.run(move || connect(addr).unwrap());
-    let _server = server.join().unwrap();
-    client.set_nonblocking(true).unwrap();
-    while client.write(&data).is_ok() {}
+    let mut server = server.join().unwrap();
+    fill(&guest, &mut client, &data);
     drop(client);
     guest.stack.drain();
+    guest.stack.stop();
+    // It learns that this is not all.
+    assert_eq!(server.read_to_end(&mut Vec::new()).unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+
+    // What the stack has taken and may not send yet is on its way, though nothing comes from the guest meanwhile.
+    let rates = Rates { sent: Some(Rate { bytes_per_second: 150_000, burst: None }), received: None };
+    let guest = Guest::with(&StackSpec { rates, ..spec() }, &[]);
+    let (addr, server) = accept_one(&world.internet, INTERNET_V4);
+    let mut client = guest.net.run(move || connect(addr).unwrap());
+    let mut server = server.join().unwrap();
+    client.write_all(&data[..400_000]).unwrap();
+    drop(client);
+    let reader = std::thread::spawn(move || server.read_to_end(&mut Vec::new()).unwrap());
+    guest.stack.drain();
+    guest.stack.stop();
+    assert_eq!(reader.join().unwrap(), 400_000);
 }
