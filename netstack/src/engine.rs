@@ -982,7 +982,10 @@ pub(crate) fn live(mut engine: Engine, mut clock: impl FnMut() -> Instant) -> bo
         engine.join.reset_if_owed();
         engine.tell_the_rest("stopped");
     });
-    let Err(panic) = catch_unwind(turns) else { return !engine.broken };
+    let Err(panic) = catch_unwind(turns) else {
+        let good = !engine.broken;
+        return release(engine) && good;
+    };
     // Tables may contradict each other now. That is no reason not to say what happened.
     let what = catch_unwind(AssertUnwindSafe(|| engine.name(engine.sh.at)));
     tracing::error!(
@@ -997,6 +1000,17 @@ pub(crate) fn live(mut engine: Engine, mut clock: impl FnMut() -> Instant) -> bo
     });
     // The message above says it.
     drop(catch_unwind(rest));
+    release(engine);
+    false
+}
+
+/// Drops the engine; whether that went well. A panic on the way must not keep the caller from hearing how the stack ended.
+fn release(engine: Engine) -> bool {
+    let Err(panic) = catch_unwind(AssertUnwindSafe(|| drop(engine))) else { return true };
+    tracing::error!(
+        panic = defect::message(&*panic),
+        "the network stack failed at its end (this is a defect)"
+    );
     false
 }
 

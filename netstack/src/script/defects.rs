@@ -97,3 +97,30 @@ fn a_panic_ends_the_network_alone_and_says_with_which_flow_it_began() {
         assert_eq!(outcome.ended, Err(ErrorKind::ConnectionReset), "{at}");
     }
 }
+
+#[test]
+fn a_panic_at_the_very_end_stays_in_the_stack_too() {
+    struct Bad;
+    impl Drop for Bad {
+        fn drop(&mut self) {
+            panic!("part of the test");
+        }
+    }
+    for after_defect in [false, true] {
+        let bad = Bad;
+        let mut spec = spec();
+        spec.flow_log = Some(FlowLog::new(move |_| {
+            let _ = &bad;
+        }));
+        let mut script = Script::new(&spec, true);
+        // The engine is the last that has the log.
+        drop(spec);
+        if after_defect {
+            script.engine.set_trap(|at| at == At::Command);
+        }
+        let Script { engine, control, now, wire, .. } = script;
+        control.stop();
+        assert!(!engine::live(engine, || now), "{after_defect}");
+        drop(wire);
+    }
+}
