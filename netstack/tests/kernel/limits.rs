@@ -398,10 +398,14 @@ fn peers_that_send_a_byte_a_second_are_all_served(world: &World) {
         "  {count} connections: {} KiB before, {warm} KiB after a byte each, {after} KiB at the end",
         before
     );
-    assert!(after <= warm + 2_048, "{warm} KiB, then {after} KiB");
+    // A page for every fourth: those that happen to rest give theirs back for a while.
+    assert!(after <= warm + 2_048 + count, "{warm} KiB, then {after} KiB");
     assert!(after.saturating_sub(before) / count <= 16, "{before} KiB, then {after} KiB");
     drop((clients, servers));
-    wait_until("flows gone", || guest.stack.stats().tcp_flows == 0);
+    // So many ends at once are more than the TAP's queue takes; those that were lost are asked for after a minute.
+    wait_for(PATIENCE + Duration::from_secs(if full { 180 } else { 0 }), "flows gone", || {
+        guest.stack.stats().tcp_flows == 0
+    });
 }
 
 fn a_flood_at_a_published_port_leaves_the_others_alone(world: &World) {

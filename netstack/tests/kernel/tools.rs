@@ -45,8 +45,12 @@ pub(crate) fn accept_one(net: &Net, ip: &'static str) -> (SocketAddr, JoinHandle
     (addr, std::thread::spawn(move || patient(listener.accept().unwrap().0)))
 }
 
-pub(crate) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+pub(crate) fn wait_until(what: &str, condition: impl FnMut() -> bool) {
+    wait_for(PATIENCE, what, condition);
+}
+
+pub(crate) fn wait_for(patience: Duration, what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + patience;
     while !condition() {
         assert!(Instant::now() < deadline, "in vain: {what}");
         std::thread::yield_now();
