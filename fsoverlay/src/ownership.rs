@@ -184,7 +184,7 @@ fn chown(at: At<'_>, uid: u32, gid: u32) -> Res<()> {
     }
 }
 
-fn chmod(at: At<'_>, perm: u32) -> Res<()> {
+pub(crate) fn chmod(at: At<'_>, perm: u32) -> Res<()> {
     let mode = Mode::from_raw_mode(perm);
     match at {
         At::Fd(fd) => rustix::fs::fchmod(fd, mode),
@@ -194,7 +194,7 @@ fn chmod(at: At<'_>, perm: u32) -> Res<()> {
     }
 }
 
-fn stat_of(at: At<'_>) -> Res<Stat> {
+pub(crate) fn stat_of(at: At<'_>) -> Res<Stat> {
     match at {
         At::Fd(fd) | At::Object(fd) => stat_fd(fd),
         At::Name(dir, name) => stat_at(dir, name),

@@ -29,6 +29,7 @@ use crate::handle::Fd;
 use crate::inode::{Node, Place};
 use crate::layer::{LayerIdx, RealDir, UPPER, stat_at, stat_fd};
 use crate::numbers::Origin;
+use crate::ownership::{chmod, stat_of};
 use crate::sys::{self, At};
 
 pub(crate) const OPAQUE: &str = "user.overlay.opaque";
@@ -545,12 +546,18 @@ impl Engine {
         // An access ACL that says no more than a mode is only a mode.
         let stored = acl.filter(|acl| !access || !acl.is_minimal());
         let old = sys::get_xattr_vec(at, &disk)?;
+        let before = node.inner.lock().meta;
+        // A real one changes the mode.
+        let mode = match self.owners.native && access {
+            true => {
+                let _settled = self.modes.lock();
+                Some(stat_of(at)?.mode & 0o7777)
+            }
+            false => None,
+        };
         let bytes = stored.map(Acl::to_bytes);
         put_xattr(at, &disk, bytes.as_deref())?;
         let goes_on = || -> Res<()> {
-            if let Some(recorded) = self.recorded_name(name) {
-                Self::clear_recorded(node, at, &recorded)?;
-            }
             if let Some(acl) = acl.filter(|_| access) {
                 let mut meta = node.inner.lock().meta;
                 meta.perm = meta.perm & 0o7000 | acl.mode();
@@ -559,9 +566,21 @@ impl Engine {
                 }
                 self.store_meta(node, meta)?;
             }
-            Ok(())
+            // Last: nobody could bring it back.
+            self.recorded_name(name).map_or(Ok(()), |recorded| Self::clear_recorded(node, at, &recorded))
         };
-        goes_on().inspect_err(|_| put_back(at, &disk, old.as_deref()))?;
+        goes_on().inspect_err(|_| {
+            put_back(at, &disk, old.as_deref());
+            let stored = node.inner.lock().meta != before;
+            let undone = match mode {
+                _ if stored => self.store_meta(node, before),
+                Some(mode) => chmod(at, mode),
+                None => Ok(()),
+            };
+            if let Err(err) = undone {
+                tracing::warn!(?err, "a mode is ahead of a change that failed");
+            }
+        })?;
         if access {
             // The kernel keeps a real one and the mode in step by itself.
             node.inner.lock().has_acl = stored.is_some() && !self.owners.native;
@@ -799,8 +818,21 @@ mod tests {
             uids: vec![IdExtent { inside: 1000, outside: 1000, count: 1 }],
             ..IdMapping::default()
         };
-        let owners = Ownership::new(&crate::config::OverlaySpec { ids, ..scratch.spec() });
-        let owners = std::mem::replace(&mut scratch.engine.owners, owners);
+        // The upper may be of a time of recorded ownership, too: there the disk's own mode stays as well.
+        let spec = crate::config::OverlaySpec { ids, ..scratch.spec() };
+        let native = crate::config::OwnerForm::Native;
+        let recorded = Ownership::new(&spec);
+        let real = Ownership::new(&crate::config::OverlaySpec { owner_form: native, squash: None, ..spec });
+        let on_disk = || {
+            let file = std::fs::File::open(scratch.dir.join("upper/file")).expect("opened");
+            let real = sys::get_xattr_vec(At::Fd(file.as_fd()), ACL_ACCESS);
+            (stat_fd(file.as_fd()).map(|stat| stat.mode), real)
+        };
+        let before = on_disk();
+        let owners = std::mem::replace(&mut scratch.engine.owners, real);
+        assert_eq!(set(&scratch.engine, ACL_ACCESS, &acl(4, 3)), Err(Errno::INVAL));
+        assert_eq!((get(&scratch.engine), on_disk()), (Ok(acl(6, 7)), before));
+        scratch.engine.owners = recorded;
         assert_eq!(chmod(&scratch.engine, 0o474), Err(Errno::INVAL));
         assert_eq!(get(&scratch.engine), Ok(acl(6, 7)));
         assert_eq!(set(&scratch.engine, ACL_ACCESS, &acl(4, 3)), Err(Errno::INVAL));
