@@ -12,13 +12,18 @@
 //! What is found is what a lookup finds, of a layer's files with one name in directories that are not in the
 //! upper. It says the same as long as nobody has had the directory's lock for writing, which every
 //! change of a name and every copy-up takes; this is counted ([`crate::sync::RwLock::written`]). It is
-//! thrown away after [`MAX_AGE`], since a read changes the access time of a layer's file.
+//! not used after [`MAX_AGE`], since a read changes the access time of a layer's file.
+//!
+//! No more is made ready than the last full reply held: what is left would be looked up a second time, if its turn
+//! comes too late. What one reply leaves all the same waits for the next.
 //!
 //! Nothing is done where somebody else than the kernel would notice or wait: with an access trace, far
-//! mounts, layers that change, or a single worker; nor in what is mounted in a layer, which may be far since.
+//! mounts, layers that change, or a single worker; nor in a directory that is mounted in a layer, which may be far
+//! since. (A single file that is mounted in one is asked for its attributes.)
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::attr::{Attr, Kind};
@@ -29,16 +34,18 @@ use crate::listing::FIRST;
 use crate::lookup::Plain;
 use crate::sync::Mutex;
 
-/// How many walks are followed at a time.
-const MAX_WALKS: usize = 4;
+/// How many guesses are kept: two for each walk, the next directory and the rest of this one.
+const MAX_GUESSES: usize = 8;
 /// How many entries are looked up for one reply, and for how long: what is not in memory is not waited for twice.
 const MAX_ENTRIES: usize = 512;
-const MAX_TIME: Duration = Duration::from_millis(2);
+/// The same before any reply has told more: what fits into a page, for which older kernels ask.
+const LEAST_ENTRIES: usize = 24;
+const MAX_TIME: Duration = Duration::from_millis(if cfg!(test) { 60_000 } else { 2 });
 /// Directories of more bytes are not read ahead.
 const MAX_SIZE: u64 = 64 << 10;
 /// How far a guess looks around.
 const MAX_STEPS: usize = 1000;
-const MAX_AGE: Duration = Duration::from_secs(1);
+const MAX_AGE: Duration = Duration::from_secs(if cfg!(test) { 60 } else { 1 });
 
 /// What will be asked for next.
 #[derive(Debug, Default)]
@@ -46,6 +53,8 @@ pub(crate) struct Ahead {
     guesses: Mutex<VecDeque<Guess>>,
     /// Held by who makes something ready.
     busy: Mutex<()>,
+    /// How many entries the last full reply held, or one since then that held more.
+    room: AtomicUsize,
 }
 
 #[derive(Debug)]
@@ -83,6 +92,27 @@ impl Ready {
 pub(crate) struct Begun {
     guessed: bool,
     ready: Option<Ready>,
+    /// How many entries the reply holds.
+    pub(crate) told: usize,
+    /// There was no room for more.
+    pub(crate) full: bool,
+}
+
+impl Ahead {
+    /// Keeps a guess in place of an older one, unless that has more to offer.
+    fn guess(&self, ino: u64, ready: Option<Arc<Mutex<Ready>>>) {
+        let mut guesses = self.guesses.lock();
+        if let Some(at) = guesses.iter().position(|guess| guess.ino == ino) {
+            if ready.is_none() && guesses[at].ready.is_some() {
+                return;
+            }
+            guesses.remove(at);
+        }
+        if guesses.len() >= MAX_GUESSES {
+            guesses.pop_front();
+        }
+        guesses.push_back(Guess { ino, ready });
+    }
 }
 
 impl Engine {
@@ -98,7 +128,21 @@ impl Engine {
         // Somebody may be at it.
         let ready = guess.ready.map(|ready| std::mem::take(&mut *ready.lock()));
         let fresh = |ready: &Ready| ready.since.is_some_and(|since| since.elapsed() < MAX_AGE);
-        Begun { guessed: true, ready: ready.filter(fresh) }
+        Begun { guessed: true, ready: ready.filter(fresh), ..Begun::default() }
+    }
+
+    /// The reply is complete: notes how much it holds, and keeps what is ready beyond it for the next one. To be called
+    /// before the kernel can ask for that.
+    pub(crate) fn pause_listing(&self, dir: &Node, begun: &mut Begun) {
+        let Some(ahead) = &self.ahead else { return };
+        if !begun.full {
+            ahead.room.fetch_max(begun.told, Ordering::Relaxed);
+            return;
+        }
+        ahead.room.store(begun.told, Ordering::Relaxed);
+        if let Some(rest) = begun.ready.take().filter(|ready| !ready.found.is_empty()) {
+            ahead.guess(dir.ino, Some(Arc::new(Mutex::new(rest))));
+        }
     }
 
     /// Like [`Engine::lookup_known`], of what was found before.
@@ -123,38 +167,34 @@ impl Engine {
         let ready = busy.is_some().then(Arc::<Mutex<Ready>>::default);
         // Whoever begins with it from here on waits for what is found.
         let mut filled = ready.as_ref().map(|ready| ready.lock());
-        {
-            let mut guesses = ahead.guesses.lock();
-            guesses.retain(|guess| guess.ino != next.ino);
-            if guesses.len() >= MAX_WALKS {
-                guesses.pop_front();
-            }
-            guesses.push_back(Guess { ino: next.ino, ready: ready.clone() });
-        }
+        ahead.guess(next.ino, ready.clone());
+        let most = ahead.room.load(Ordering::Relaxed).clamp(LEAST_ENTRIES, MAX_ENTRIES);
         if let Some(ready) = &mut filled
-            && let Err(err) = self.get_ready(&next, ready)
+            && let Err(err) = self.get_ready(&next, ready, most)
         {
             tracing::debug!(?err, "nothing is ready ahead of a listing");
         }
     }
 
-    /// The directory after this one, where directories are listed before what is in them.
+    /// The directory after this one, where directories are listed before what is in them. There is no
+    /// guess if that one is not known yet: the reply ended before it.
     fn next_listing(&self, dir: &Arc<Node>) -> Option<Arc<Node>> {
         let mut steps = 0;
-        let mut first_after = |dir: &Arc<Node>, position: u64| -> Option<Arc<Node>> {
+        let mut first_after = |dir: &Arc<Node>, position: u64| -> Option<Option<Arc<Node>>> {
             let state = dir.dir().ok()?.state.read();
             let mut next = None;
             state.listing.as_ref()?.visit(position, |_, name, ino, kind| {
                 steps += 1;
                 if kind == Kind::Dir {
-                    next = self.table.get(ino).filter(|node| node.dir.is_some() && node.has_link(dir, name));
+                    let node = self.table.get(ino);
+                    next = Some(node.filter(|node| node.dir.is_some() && node.has_link(dir, name)));
                 }
                 kind != Kind::Dir && steps < MAX_STEPS
             });
             next
         };
         if let Some(child) = first_after(dir, FIRST - 1) {
-            return Some(child);
+            return child;
         }
         let mut last = dir.clone();
         for _ in 0..MAX_STEPS {
@@ -164,14 +204,14 @@ impl Engine {
                 state.listing.as_ref()?.position(&self.hasher, &link.name)?
             };
             if let Some(next) = first_after(&link.parent, position) {
-                return Some(next);
+                return next;
             }
             last = link.parent;
         }
         None
     }
 
-    fn get_ready(&self, dir: &Arc<Node>, ready: &mut Ready) -> Res<()> {
+    fn get_ready(&self, dir: &Arc<Node>, ready: &mut Ready, most: usize) -> Res<()> {
         let begin = Instant::now();
         let part = dir.dir()?;
         if part.upper.get().is_some() {
@@ -199,15 +239,17 @@ impl Engine {
         ready.written = part.state.written();
         ready.since = Some(begin);
         let Some(listing) = &state.listing else { return Ok(()) };
-        ready.found.reserve(listing.len().min(MAX_ENTRIES));
+        ready.found.reserve(listing.len().min(most));
+        let mut left = most;
         listing.visit(FIRST - 1, |at, name, _, kind| {
+            left -= 1;
             if kind != Kind::Dir
                 && let Ok(found) = self.find(dir, &state, name)
                 && let Some(found) = self.plain(dir, name, &found)
             {
                 ready.found.push_back((at, found));
             }
-            ready.found.len() < MAX_ENTRIES && begin.elapsed() < MAX_TIME
+            left > 0 && begin.elapsed() < MAX_TIME
         });
         Ok(())
     }
@@ -276,6 +318,69 @@ mod tests {
         for dir in known.iter().chain(&dirs).rev() {
             assert_eq!(list(engine, dir).1, 0);
         }
+    }
+
+    /// Lists a directory by replies of so many entries; gives how many of them were ready.
+    fn list_by(engine: &Engine, dir: &Arc<Node>, room: usize) -> usize {
+        let (mut offset, mut used) = (FIRST - 1, 0);
+        loop {
+            let mut begun = engine.begin_listing(dir);
+            let entries = engine.read_dir(dir, offset, room + 1).expect("listed");
+            begun.full = entries.len() > room;
+            let first = offset < FIRST;
+            for (position, _) in entries.into_iter().take(room) {
+                used += usize::from(engine.lookup_ready(dir, position, &mut begun).is_some());
+                begun.told += 1;
+                offset = position;
+            }
+            engine.pause_listing(dir, &mut begun);
+            if first {
+                engine.look_ahead(dir, &begun);
+            }
+            if !begun.full {
+                return used;
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_ready_is_what_a_reply_holds_and_none_of_it_is_lost() {
+        let mut scratch = Scratch::new("ahead-room");
+        scratch.engine.ahead = Some(Ahead::default());
+        for dir in ["a", "b", "c", "d"].map(|dir| scratch.dir.join("lower").join(dir)) {
+            std::fs::create_dir(&dir).expect("made");
+            for file in 0..100 {
+                std::fs::write(dir.join(file.to_string()), "").expect("written");
+            }
+        }
+        let (dirs, _) = list(&scratch.engine, scratch.engine.root());
+        let used: Vec<_> = dirs
+            .iter()
+            .zip([10, 10, 50, 50])
+            .map(|(dir, room)| list_by(&scratch.engine, dir, room))
+            .collect();
+        assert_eq!(used, [0, LEAST_ENTRIES, LEAST_ENTRIES, 50]);
+    }
+
+    #[test]
+    fn a_guess_that_is_ready_stays() {
+        let ahead = Ahead::default();
+        ahead.guess(5, Some(Arc::default()));
+        ahead.guess(5, None);
+        assert!(ahead.guesses.lock().iter().all(|guess| guess.ready.is_some()));
+    }
+
+    #[test]
+    fn there_is_no_guess_beyond_what_was_told() {
+        let scratch = tree("ahead-beyond");
+        let engine = &scratch.engine;
+        let (dirs, _) = list(engine, engine.root());
+        // The directory in it was in no reply.
+        let _ = engine.begin_listing(&dirs[0]);
+        engine.read_dir(&dirs[0], FIRST - 1, 1).expect("listed");
+        assert!(engine.next_listing(&dirs[0]).is_none());
+        let sub = engine.lookup(&dirs[0], b"sub").expect("found");
+        assert_eq!(engine.next_listing(&dirs[0]).map(|node| node.ino), Some(sub.ino));
     }
 
     #[test]

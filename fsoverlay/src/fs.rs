@@ -771,6 +771,7 @@ impl Filesystem for FuseFs {
             if let Err(err) = self.fill_plus(&dir, offset, &mut begun, &mut reply) {
                 return reply.error(errno(err));
             }
+            self.engine().pause_listing(&dir, &mut begun);
             reply.ok();
             if offset == 0 {
                 self.engine().look_ahead(&dir, &begun);
@@ -940,8 +941,10 @@ impl FuseFs {
             }
             for (next, entry) in batch {
                 if self.add_plus(dir, next, &entry, begun, reply) {
+                    begun.full = true;
                     return Ok(());
                 }
+                begun.told += usize::from(next > 2);
                 offset = next;
             }
         }
