@@ -890,6 +890,7 @@ impl Engine {
                 // What begins a connection needs a descriptor.
                 let begins = packet.payload().get(13).is_some_and(|flags| flags & 0x12 == 0x02);
                 if begins && self.sh.budget.is_short() {
+                    self.join.spare(&mut self.sh);
                     self.udp.spare(&mut self.sh, now);
                 }
                 self.tcp.ingress(&mut self.sh, now, packet);

@@ -348,7 +348,7 @@ impl Forward {
         let Some(Socket { fd: listener, inside }) = self.tcp.get(id) else { return };
         for accepted in 0..TURN {
             // Who gets no answer inside makes room, or a flood at one port would take those of the others.
-            if sh.budget.is_short() && !tcp.spare(sh) {
+            if sh.budget.is_short() && !join.spare(sh) && !tcp.spare(sh) {
                 return self.starve(sh, now, id, accepted > 0);
             }
             let fd = match crate::sys::accept(listener.as_fd()) {

@@ -38,7 +38,9 @@ use nix::sys::socket::{MsgFlags, Shutdown, SockaddrStorage, getsockname};
 use smoltcp::time::Instant;
 
 use crate::calls::{connect, pipe2, recv, send, shutdown, splice};
-use crate::config::{INBOUND_CONNECT, INSIDE_SOCKET, JOIN_PIPE, MAX_PIPES, MAX_TCP_FLOWS};
+use crate::config::{
+    HALF_OPEN_SPARE, INBOUND_CONNECT, INSIDE_SOCKET, JOIN_PIPE, MAX_HALF_OPEN, MAX_PIPES, MAX_TCP_FLOWS,
+};
 use crate::defect::At;
 use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
@@ -281,6 +283,11 @@ impl Join {
         if self.inside.is_none() {
             return Err(fd);
         }
+        // Each has two descriptors.
+        let crowded = self.deadlines.len() >= MAX_HALF_OPEN.min(sh.budget.limit / 4);
+        if crowded && !self.spare(sh) {
+            return Err(fd);
+        }
         host::tune_tcp(fd.as_fd());
         let id = self.flows.insert_with(|_| Joined {
             key: ways[0],
@@ -309,6 +316,18 @@ impl Join {
         sh.count_tcp();
         self.want(sh, now, id);
         Ok(())
+    }
+
+    /// Ends a flow that the server has not answered for long enough, so that another gets its descriptors; whether there was
+    /// one.
+    pub(crate) fn spare(&mut self, sh: &mut Shared) -> bool {
+        let flows = &self.flows;
+        let is_old =
+            |id| flows.get(id).is_some_and(|flow| flow.account.lasted(sh.now) >= HALF_OPEN_SPARE.into());
+        let Some(&(_, id)) = self.deadlines.iter().find(|(_, id)| is_old(*id)) else { return false };
+        sh.stats.evicted.one();
+        self.remove(sh, id, Some("evicted"));
+        true
     }
 
     /// Wants a socket for a flow.

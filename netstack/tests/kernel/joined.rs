@@ -31,6 +31,7 @@ crate::tests! {
     nothing_behind_urgent_data_is_lost,
     each_place_of_the_server_is_told_apart,
     what_a_joined_server_sent_last_arrives,
+    connections_that_a_full_backlog_leaves_waiting_give_way,
 }
 
 const GUEST_V4: &str = "10.0.2.100";
@@ -603,6 +604,28 @@ fn what_a_joined_server_sent_last_arrives(_: &World) {
             assert_eq!(read(), Err(ErrorKind::ConnectionReset));
         }
     }
+}
+
+fn connections_that_a_full_backlog_leaves_waiting_give_way(world: &World) {
+    let ports = [8080, 8081].map(|port| publish(Some("127.0.0.1"), port, Protocol::Tcp));
+    let guest = with_descriptors(128, || Guest::joined(&spec(), &ports));
+    let full = listener(&guest, "::");
+    nix::sys::socket::listen(&full, nix::sys::socket::Backlog::new(1).unwrap()).unwrap();
+    // As many as the host's kernel takes for us.
+    let flood: Vec<_> = (0..200).map(|_| connect(guest.published[0]).unwrap()).collect();
+    let good = guest.net.run(|| TcpListener::bind(("0.0.0.0", 8081)).unwrap());
+    for _ in 0..3 {
+        let mut client = connect(guest.published[1]).unwrap();
+        greet(&mut client, &good);
+    }
+    // Connections of the guest's own, too.
+    let (addr, server) = accept_one(&world.internet, INTERNET_V4);
+    guest.net.run(move || {
+        wait_until("connected", || connect(addr).is_ok());
+    });
+    server.join().unwrap();
+    assert!(guest.stack.stats().evicted > 0);
+    drop(flood);
 }
 
 fn each_place_of_the_server_is_told_apart(_: &World) {
