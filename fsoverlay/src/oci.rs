@@ -180,8 +180,14 @@ pub fn convert_upper(dir: &Path) -> Result<(), Error> {
             if let Some(name) = left.pop() {
                 let key = stat_fd(fd.as_fd())?.key;
                 let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                fd = rustix::fs::openat(&fd, &*name, flags, Mode::empty())?;
-                above.push((key, std::mem::replace(&mut left, convert_dir(&fd)?)));
+                let child = rustix::fs::openat(&fd, &*name, flags, Mode::empty())?;
+                let names = convert_dir(&child)?;
+                if names.is_empty() {
+                    // Nothing is below it, and there may be no way up from it: it may be closed to a search.
+                    continue;
+                }
+                above.push((key, std::mem::replace(&mut left, names)));
+                fd = child;
             } else if let Some((key, names)) = above.pop() {
                 fd = open_parent(&fd)?;
                 if stat_fd(fd.as_fd())?.key != key {
@@ -308,6 +314,39 @@ mod tests {
             let fd = open_root(dir).expect("opened");
             let opaque = sys::get_xattr_vec(At::Name(fd.as_fd(), b"."), OPAQUE);
             assert_eq!(opaque, Ok(Some(b"y".to_vec())));
+        }
+    }
+
+    /// Root searches it all the same: for it this shows nothing.
+    #[test]
+    fn an_upper_is_converted_beside_what_may_not_be_searched() {
+        use std::os::unix::fs::PermissionsExt;
+
+        let scratch = Scratch::new("convert-closed");
+        let upper = scratch.dir.join("upper");
+        let dirs = ["a", "b", "c"].map(|name| upper.join(name));
+        let closed = dirs.each_ref().map(|dir| [dir.join("empty"), dir.join("full")]).concat();
+        let allow = |perm| {
+            for dir in &closed {
+                std::fs::set_permissions(dir, PermissionsExt::from_mode(perm)).expect("allowed");
+            }
+        };
+        for dir in &closed {
+            std::fs::create_dir_all(dir).expect("made");
+        }
+        for dir in &dirs {
+            std::fs::write(dir.join(".wh.gone"), "").expect("written");
+            std::fs::create_dir(dir.join("full/dir")).expect("made");
+        }
+        allow(0o400);
+        let converted = convert_upper(&upper);
+        allow(0o755);
+        assert!(converted.is_ok(), "{converted:?}");
+        for dir in &dirs {
+            assert!(
+                dir.join("gone").symlink_metadata().is_ok()
+                    && dir.join(".wh.gone").symlink_metadata().is_err()
+            );
         }
     }
 
