@@ -7,7 +7,7 @@ pub use network::{NetworkLog, NetworkRecords, finish_capture, open_capture};
 use std::fs::{File, OpenOptions};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::{Component, Path};
+use std::path::Path;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -64,11 +64,56 @@ impl Outcome {
 }
 
 /// Opens a file of the caller's that something is written to. A link there may be what an earlier payload has left in a
-/// directory that it could write, so it is not followed (ELOOP); those in /dev and /proc (`/dev/stderr`) are the host's own.
+/// directory that it could write, so it is not followed (ELOOP), but for the kernel's own to open files (`/dev/stderr`).
 /// `flags` are for open(2).
 pub(crate) fn open_unlinked(options: &mut OpenOptions, flags: i32, path: &Path) -> std::io::Result<File> {
-    let is_hosts = ["/dev", "/proc"].iter().any(|dir| path.starts_with(dir))
-        && path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
-    let links = if is_hosts { 0 } else { libc::O_NOFOLLOW };
+    let links = if names_an_open_file(path) { 0 } else { libc::O_NOFOLLOW };
     options.custom_flags(flags | libc::O_NOCTTY | links).open(path)
+}
+
+/// A path whose link at the end nobody else can have made. Elsewhere below `/dev` and `/proc` others can write: in
+/// `/dev/shm`, or behind `/proc/PID/cwd`.
+fn names_an_open_file(path: &Path) -> bool {
+    let parts: Option<Vec<&str>> = path.components().map(|part| part.as_os_str().to_str()).collect();
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    match parts.as_deref() {
+        Some(["/", "dev", "stdin" | "stdout" | "stderr"]) => true,
+        Some(["/", "dev", "fd", fd]) => is_number(fd),
+        Some(["/", "proc", process, "fd", fd]) => {
+            is_number(fd) && (matches!(*process, "self" | "thread-self") || is_number(process))
+        }
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_kernels_links_to_open_files_are_followed() {
+        for path in ["/dev/stdin", "/dev/stdout", "//dev/./stderr", "/dev/fd/63", "/proc/self/fd/3"] {
+            assert!(names_an_open_file(Path::new(path)), "{path}");
+        }
+        for path in ["/proc/thread-self/fd/0", "/proc/4711/fd/12"] {
+            assert!(names_an_open_file(Path::new(path)), "{path}");
+        }
+        for path in [
+            "/dev/shm/link",
+            "/dev/mqueue/link",
+            "/dev/../home/link",
+            "/dev/fd/../link",
+            "/dev/fd/x",
+            "/dev/shm/fd/3",
+            "/proc/self/cwd/link",
+            "/proc/self/root/home/link",
+            "/proc/self/cwd/fd/3",
+            "/proc/x/fd/3",
+            "dev/stdout",
+            "/",
+            "",
+        ] {
+            assert!(!names_an_open_file(Path::new(path)), "{path}");
+        }
+    }
 }

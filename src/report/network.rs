@@ -324,6 +324,10 @@ mod tests {
         assert!(is_loop(NetworkLog::open(&link.0).unwrap_err()));
         let around = Path::new("/dev/..").join(link.0.strip_prefix("/").unwrap());
         assert!(is_loop(NetworkLog::open(&around).unwrap_err()));
+        // Everybody's directory, as /tmp is.
+        let shared = Place(Path::new("/dev/shm").join(format!("rootlet-link-{}", std::process::id())));
+        std::os::unix::fs::symlink(&target.0, &shared.0).unwrap();
+        assert!(is_loop(open_capture(&shared.0).unwrap_err()));
         assert_eq!(target.read(), "kept");
         let null = File::open("/dev/null").unwrap();
         let path = format!("/dev/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&null));
