@@ -14,7 +14,7 @@ use super::LaunchError;
 use crate::control::network::Network;
 use crate::control::{Apart, ControlSocket, Served};
 use crate::plan::{NetPlan, Plan, StackPlan};
-use crate::report::{NetworkLog, NetworkRecords, PublishedPort, finish_capture};
+use crate::report::{NetworkLog, NetworkRecords, PublishedPort, finish_capture, start_capture};
 
 /// Threads that serve the overlay. At least two, because a request that waits for the disk must not
 /// hold up the others; each costs start-up time, and more than four serve no faster.
@@ -108,8 +108,8 @@ impl Services {
     pub(crate) fn start_network(&mut self, tap: OwnedFd) -> Result<(), LaunchError> {
         if let Some((mut spec, published)) = self.network.take() {
             if let Some(file) = self.capture_file.take() {
-                let what = "the thread of the capture";
-                let capture = Capture::start(file)
+                let what = "the capture of the network";
+                let capture = start_capture(file)
                     .map_err(|source| LaunchError::Network(netstack::Error::Start { what, source }))?;
                 spec.capture = Some(capture.clone());
                 self.capture = Some(capture);

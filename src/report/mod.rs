@@ -2,7 +2,7 @@
 
 mod network;
 
-pub use network::{NetworkLog, NetworkRecords, finish_capture, open_capture};
+pub use network::{NetworkLog, NetworkRecords, finish_capture, open_capture, start_capture};
 
 use std::fs::{File, OpenOptions};
 use std::net::SocketAddr;

@@ -79,7 +79,7 @@ pub struct NetworkRecords {
     pub capture: Option<File>,
 }
 
-/// Opens the file of a capture; what was in it goes.
+/// Opens the file of a capture. What is in it stays until [`start_capture`], as what it is opened for may fail.
 ///
 /// # Errors
 ///
@@ -87,13 +87,25 @@ pub struct NetworkRecords {
 pub fn open_capture(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     // A fifo without a reader must not hold the run up; with one, it is the capture's own thread that waits.
-    let file = open(options.write(true).create(true).truncate(true), path)?;
+    let file = open(options.write(true).create(true), path)?;
     if rustix::termios::isatty(&file) {
         return Err(io::Error::other("it is a terminal, and packets are not text"));
     }
     let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?) - OFlag::O_NONBLOCK;
     fcntl(&file, FcntlArg::F_SETFL(flags))?;
     Ok(file)
+}
+
+/// Begins a capture, for a stack that is about to start. What was in the file goes.
+///
+/// # Errors
+///
+/// As ftruncate(2); the thread that writes cannot be made.
+pub fn start_capture(file: File) -> io::Result<Capture> {
+    if file.metadata()?.is_file() {
+        file.set_len(0)?;
+    }
+    Capture::start(file)
 }
 
 /// Ends a capture whose stack has ended, and says what is missing in it.
@@ -185,8 +197,10 @@ impl Sink {
         let len = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
         // Others may write to it, or cut it.
         if self.file.metadata()?.len() + len + room > LOG_LIMIT {
-            if !std::mem::replace(&mut self.full, true) {
+            if room > 0 && !self.full {
+                // If that fails it is said with the next line, or at the end.
                 self.put(&Remark { time: now(), event: "full", lost: self.lost }, 0)?;
+                self.full = true;
             }
             return Err(io::ErrorKind::FileTooLarge.into());
         }
@@ -372,6 +386,23 @@ mod tests {
         sink.put(&line, LAST_LINE).unwrap();
         drop(sink);
         assert_eq!(place.read(), format!("\"{line}\"\n"));
+    }
+
+    #[test]
+    fn that_a_log_is_full_is_said_again_if_it_could_not_be_written() {
+        let place = Place::new("unsaid");
+        File::create(&place.0).unwrap().set_len(LOG_LIMIT - LAST_LINE).unwrap();
+        // Nothing can be written.
+        let file = File::open(&place.0).unwrap();
+        let mut sink = Sink { file, is_file: true, lost: 0, full: false, rest: Vec::new(), broken: false };
+        assert_eq!(sink.put(&"line", LAST_LINE).unwrap_err().raw_os_error(), Some(libc::EBADF));
+        sink.file = OpenOptions::new().append(true).open(&place.0).unwrap();
+        assert_eq!(sink.put(&"line", LAST_LINE).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
+        let mut tail = String::new();
+        let mut file = File::open(&place.0).unwrap();
+        file.seek(io::SeekFrom::Start(LOG_LIMIT - LAST_LINE)).unwrap();
+        file.read_to_string(&mut tail).unwrap();
+        assert!(tail.contains("\"full\"") && sink.full, "{tail:?}");
     }
 
     #[test]

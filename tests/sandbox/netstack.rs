@@ -300,22 +300,23 @@ fn what_fails_leaves_nothing_behind() {
 import itertools
 def tried(*options, of=str(target.pid), tap="tap0"):
     ready, w = os.pipe()
-    command = [S, "-c", "-r", str(w), "-a", "made", *options, of, tap]
+    command = [S, "-c", "-r", str(w), "-a", "made", "--network-capture=kept", *options, of, tap]
     status = subprocess.run(command, pass_fds=(w,), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
     os.close(w)
     told = os.read(ready, 10)
     os.close(ready)
-    made = (told, inside("ip -o link | grep -vc ': lo:'; ip -o addr; ip route; ip -6 route | grep -v '^fe80::'"), os.listdir("."))
+    made = (told, inside("ip -o link | grep -vc ': lo:'; ip -o addr; ip route; ip -6 route | grep -v '^fe80::'"), os.listdir("."), open("kept").read())
     if status != 1 or made != before:
         print(options, of, tap, status, made, before)
-before = (b"", "0", os.listdir("."))
+open("kept", "w").write("an old capture")
+before = (b"", "0", os.listdir("."), "an old capture")
 for options in ("--mtu=99999", "--cidr=10.0.2.0", "--macaddress=1:2:3", "--outbound-addr=192.0.2.77", "--outbound-addr6=no-such-link", "--target-type=bess",
                 "--netns-type=path", "--exit-fd=77", "--exit-fd=1", "--userns-path=/etc/passwd", "--userns-path=/no/such", "--network-rate=fast", "--network-log=/no/such/log", "--no-such-option"):
     tried(options)
 tried(of="x"), tried(of="0"), tried(of=str(os.getpid())), tried(tap="lo"), tried(tap="a/b")
-net = Net("-c", "-a", "made")
-print(net.end(), inside("ip -o link | wc -l"), os.path.lexists("made"))"#;
-    python(&home, script).ok().prints("0 1 False");
+net = Net("-c", "-a", "made", "--network-capture=kept")
+print(net.end(), inside("ip -o link | wc -l"), os.path.lexists("made"), b"old" in open("kept", "rb").read())"#;
+    python(&home, script).ok().prints("0 1 False False");
 }
 
 #[test]
