@@ -109,6 +109,8 @@ pub(crate) struct Tap {
     scratch: Box<[u8]>,
     /// What the last TCP segment acknowledged.
     pub(crate) acknowledged: Option<TcpSeqNumber>,
+    /// What acknowledges the last FIN, of whatever connection.
+    pub(crate) fin_ack: Option<TcpSeqNumber>,
     run: Option<Run>,
     /// Where the packet of `run` is built.
     run_packet: Box<[u8]>,
@@ -163,6 +165,7 @@ impl Tap {
             segmentation,
             scratch: frame_buffer(),
             acknowledged: None,
+            fin_ack: None,
             run: None,
             run_packet: frame_buffer(),
             pending: VecDeque::new(),
@@ -222,6 +225,12 @@ impl Tap {
             checksum_pending: header[0] & NEEDS_CSUM != 0,
             datagram_size: (header[1] == GSO_UDP_L4 && size > 0).then_some(size),
         })
+    }
+
+    /// What TCP segments say from now on is about another connection.
+    pub(crate) fn forget_said(&mut self) {
+        self.acknowledged = None;
+        self.fin_ack = None;
     }
 
     /// Whether frames wait for the TAP to take them.
@@ -412,6 +421,9 @@ impl Tap {
             && segment.ack()
         {
             self.acknowledged = Some(segment.ack_number());
+            if segment.fin() {
+                self.fin_ack = Some(segment.seq_number() + segment.payload().len() + 1);
+            }
         }
         if segmentation && let Some(option) = mss_option(tcp) {
             *option = link[usize::from(is_v6)].to_be_bytes();

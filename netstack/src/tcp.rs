@@ -186,8 +186,8 @@ struct Flow {
     acknowledged: Option<TcpSeqNumber>,
     /// The most that the guest has acknowledged.
     heard_ack: Option<TcpSeqNumber>,
-    /// Which of two windows smoltcp is told next where only a FIN is missing: [`only_fin_is_missing`].
-    odd_window: bool,
+    /// What acknowledges our FIN, once it has been sent.
+    fin_ack: Option<TcpSeqNumber>,
 }
 
 /// When the guest is to be asked next whether it still has a connection on which it owes us nothing.
@@ -406,25 +406,24 @@ impl Tcp {
                     flow.taken |= !segment.syn();
                 }
                 let probe = flow.acknowledged.is_none_or(|acknowledged| segment.seq_number() < acknowledged);
-                let mut differs = None;
-                if again && !probe && only_fin_is_missing(socket, &segment) {
-                    flow.odd_window = !flow.odd_window;
-                    differs = Some(with_window(packet, u16::MAX - u16::from(flow.odd_window)));
+                if again && !probe && flow.fin_ack != Some(ack) && only_fin_is_missing(socket, &segment) {
+                    return;
                 }
                 let apart = (flow.guest_fin.is_none() && segment.fin() && !segment.payload().is_empty())
                     .then(|| fin_apart(packet, &segment));
-                let whole = differs.as_deref().or(widened.as_deref()).unwrap_or(&plain);
+                let whole = widened.as_deref().unwrap_or(&plain);
                 let parts = match &apart {
                     Some([data, fin]) => [Some(&data[..]), Some(&fin[..])],
                     None => [Some(whole), None],
                 };
-                sh.tap.acknowledged = None;
+                sh.tap.forget_said();
                 for rx in parts.into_iter().flatten() {
                     let mut device = FlowDevice { tap: &mut sh.tap, rx: Some(rx), mss: flow.mss };
                     socket.poll_ingress(&mut self.iface, now, &mut device);
                 }
                 let state = socket.state();
                 flow.acknowledged = sh.tap.acknowledged.take().or(flow.acknowledged);
+                flow.fin_ack = sh.tap.fin_ack.take().or(flow.fin_ack);
                 if !segment.payload().is_empty() && flow.farthest.is_none_or(|farthest| end > farthest) {
                     flow.farthest = Some(end);
                 }
@@ -799,7 +798,7 @@ impl Tcp {
             farthest: None,
             acknowledged: None,
             heard_ack: None,
-            odd_window: false,
+            fin_ack: None,
         });
         self.by_key.insert(key, id);
         sh.tcp_flows = self.flows.len();
@@ -1023,7 +1022,7 @@ impl Tcp {
                 return self.remove(sh, id, true);
             }
         }
-        sh.tap.acknowledged = None;
+        sh.tap.forget_said();
         let before = flow.moved;
         let share = Allowance {
             sent: sh.sent.share(self.held[0].sharers),
@@ -1089,6 +1088,7 @@ impl Tcp {
             let mut device = FlowDevice { tap: &mut sh.tap, rx: None, mss: flow.mss };
             sent = send_segments(socket, &mut self.iface, now, &mut device);
             flow.acknowledged = sh.tap.acknowledged.take().or(flow.acknowledged);
+            flow.fin_ack = sh.tap.fin_ack.take().or(flow.fin_ack);
             flow.unheard += sent;
             flow.account.received.packets += u64::try_from(sent).unwrap_or(0);
             flow.finished = socket.state() == State::TimeWait && !sh.tap.is_blocked();
@@ -1310,24 +1310,17 @@ fn send_segments(
     (0..most).take_while(|_| socket.poll_egress(iface, now, device)).count()
 }
 
-/// Whether `segment` says nothing but what it has acknowledged, and there is nothing but our FIN to be acknowledged.
+/// Whether `segment` says nothing but that it still waits for our FIN, if its acknowledgement is neither a new one nor that
+/// of the FIN. After three of them smoltcp 0.14 looks for the first data to send again. There is none, and the timer that
+/// would have brought the FIN again has been stopped: it would never come. Without them, it comes when its time is up.
 ///
-/// After three that are the same smoltcp 0.14 looks for the first data to send again. There is none, and the timer that
-/// would have brought the FIN again has been stopped: it would never come. So they are made to differ. They may not be kept
-/// from it: the first to acknowledge our FIN may have been the guest's own that came again, in which smoltcp looks at
-/// nothing.
+/// That of the FIN may have been heard and still be news to smoltcp: the first may have come with the guest's own FIN when
+/// that came again, in which smoltcp looks at nothing.
 fn only_fin_is_missing(socket: &RingSocket, segment: &TcpPacket<&[u8]>) -> bool {
     matches!(socket.state(), State::FinWait1 | State::Closing | State::LastAck)
         && socket.send_queue() == 0
         && segment.payload().is_empty()
         && !(segment.syn() || segment.fin() || segment.rst())
-}
-
-/// The packet of a segment, with another window.
-fn with_window(packet: &Packet<'_>, window: u16) -> Vec<u8> {
-    let mut segment = packet.payload().to_vec();
-    TcpPacket::new_unchecked(&mut segment[..]).set_window_len(window);
-    ingress::rebuild(packet.src, packet.dst, ingress::TCP, packet.hop_limit, &segment)
 }
 
 /// Whether something of ours is on its way to the guest, which it has to acknowledge.
