@@ -190,6 +190,25 @@ impl Control {
         answered.recv().map_err(|_| Error::Stopped)
     }
 
+    /// The same, for whoever must not wait for a thread that the host's file systems hold up.
+    pub(crate) fn ask_within<R: Send + 'static>(
+        &self,
+        patience: std::time::Duration,
+        question: impl FnOnce(&Engine) -> R + Send + 'static,
+    ) -> Option<R> {
+        let (answer, answered) = channel();
+        self.tell(move |engine| drop(answer.send(question(engine)))).ok()?;
+        answered.recv_timeout(patience).ok()
+    }
+
+    /// Has the engine run `command`, and waits for nothing.
+    pub(crate) fn tell(&self, command: impl FnOnce(&mut Engine) + Send + 'static) -> Result<(), Error> {
+        self.send(Box::new(move |engine, _| {
+            command(engine);
+            Turn::Goes
+        }))
+    }
+
     /// Has the engine end.
     pub(crate) fn stop(&self) {
         // It cannot be told only if it has ended.

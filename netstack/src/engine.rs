@@ -12,7 +12,7 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::PipeReader;
+use std::io::{PipeReader, PipeWriter};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -372,7 +372,9 @@ pub(crate) struct Engine {
     /// It ends because it cannot go on.
     broken: bool,
     /// Who waits until the guest's last data has been passed on, and whether a whole turn has looked for it.
-    drained: Option<(bool, std::sync::mpsc::Sender<()>)>,
+    drained: Option<(bool, PipeWriter)>,
+    /// The guest was ended, and its last data is not waited for.
+    cut: bool,
 }
 
 /// How a turn ended.
@@ -439,6 +441,7 @@ impl Engine {
             more_work: false,
             broken: false,
             drained: None,
+            cut: false,
             sh,
         };
         Ok((engine, control))
@@ -695,13 +698,16 @@ impl Engine {
     }
 
     /// Lets go of `waiter` when all that the guest has sent has been passed on.
-    fn drain(&mut self, waiter: std::sync::mpsc::Sender<()>) {
+    fn drain(&mut self, waiter: PipeWriter) {
         self.drained = Some((false, waiter));
     }
 
     fn tell_drained(&mut self) {
         let Some((looked, _)) = &mut self.drained else { return };
-        if !std::mem::replace(looked, true) {
+        if self.sh.sent.is_in_debt() {
+            // No frame is read until that is paid.
+            *looked = false;
+        } else if !std::mem::replace(looked, true) {
             // Frames may wait that this turn did not know of.
             self.more_work = true;
         } else if !self.more_frames && !self.more_work && !self.tcp.is_owed() && !self.join.is_owed() {
@@ -712,7 +718,23 @@ impl Engine {
     /// Something that changes while data of the guest's is passed on.
     fn progress(&self) -> u64 {
         let from_guest = self.sh.stats.snapshot().bytes_from_guest;
-        from_guest.wrapping_add(self.tcp.passed_on()).wrapping_add(self.join.passed_on())
+        let passed_on = self.tcp.passed_on().wrapping_add(self.join.passed_on());
+        // Datagrams have gone, and what comes after them waits until they are paid for.
+        from_guest.wrapping_add(passed_on).wrapping_sub(self.sh.sent.debt())
+    }
+
+    /// Who got a part must not take it for the whole.
+    fn end_flows(&mut self) {
+        let gave_up = self.drained.take().is_some();
+        let gone = gave_up || self.cut;
+        let reset = self.tcp.reset_if_owed(gone) + self.join.reset_if_owed(gone);
+        if gave_up {
+            tracing::warn!(
+                connections = reset,
+                "the network ended before all that the inside had sent was passed on; these connections were reset"
+            );
+        }
+        self.tell_the_rest("stopped");
     }
 
     /// Connections wait at a listener.
@@ -978,10 +1000,7 @@ impl Engine {
 pub(crate) fn live(mut engine: Engine, mut clock: impl FnMut() -> Instant) -> bool {
     let turns = AssertUnwindSafe(|| {
         while engine.turn(&mut clock, None) == Turn::Goes {}
-        // Who got a part must not take it for the whole.
-        engine.tcp.reset_if_owed();
-        engine.join.reset_if_owed();
-        engine.tell_the_rest("stopped");
+        engine.end_flows();
     });
     let Err(panic) = catch_unwind(turns) else {
         let good = !engine.broken;
@@ -1249,25 +1268,31 @@ impl Stack {
     }
 
     /// Waits until what the guest has sent has been passed on, datagrams and connections with their ends, as the guest's
-    /// kernel sends it when the last program is gone. Not longer than data goes, and a second; ten seconds in all. Where some
-    /// is left then, the connection ends with a reset.
-    pub fn drain(&self) {
-        let (waiter, drained) = std::sync::mpsc::channel();
-        if self.control.ask(move |engine, _| engine.drain(waiter)).is_err() {
-            return;
-        }
+    /// kernel sends it when the last program is gone. Not longer than data goes, and a second; ten seconds in all; and not
+    /// longer than until `interrupt` can be read. Where some is left then, the connection ends with a reset.
+    pub fn drain(&self, interrupt: Option<BorrowedFd<'_>>) {
         let until = std::time::Instant::now() + LAST_DATA_MOST;
-        let progress = || self.control.ask(|engine, _| engine.progress()).ok();
-        let mut seen = progress();
-        // Nothing is sent: the other end goes.
-        while drained.recv_timeout(LAST_DATA_QUIET) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
-            let now = progress();
-            if now == seen || std::time::Instant::now() >= until {
-                tracing::debug!("the network ends before all data of the inside has been taken");
-                return;
+        let progress = || self.control.ask_within(LAST_DATA_QUIET, |engine| engine.progress());
+        let begin = || {
+            // Nothing is sent: the other end goes, with the engine if it must be.
+            let (drained, waiter) = std::io::pipe().ok()?;
+            self.control.tell(move |engine| engine.drain(waiter)).ok()?;
+            Some((drained, progress()?))
+        };
+        let Some((drained, mut seen)) = begin() else { return };
+        while !ready_within(drained.as_fd(), interrupt, LAST_DATA_QUIET) {
+            match progress() {
+                Some(now) if now != seen && std::time::Instant::now() < until => seen = now,
+                _ => return,
             }
-            seen = now;
         }
+    }
+
+    /// Has every connection whose end the guest has not sent, or the stack not passed on, end with a reset when the stack
+    /// does: the guest's programs were ended in the midst of what they did.
+    pub fn cut(&self) {
+        // It cannot be told only if it has ended.
+        let _ = self.control.tell(|engine| engine.cut = true);
     }
 
     /// Ends the thread and closes every flow. Dropping the stack does the same. A thread that a system call holds up for
@@ -1291,14 +1316,21 @@ impl Drop for Stack {
 
 /// Whether the thread that holds the other end is gone within `patience`.
 fn end_within(ended: &PipeReader, patience: std::time::Duration) -> bool {
+    ready_within(ended.as_fd(), None, patience)
+}
+
+/// Whether something is to be had from one of them within `patience`.
+fn ready_within(fd: BorrowedFd<'_>, other: Option<BorrowedFd<'_>>, patience: std::time::Duration) -> bool {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     let until = std::time::Instant::now() + patience;
+    let mut fds: Vec<PollFd<'_>> =
+        std::iter::once(fd).chain(other).map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
     loop {
         let left = until.saturating_duration_since(std::time::Instant::now());
         let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(ended.as_fd(), PollFlags::POLLIN)], left) {
+        match poll(&mut fds, left) {
             Err(Errno::EINTR) => {}
-            hung_up => return hung_up != Ok(0),
+            ready => return ready != Ok(0),
         }
     }
 }
@@ -1368,6 +1400,19 @@ mod tests {
         assert!(!end_within(&ended, std::time::Duration::ZERO));
         drop(alive);
         assert!(end_within(&ended, STOP_PATIENCE));
+    }
+
+    #[test]
+    fn last_data_is_not_waited_for_when_the_thread_does_not_answer() {
+        let (ended, _alive) = std::io::pipe().expect("pipe");
+        let (control, _unread) = control::commands(Arc::default()).expect("queue");
+        let stack = Stack { thread: None, control, ended, failed: Arc::default() };
+        let (over, waited) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            stack.drain(None);
+            over.send(())
+        });
+        assert_eq!(waited.recv_timeout(LAST_DATA_MOST), Ok(()));
     }
 
     #[test]

@@ -135,6 +135,10 @@ impl<T> Slab<T> {
             slot.as_ref().map(|value| (FlowId { index, generation: *generation }, value))
         })
     }
+
+    pub(crate) fn values_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.entries.iter_mut().filter_map(|(_, slot)| slot.as_mut())
+    }
 }
 
 /// What a timer belongs to.

@@ -135,11 +135,13 @@ pub(crate) struct Account {
     pub(crate) opened: Instant,
     pub(crate) sent: Traffic,
     pub(crate) received: Traffic,
+    /// The stack ended before all of it had gone.
+    pub(crate) cut: bool,
 }
 
 impl Account {
     pub(crate) fn new(now: Instant) -> Self {
-        Self { opened: now, sent: Traffic::default(), received: Traffic::default() }
+        Self { opened: now, sent: Traffic::default(), received: Traffic::default(), cut: false }
     }
 
     pub(crate) fn lasted(&self, now: Instant) -> std::time::Duration {
@@ -148,6 +150,7 @@ impl Account {
 
     pub(crate) fn closed(&self, now: Instant, reason: &'static str) -> FlowEventKind<'static> {
         let lasted = self.lasted(now);
+        let reason = if self.cut { "cut" } else { reason };
         FlowEventKind::Closed { reason, sent: self.sent, received: self.received, lasted }
     }
 }

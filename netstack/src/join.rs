@@ -629,8 +629,11 @@ impl Join {
 
     /// Whether there are connections whose data from the guest, to its end, has not been passed on.
     pub(crate) fn is_owed(&self) -> bool {
-        let owed = |flow: &Joined| matches!(flow.phase, Phase::Open) && !flow.near.shut && !flow.near.failed;
-        self.flows.iter().any(|(_, flow)| owed(flow))
+        self.flows.iter().any(|(_, flow)| Self::owes(flow))
+    }
+
+    fn owes(flow: &Joined) -> bool {
+        matches!(flow.phase, Phase::Open) && !flow.near.shut && !flow.near.failed
     }
 
     /// Bytes from the guest that have been passed on for the flows that there are.
@@ -640,17 +643,23 @@ impl Join {
         flows.map(|(_, flow)| flow.account.sent.bytes.saturating_sub(held(&flow.traffic[0]))).sum()
     }
 
-    /// Has the end of both sockets be a reset if one said more than was passed on.
-    pub(crate) fn reset_if_owed(&self) {
-        for (_, Joined { near, inner, traffic, .. }) in self.flows.iter() {
-            let Some(inner) = inner else { continue };
+    /// Has the end of both sockets be a reset if one said more than was passed on, or may have: the guest is `gone`, and its
+    /// end has not been passed on. Of how many it is.
+    pub(crate) fn reset_if_owed(&mut self, gone: bool) -> usize {
+        let mut reset = 0;
+        for flow in self.flows.values_mut() {
+            let owes = gone && Self::owes(flow);
+            let Joined { near, inner: Some(inner), traffic, account, .. } = flow else { continue };
             let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
             let holds = |side: &Side| retry(|| recv(side.fd.as_raw_fd(), &mut [0], peek)) == Ok(1);
-            if !traffic.iter().all(Way::is_empty) || holds(inner) || holds(near) {
+            if owes || !traffic.iter().all(Way::is_empty) || holds(inner) || holds(near) {
                 host::reset_on_close(near.fd.as_fd());
                 host::reset_on_close(inner.fd.as_fd());
+                account.cut = true;
+                reset += 1;
             }
         }
+        reset
     }
 
     /// Has the end of every socket be a reset.

@@ -114,6 +114,11 @@ impl Bucket {
         self.tokens < 0
     }
 
+    /// How much more.
+    pub(crate) fn debt(&self) -> u64 {
+        if self.is_in_debt() { self.tokens.unsigned_abs() } else { 0 }
+    }
+
     /// When it will not be dry any more.
     pub(crate) fn ready_at(&self) -> Option<Instant> {
         let (rate, _) = self.limit.filter(|_| self.dry)?;

@@ -628,10 +628,14 @@ impl Tcp {
 
     /// Whether there are connections whose data from the guest, to its end, has not been passed on.
     pub(crate) fn is_owed(&self) -> bool {
-        self.flows.iter().any(|(_, flow)| match (&flow.far, &flow.phase) {
+        self.flows.iter().any(|(_, flow)| Self::owes(flow))
+    }
+
+    fn owes(flow: &Flow) -> bool {
+        match (&flow.far, &flow.phase) {
             (Far::Host(host), Phase::Open(_)) => flow.inbound_until.is_none() && !host.shut && !host.failed,
             _ => false,
-        })
+        }
     }
 
     /// Bytes that have been passed on for the flows that there are.
@@ -639,15 +643,21 @@ impl Tcp {
         self.flows.iter().map(|(_, flow)| flow.account.sent.bytes).sum()
     }
 
-    /// Has the end of a host socket be a reset if the guest said more than was passed on.
-    pub(crate) fn reset_if_owed(&self) {
-        for (_, flow) in self.flows.iter() {
+    /// Has the end of a host socket be a reset if the guest said more than was passed on, or may have: the guest is `gone`,
+    /// and its end has not been passed on. Of how many it is.
+    pub(crate) fn reset_if_owed(&mut self, gone: bool) -> usize {
+        let mut reset = 0;
+        for flow in self.flows.values_mut() {
+            let owes = gone && Self::owes(flow);
             if let (Far::Host(host), Phase::Open(socket)) = (&flow.far, &flow.phase)
-                && (socket.can_recv() || has_gap(flow.farthest, flow.acknowledged))
+                && (owes || socket.can_recv() || has_gap(flow.farthest, flow.acknowledged))
             {
                 host::reset_on_close(host.fd.as_fd());
+                flow.account.cut = true;
+                reset += 1;
             }
         }
+        reset
     }
 
     /// Ends the guest's flows that are not allowed any more, with a reset on both sides.

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use fsoverlay::Overlay;
 use netstack::{
@@ -138,12 +138,26 @@ impl Services {
         &self.published
     }
 
+    /// Has the network pass on what the inside's kernel still has of its programs, which are gone, until `interrupt` can be
+    /// read.
+    pub(crate) fn drain_network(&mut self, interrupt: Option<BorrowedFd<'_>>) {
+        drop((self.control.take(), self.controlled.take()));
+        if let Some(stack) = &self.stack {
+            stack.drain(interrupt);
+        }
+    }
+
+    /// Has the network reset what the inside's programs, which were ended, had not ended themselves.
+    pub(crate) fn cut_network(&self) {
+        if let Some(stack) = &self.stack {
+            stack.cut();
+        }
+    }
+
     /// Ends both once the sandbox is gone; whether the overlay's upper holds a change.
     pub(super) fn finish(&mut self) -> bool {
         drop((self.control.take(), self.controlled.take()));
         if let Some(stack) = self.stack.take() {
-            // The inside's kernel still has what its programs wrote before they ended.
-            stack.drain();
             stack.stop();
         }
         if let Some(capture) = self.capture.take() {

@@ -55,6 +55,9 @@ const FORWARDED: [Signal; 8] = [
     Signal::SIGCONT,
 ];
 
+/// Those that end a program which does nothing about them.
+const ENDING: [Signal; 4] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM];
+
 /// Runs until the payload has ended and everything inside is gone.
 ///
 /// # Errors
@@ -85,8 +88,25 @@ pub(crate) fn run(
         timed_out: false,
     };
     let outcome = events.run(plan.process.timeout);
-    events.end(&outputs)?;
+    let is_over = events.end(&outputs)?;
+    if is_over && matches!(&outcome, Ok(outcome) if ends_by_itself(outcome)) {
+        events.drain();
+    } else {
+        events.services.cut_network();
+    }
     outcome
+}
+
+/// Whether the payload ended when it was through, or failed: not because somebody had it end. What it wrote before is
+/// waited for, then.
+fn ends_by_itself(outcome: &Outcome) -> bool {
+    match *outcome {
+        Outcome::Exited(_) => true,
+        Outcome::Signaled(number) => {
+            !ENDING.into_iter().chain([Signal::SIGKILL]).any(|signal| number == signal as i32)
+        }
+        Outcome::TimedOut => false,
+    }
 }
 
 struct Loop<'a> {
@@ -237,10 +257,11 @@ impl Loop<'_> {
 
     /// Waits until nothing of the sandbox is left and its last output is out, without becoming deaf
     /// to signals: what serves the sandbox may be stuck on a dead file system below it, and who reads
-    /// our output may never read on.
-    fn end(&mut self, outputs: &[Relay]) -> Result<(), LaunchError> {
+    /// our output may never read on. False if a signal ended the wait.
+    fn end(&mut self, outputs: &[Relay]) -> Result<bool, LaunchError> {
         // After the payload's end init ends by itself, once everything is gone and written.
         let mut patience = None;
+        let mut is_over = true;
         if !self.payload_ended {
             self.kill();
             patience = Some(END_GRACE);
@@ -249,6 +270,7 @@ impl Loop<'_> {
             match self.wait_until(self.sandbox.pidfd.as_fd(), patience)? {
                 Waited::Ready => break self.sandbox.reap(),
                 Waited::Signal => {
+                    is_over = false;
                     self.kill();
                     patience = Some(END_GRACE);
                 }
@@ -270,10 +292,22 @@ impl Loop<'_> {
                 waited = self.wait_until(output.done(), None)?;
             }
             if let Waited::Signal = waited {
+                is_over = false;
                 break;
             }
         }
-        Ok(())
+        Ok(is_over)
+    }
+
+    /// Waits for the last data on its way through the network, or for a signal that ends programs.
+    fn drain(&mut self) {
+        let ending: SigSet = ENDING.into_iter().collect();
+        let signals = SignalFd::with_flags(&ending, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK);
+        match signals {
+            Ok(signals) => self.services.drain_network(Some(signals.as_fd())),
+            // Nobody could end the wait.
+            Err(errno) => tracing::warn!(%errno, "the network's last data is not waited for"),
+        }
     }
 
     fn kill(&self) {
@@ -296,8 +330,7 @@ impl Loop<'_> {
                 return Ok(Waited::Ready);
             }
             while let Some(info) = self.signals.read_signal().map_err(during("signalfd"))? {
-                let ends = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM];
-                if ends.into_iter().any(|signal| info.ssi_signo.cast_signed() == signal as i32) {
+                if ENDING.into_iter().any(|signal| info.ssi_signo.cast_signed() == signal as i32) {
                     return Ok(Waited::Signal);
                 }
             }

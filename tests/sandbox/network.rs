@@ -3,7 +3,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::common::{Home, Lab, Running, free_port, need, skip};
 
@@ -1001,4 +1001,62 @@ fn a_server_inside_sees_its_own_listening_ports_only() {
     let port = format!("{:04X}", listener.local_addr().unwrap().port());
     let text = home.run(NONE, ["cat", "/proc/net/tcp"]).run().ok().text();
     assert!(!text.contains(&format!(":{port} ")), "{text}");
+}
+
+/// A peer on the host's loopback, and a program inside that sends it `bytes`, much faster than may go.
+fn sends_slowly(home: &Home, options: &[&str], before: &str, bytes: usize) -> (Running, TcpStream) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let script = format!(
+        "
+import signal, socket
+{before}
+gateway = open('/etc/resolv.conf').read().split()[1]
+s = socket.create_connection((gateway, {port}), timeout=20); s.settimeout(None)
+s.sendall(bytes({bytes})); s.close()
+"
+    );
+    let options = ["--allow-host-loopback", "--network-rate=out:20k"].iter().chain(options);
+    let running = home.run(options, ["python3", "-c", &script]).start();
+    let (mut peer, _) = listener.accept().unwrap();
+    peer.read_exact(&mut [0]).unwrap();
+    (running, peer)
+}
+
+/// The sandbox is gone long before its data would be, and the peer learns that this is not all.
+fn is_cut_short(began: Instant, mut peer: TcpStream) {
+    assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
+    let end = peer.read_to_end(&mut Vec::new());
+    assert_eq!(end.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+#[test]
+fn what_was_killed_has_nothing_sent_any_more() {
+    let home = Home::new();
+    for (options, exits) in [(&[][..], 143), (&["--timeout=2s"], 124)] {
+        let (running, peer) = sends_slowly(&home, options, "", 9 << 20);
+        if exits == 143 {
+            running.signal(nix::sys::signal::Signal::SIGTERM);
+        }
+        let began = Instant::now();
+        running.finish().exits(exits);
+        is_cut_short(began, peer);
+    }
+}
+
+#[test]
+fn a_signal_ends_the_wait_for_what_was_sent_last() {
+    let home = Home::new();
+    let ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN)";
+    let (running, peer) = sends_slowly(&home, &[], ignore, 400_000);
+    let began = Instant::now();
+    let inside = format!("/proc/{0}/task/{0}/children", running.pid());
+    while !std::fs::read_to_string(&inside).unwrap().is_empty() {
+        assert!(began.elapsed() < Duration::from_secs(20), "the program inside does not end");
+        std::thread::yield_now();
+    }
+    let began = Instant::now();
+    running.signal(nix::sys::signal::Signal::SIGTERM);
+    running.finish().exits(0).says("were reset");
+    is_cut_short(began, peer);
 }

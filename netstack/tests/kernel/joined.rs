@@ -591,7 +591,7 @@ fn what_a_joined_server_sent_last_arrives(_: &World) {
             client.read_to_end(&mut all).map(|_| all.len()).map_err(|error| error.kind())
         };
         let drain = move || {
-            guest.stack.drain();
+            guest.stack.drain(None);
             guest.stack.stop();
         };
         if reads {

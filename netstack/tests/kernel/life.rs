@@ -1,11 +1,14 @@
 //! Idle, end, and programs of every day.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpStream, UdpSocket};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use netstack::{Rate, Rates, StackSpec};
 
 use crate::common::*;
+use crate::flowlog::flow_lines;
 use crate::tools::*;
 
 crate::tests! {
@@ -14,6 +17,8 @@ crate::tests! {
     stopping_ends_every_flow,
     the_stack_ends_with_its_namespace,
     what_was_sent_last_arrives,
+    what_comes_after_datagrams_that_are_not_paid_for_arrives,
+    who_was_cut_off_is_told,
 }
 
 fn programs_of_every_day_work(world: &World) {
@@ -122,22 +127,27 @@ fn what_was_sent_last_arrives(world: &World) {
         let mut all = Vec::new();
         server.read_to_end(&mut all).map(|_| all)
     });
-    guest.stack.drain();
+    guest.stack.drain(None);
     guest.stack.stop();
     assert!(reader.join().unwrap().unwrap() == data[..sent], "{sent} bytes");
     assert_eq!(udp.recv_from(&mut [0; 16]).unwrap().0, 10);
 
     // A peer that does not read is not waited for.
-    let guest = Guest::new();
+    let (log, lines) = flow_lines();
+    let guest = Guest::with(&StackSpec { flow_log: Some(log), ..spec() }, &[]);
     let (addr, server) = accept_one(&world.internet, INTERNET_V4);
     let mut client = guest.net.run(move || connect(addr).unwrap());
     let mut server = server.join().unwrap();
     fill(&guest, &mut client, &data);
     drop(client);
-    guest.stack.drain();
+    let began = Instant::now();
+    guest.stack.drain(None);
+    assert!(began.elapsed() < Duration::from_secs(8), "as if something still went");
     guest.stack.stop();
-    // It learns that this is not all.
-    assert_eq!(server.read_to_end(&mut Vec::new()).unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+    // It learns that this is not all, as the log does.
+    assert_eq!(server.read_to_end(&mut Vec::new()).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    let lines: Vec<String> = lines.try_iter().collect();
+    assert!(lines.iter().any(|line| line.contains(" closed cut ")), "{lines:?}");
 
     // What the stack has taken and may not send yet is on its way, though nothing comes from the guest meanwhile.
     let rates = Rates { sent: Some(Rate { bytes_per_second: 150_000, burst: None }), received: None };
@@ -148,7 +158,55 @@ fn what_was_sent_last_arrives(world: &World) {
     client.write_all(&data[..400_000]).unwrap();
     drop(client);
     let reader = std::thread::spawn(move || server.read_to_end(&mut Vec::new()).unwrap());
-    guest.stack.drain();
+    guest.stack.drain(None);
     guest.stack.stop();
     assert_eq!(reader.join().unwrap(), 400_000);
+}
+
+fn what_comes_after_datagrams_that_are_not_paid_for_arrives(world: &World) {
+    let rates = Rates { sent: Some(Rate { bytes_per_second: 20_000, burst: None }), received: None };
+    let guest = Guest::with(&StackSpec { rates, ..spec() }, &[]);
+    let server = world.internet.run(|| UdpSocket::bind((INTERNET_V4, 0)).unwrap());
+    server.set_read_timeout(Some(PATIENCE)).unwrap();
+    let to = server.local_addr().unwrap();
+    let client = guest.net.run(|| UdpSocket::bind("0.0.0.0:0").unwrap());
+    let mut buffer = vec![0; 1 << 16];
+    // The burst, and as much again: no frame is read for seconds.
+    for _ in 0..2 {
+        client.send_to(&[1; 60_000], to).unwrap();
+        assert_eq!(server.recv(&mut buffer).unwrap(), 60_000);
+    }
+    client.send_to(b"last words", to).unwrap();
+    drop(client);
+    guest.stack.drain(None);
+    guest.stack.stop();
+    server.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+    assert_eq!(server.recv(&mut buffer).unwrap(), 10);
+}
+
+fn who_was_cut_off_is_told(world: &World) {
+    for interrupted in [false, true] {
+        let rates = Rates { sent: Some(Rate { bytes_per_second: 10_000, burst: None }), received: None };
+        let guest = Guest::with(&StackSpec { rates, ..spec() }, &[]);
+        let (addr, server) = accept_one(&world.internet, INTERNET_V4);
+        let mut client = guest.net.run(move || connect(addr).unwrap());
+        let mut server = server.join().unwrap();
+        if interrupted {
+            client.write_all(&[1; 300_000]).unwrap();
+            drop(client);
+            // Its other end is closed: there is something to be read at once.
+            let (interrupt, _) = std::io::pipe().unwrap();
+            let began = Instant::now();
+            guest.stack.drain(Some(interrupt.as_fd()));
+            assert!(began.elapsed() < Duration::from_secs(8));
+        } else {
+            // All of it has gone, and nobody knows whether more would have come.
+            client.write_all(b"half").unwrap();
+            server.read_exact(&mut [0; 4]).unwrap();
+            guest.stack.cut();
+        }
+        guest.stack.stop();
+        let end = server.read_to_end(&mut Vec::new());
+        assert_eq!(end.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    }
 }
