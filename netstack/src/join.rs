@@ -536,7 +536,11 @@ impl Join {
                 return self.try_other(sh, now, tcp, id, "refused-inside");
             }
             // With another one the server was there, and has reset the connection since. What it said before is there.
-            inner.failed = error.is_some();
+            if error.is_some() {
+                // It may have come since we were woken, which was to say something else.
+                inner.failed = true;
+                inner.event(EpollFlags::EPOLLERR);
+            }
             flow.phase = Phase::Open;
             self.deadlines.remove(&(flow.until, id));
             count(sh);

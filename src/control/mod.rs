@@ -5,14 +5,14 @@
 //!          <── {"id":1,"result":{…}} ───────
 //! ```
 //!
-//! Here is what is the same whatever is commanded: where the socket may be ([`place`]), who may connect ([`peer`]), lines, limits, the thread. What requests
-//! there are says a [`Commanded`], for the network [`network`]. It is outside the sandbox: the process, its thread, its
-//! namespaces.
+//! Here is what is the same whatever is commanded: where the socket may be (`place`), who may connect (`peer`), lines,
+//! limits, the thread. What requests there are says a `Commanded`, for the network `network`. It is outside the sandbox: the
+//! process, its thread, its namespaces.
 //!
 //! A client says one thing after the other and is answered in this order. While it leaves an answer unread nothing more is read
-//! from it, so each client has at most one line and one answer here. [`MAX_CLIENTS`] are kept; then the one that has been
+//! from it, so each client has at most one line and one answer here. `MAX_CLIENTS` are kept; then the one that has been
 //! silent for the longest gives way, so nobody can keep others out. Half a line, or an answer that is not read, is waited for
-//! [`PATIENCE`] long; a client that says nothing may do so for ever. Nothing of this waits on the thread of what is
+//! `PATIENCE` long; a client that says nothing may do so for ever. Nothing of this waits on the thread of what is
 //! commanded, and nothing wakes up without a reason.
 //!
 //! The thread is not waited for when it is told to end: what it commands may hang.

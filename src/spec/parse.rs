@@ -200,7 +200,7 @@ fn port_range(text: &str) -> Option<(u16, u16)> {
     (first != 0 && first <= last).then_some((first, last))
 }
 
-/// Ports as [`port_range`] reads them, neighbours as one range.
+/// Ports as `port_range` reads them, neighbours as one range.
 pub fn port_ranges(ports: &BTreeSet<u16>) -> Vec<String> {
     let mut ranges: Vec<(u16, u16)> = Vec::new();
     for &port in ports {

@@ -137,12 +137,12 @@ fn another_user_is_sent_away() {
 }
 
 #[test]
-fn root_of_another_user_namespace_is_sent_away() {
+fn roots_elsewhere_are_sent_away() {
     if !is_root() {
         skip!("only root can be another user, and root");
     }
     let home = Home::new();
-    let dir = home.dir("work/of-user");
+    let dir = home.dir("work/u");
     home.command("chown").args(["54321:54321"]).arg(&dir).run().ok();
     let path = dir.join("c");
     // Of an ordinary user's, who may not look at processes of root.
@@ -172,7 +172,7 @@ fn root_of_another_user_namespace_is_sent_away() {
 }
 
 #[test]
-fn clients_that_do_not_behave_cost_little_and_hinder_nobody() {
+fn clients_that_misbehave_hinder_nobody() {
     let home = Home::new();
     let path = home.path("c");
     let option = format!("--network-control={}", path.display());

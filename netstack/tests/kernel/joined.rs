@@ -547,13 +547,19 @@ fn a_server_that_resets_at_once_is_met_once(_: &World) {
             reset(stream);
         }
     });
+    let mut heard = 0;
     for _ in 0..500 {
         // Not the one with a time-out, which may take the reset for its own.
         let mut client = TcpStream::connect(at("127.0.0.1", guest.published[0].port())).map(patient).unwrap();
         let mut all = Vec::new();
         let end = client.read_to_end(&mut all);
-        assert_eq!((&all[..], end.unwrap_err().kind()), (&b"go away"[..], ErrorKind::ConnectionReset));
+        assert_eq!(end.unwrap_err().kind(), ErrorKind::ConnectionReset);
+        assert!(all.is_empty() || all == b"go away", "{all:?}");
+        heard += u64::from(!all.is_empty());
     }
+    // Over the TAP, which is the way of those for whom there was no socket in time, a reset overtakes data.
+    let joined = guest.stack.stats().tcp_joined;
+    assert!(heard >= joined && joined > 0, "{heard} of {joined}");
     assert_eq!(met.load(std::sync::atomic::Ordering::SeqCst), 500);
 }
 
