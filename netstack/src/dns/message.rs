@@ -114,15 +114,7 @@ impl Question {
 
     /// The name of the host that it is about: that of a service without what stands for the service (RFC 9460 section 2.3).
     pub(crate) fn host_name(&self) -> &[u8] {
-        let mut name = self.name();
-        if matches!(self.kind, TYPE_SVCB | TYPE_HTTPS) {
-            while let [len, b'_', ..] = name
-                && let Some(rest) = name.get(1 + usize::from(*len)..)
-            {
-                name = rest;
-            }
-        }
-        name
+        if matches!(self.kind, TYPE_SVCB | TYPE_HTTPS) { host_of(self.name()) } else { self.name() }
     }
 
     pub(crate) fn checking_disabled(&self) -> bool {
@@ -423,6 +415,16 @@ pub(crate) fn text(mut name: &[u8]) -> String {
         name = rest;
     }
     text
+}
+
+/// The name of the host that has a service, of the service's name.
+pub(crate) fn host_of(mut name: &[u8]) -> &[u8] {
+    while let [len, b'_', ..] = name
+        && let Some(rest) = name.get(1 + usize::from(*len)..)
+    {
+        name = rest;
+    }
+    name
 }
 
 /// The wire form of a name that people wrote, in lower case. `None` if there is none.

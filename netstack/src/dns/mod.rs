@@ -23,7 +23,7 @@
 //!
 //! Queries and answers over TCP are cut out of, and put into, their connections in [`stream`].
 //!
-//! What a name was resolved to is told to [`Pins`](pins::Pins). While rules are about names, resolvers are asked to check
+//! What a name was resolved to, and what its services lead to, is told to [`Pins`](pins::Pins). While rules are about names, resolvers are asked to check
 //! signatures whatever the guest wishes (CD), and what is kept is pinned: the cache is emptied if pins had to give way.
 //! Else nobody misses a pin.
 //!
@@ -508,7 +508,7 @@ impl Dns {
     /// The answer is there.
     fn resolved(&mut self, sh: &mut Shared, now: Instant, id: FlowId, answer: Resolved) {
         let Some(pending) = self.queries.get(id) else { return };
-        let Resolved { stored, ttl, ips } = answer;
+        let Resolved { stored, ttl, ips, targets } = answer;
         let question = &pending.question;
         // That of a resolver that is not asked any more is better than none.
         let holds = pending.generation == self.generation;
@@ -518,11 +518,14 @@ impl Dns {
         let mut lost = false;
         // Anybody can have forged what was not checked.
         let checked = pending.manner.checked || !question.checking_disabled();
-        if question.class == CLASS_IN && checked && !ips.is_empty() {
+        if question.class == CLASS_IN && checked && !(ips.is_empty() && targets.is_empty()) {
             let name: Arc<str> = message::text(question.host_name()).into();
             let ttl = Duration::from_secs(ttl.into());
             for ip in ips {
                 lost |= sh.pin(now, &name, ip, Some(ttl));
+            }
+            for target in targets {
+                lost |= sh.pins.lead(now, &name, target, ttl);
             }
         }
         if lost && sh.want_names() {

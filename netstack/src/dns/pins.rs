@@ -6,16 +6,24 @@
 //! with may be kept (its time to live), and [`PIN_GRACE`] longer, because programs connect some time after they have
 //! asked. The names of the spec are pinned for ever.
 //!
+//! A record of a service (SVCB, HTTPS) may leave its addresses to another name, its target, which the guest then asks
+//! for in a query of its own (RFC 9460 section 3). So it is remembered, for as long, which names lead to a target; what
+//! is pinned to the target is known by those names, too, and so on if they are targets themselves. That is found out when
+//! an address is looked up: so it does not matter which of the answers came first, or which came from the cache. The
+//! spec's word for a target is not its word for the names that lead there.
+//!
 //! Bounded twice: [`MAX_PINS`] in all, of which those that end first give way, and [`MAX_PIN_NAMES`] for one address,
-//! since whoever runs a zone can lead any number of names to an address.
+//! since whoever runs a zone can lead any number of names to an address. The same bounds hold for targets. With what leads
+//! to the names of an address it is known by [`MAX_KNOWN_NAMES`].
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use smoltcp::time::{Duration, Instant};
 
-use crate::config::{MAX_PIN_NAMES, MAX_PINS, PIN_GRACE};
+use crate::config::{MAX_KNOWN_NAMES, MAX_PIN_NAMES, MAX_PINS, PIN_GRACE};
 
 #[derive(Debug)]
 struct Pin {
@@ -32,36 +40,91 @@ impl Pin {
     }
 }
 
-/// The table.
-#[derive(Debug, Default)]
-pub(crate) struct Pins {
-    by_ip: HashMap<IpAddr, Vec<Pin>>,
+/// Names by what they lead to.
+#[derive(Debug)]
+struct Table<K> {
+    by: HashMap<K, Vec<Pin>>,
     /// All of them together.
     count: usize,
 }
 
+impl<K> Default for Table<K> {
+    fn default() -> Self {
+        Self { by: HashMap::new(), count: 0 }
+    }
+}
+
+/// The tables.
+#[derive(Debug, Default)]
+pub(crate) struct Pins {
+    by_ip: Table<IpAddr>,
+    by_target: Table<Arc<str>>,
+}
+
 impl Pins {
-    /// The names that lead to `ip`: what the guest may have meant by it.
+    /// The names that were resolved to `ip`.
     pub(crate) fn names(&self, now: Instant, ip: IpAddr) -> impl Iterator<Item = &str> {
-        self.known(now, ip).map(|(name, _)| &**name)
+        self.by_ip.get(now, &ip).map(|pin| &*pin.name)
     }
 
-    /// The same, each with whether it is the spec's.
+    /// The names that the guest may have meant by `ip`, those that lead to its names among them; each with whether the
+    /// spec says so.
     pub(crate) fn known(&self, now: Instant, ip: IpAddr) -> impl Iterator<Item = (&Arc<str>, bool)> {
-        let pins = self.by_ip.get(&ip).map(Vec::as_slice).unwrap_or_default();
-        pins.iter().filter(move |pin| pin.holds(now)).map(|pin| (&pin.name, pin.until.is_none()))
+        let mut known: Vec<(&Arc<str>, bool)> =
+            self.by_ip.get(now, &ip).map(|pin| (&pin.name, pin.until.is_none())).collect();
+        let mut next = 0;
+        while self.by_target.count > 0
+            && let Some(&(target, _)) = known.get(next)
+        {
+            for pin in self.by_target.get(now, target) {
+                if known.len() < MAX_KNOWN_NAMES && known.iter().all(|(name, _)| **name != pin.name) {
+                    known.push((&pin.name, false));
+                }
+            }
+            next += 1;
+        }
+        known.into_iter()
     }
 
     /// Pins `name` to `ip` for `ttl`, or for ever; whether other pins that hold had to give way.
     pub(crate) fn pin(&mut self, now: Instant, name: &Arc<str>, ip: IpAddr, ttl: Option<Duration>) -> bool {
+        self.by_ip.pin(now, name, ip, ttl)
+    }
+
+    /// Has `name` lead to what `target` is pinned to, for `ttl`; whether others that hold had to give way.
+    pub(crate) fn lead(&mut self, now: Instant, name: &Arc<str>, target: Arc<str>, ttl: Duration) -> bool {
+        *name != target && self.by_target.pin(now, name, target, Some(ttl))
+    }
+
+    /// Time has passed that `now` does not show: the host was suspended.
+    pub(crate) fn grow_older(&mut self, by: Duration) {
+        self.by_ip.grow_older(by);
+        self.by_target.grow_older(by);
+    }
+
+    #[cfg(test)]
+    pub(crate) fn check_bounds(&self) {
+        self.by_ip.check_bounds();
+        self.by_target.check_bounds();
+    }
+}
+
+impl<K: Eq + Hash> Table<K> {
+    /// What holds of what leads to `key`.
+    fn get<'a>(&'a self, now: Instant, key: &K) -> impl Iterator<Item = &'a Pin> + use<'a, K> {
+        let pins = self.by.get(key).map(Vec::as_slice).unwrap_or_default();
+        pins.iter().filter(move |pin| pin.holds(now))
+    }
+
+    /// [`Pins::pin`].
+    fn pin(&mut self, now: Instant, name: &Arc<str>, key: K, ttl: Option<Duration>) -> bool {
         let until = ttl.map(|ttl| now + ttl + PIN_GRACE);
-        if let Some(pin) = self.by_ip.get_mut(&ip).and_then(|pins| pins.iter_mut().find(|p| p.name == *name))
-        {
+        if let Some(pin) = self.by.get_mut(&key).and_then(|pins| pins.iter_mut().find(|p| p.name == *name)) {
             pin.until = pin.until.zip(until).map(|(a, b)| a.max(b));
             return false;
         }
         let mut lost = self.count >= MAX_PINS && self.make_room(now);
-        let pins = self.by_ip.entry(ip).or_default();
+        let pins = self.by.entry(key).or_default();
         if pins.len() >= MAX_PIN_NAMES
             && let Some(first) =
                 (0..pins.len()).filter(|&i| pins[i].until.is_some()).min_by_key(|&i| pins[i].until)
@@ -74,9 +137,8 @@ impl Pins {
         lost
     }
 
-    /// Time has passed that `now` does not show: the host was suspended.
-    pub(crate) fn grow_older(&mut self, by: Duration) {
-        for pin in self.by_ip.values_mut().flatten() {
+    fn grow_older(&mut self, by: Duration) {
+        for pin in self.by.values_mut().flatten() {
             // What is then before the beginning of time ends there.
             let left = |until: Instant| if until - Instant::ZERO > by { until - by } else { Instant::ZERO };
             pin.until = pin.until.map(left);
@@ -86,23 +148,23 @@ impl Pins {
     /// Removes what has ended, and if that is not enough, a sixteenth; whether any of them still held.
     fn make_room(&mut self, now: Instant) -> bool {
         let mut ends: Vec<Instant> =
-            self.by_ip.values().flatten().filter_map(|pin| pin.until).filter(|until| *until > now).collect();
+            self.by.values().flatten().filter_map(|pin| pin.until).filter(|until| *until > now).collect();
         let mut limit = now;
         if ends.len() >= MAX_PINS - MAX_PINS / 16 {
             limit = *ends.select_nth_unstable(MAX_PINS / 16).1;
         }
-        for pins in self.by_ip.values_mut() {
+        for pins in self.by.values_mut() {
             pins.retain(|pin| pin.until.is_none_or(|until| until > limit));
         }
-        self.by_ip.retain(|_, pins| !pins.is_empty());
-        self.count = self.by_ip.values().map(Vec::len).sum();
+        self.by.retain(|_, pins| !pins.is_empty());
+        self.count = self.by.values().map(Vec::len).sum();
         limit > now
     }
 
     #[cfg(test)]
-    pub(crate) fn check_bounds(&self) {
-        assert_eq!(self.count, self.by_ip.values().map(Vec::len).sum::<usize>());
-        assert!(self.count <= MAX_PINS && self.by_ip.values().all(|pins| pins.len() <= MAX_PIN_NAMES));
+    fn check_bounds(&self) {
+        assert_eq!(self.count, self.by.values().map(Vec::len).sum::<usize>());
+        assert!(self.count <= MAX_PINS && self.by.values().all(|pins| pins.len() <= MAX_PIN_NAMES));
     }
 }
 
@@ -199,5 +261,55 @@ mod tests {
         let names = names(&pins, 0, ip(1));
         assert_eq!(names.len(), MAX_PIN_NAMES);
         assert!(names.contains(&"own") && names.contains(&&*format!("{}.example", 10 * MAX_PIN_NAMES - 1)));
+    }
+
+    fn known(pins: &Pins, s: u64, address: IpAddr) -> Vec<(&str, bool)> {
+        pins.known(at(s), address).map(|(name, by_spec)| (&**name, by_spec)).collect()
+    }
+
+    #[test]
+    fn names_that_lead_to_a_name_of_an_address_are_names_of_it() {
+        let mut pins = Pins::default();
+        let lead = |pins: &mut Pins, s, name: &str, target: &str| {
+            pins.lead(at(s), &name.into(), target.into(), Duration::from_secs(60))
+        };
+        // Whatever came first; in a circle, too.
+        lead(&mut pins, 0, "b.example", "c.example");
+        pins.pin(at(0), &"c.example".into(), ip(1), None);
+        lead(&mut pins, 1, "a.example", "b.example");
+        lead(&mut pins, 2, "c.example", "a.example");
+        lead(&mut pins, 2, "c.example", "c.example");
+        let all = [("c.example", true), ("b.example", false), ("a.example", false)];
+        assert_eq!(known(&pins, 0, ip(1)), all);
+        assert_eq!(names(&pins, 0, ip(1)), ["c.example"]);
+        assert!(known(&pins, 0, ip(2)).is_empty());
+        // As long as every step holds.
+        let grace = PIN_GRACE.secs();
+        assert_eq!(known(&pins, 59 + grace, ip(1)), all);
+        assert_eq!(known(&pins, 60 + grace, ip(1)), all[..1]);
+        pins.grow_older(Duration::from_secs(10));
+        assert_eq!(known(&pins, 50 + grace, ip(1)), all[..1]);
+        pins.check_bounds();
+    }
+
+    #[test]
+    fn what_leads_to_an_address_is_bounded() {
+        let mut pins = Pins::default();
+        pins.pin(at(0), &"0".into(), ip(1), None);
+        let mut lost = false;
+        // Sixteen names for each name.
+        for i in 1..3 * MAX_PINS {
+            let target = ((i - 1) / MAX_PIN_NAMES).to_string();
+            lost |= pins.lead(at(0), &i.to_string().into(), target.into(), Duration::from_secs(60));
+        }
+        pins.check_bounds();
+        assert!(lost);
+        let mut pins = Pins::default();
+        pins.pin(at(0), &"0".into(), ip(1), None);
+        for i in 1..10 * MAX_KNOWN_NAMES {
+            let target = ((i - 1) / MAX_PIN_NAMES).to_string();
+            assert!(!pins.lead(at(0), &i.to_string().into(), target.into(), Duration::from_secs(60)));
+        }
+        assert_eq!(known(&pins, 0, ip(1)).len(), MAX_KNOWN_NAMES);
     }
 }

@@ -6,16 +6,18 @@
 //!
 //! The work is bounded by the message's length: each record takes eleven bytes of it at least.
 
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use hickory_proto::op::Message;
 use hickory_proto::rr::rdata::svcb::SvcParamValue;
 use hickory_proto::rr::rdata::{HTTPS, SVCB};
-use hickory_proto::rr::{Name, RData};
+use hickory_proto::rr::{Name, RData, Record};
 
 use super::message::{
     AUTHENTIC, CHECKING_DISABLED, CODE, Code, HEADER, KEY_DNSSEC, OUR_DATAGRAM, Question, RECURSION_DESIRED,
-    RESPONSE, Stored, TRUNCATED, TYPE_ANY, TYPE_CNAME, TYPE_OPT, TYPE_SOA, skip_name, word,
+    RESPONSE, Stored, TRUNCATED, TYPE_ANY, TYPE_CNAME, TYPE_OPT, TYPE_SOA, host_of, skip_name, word,
 };
 use crate::config::{MAX_DNS_NEGATIVE_TTL, MAX_DNS_TTL};
 use crate::engine::Random;
@@ -114,6 +116,8 @@ pub(crate) struct Answer {
     pub(crate) ttl: u32,
     /// The addresses that the question's name leads to.
     pub(crate) ips: Vec<IpAddr>,
+    /// The names that its services lead to, whose addresses are asked for by themselves.
+    pub(crate) targets: BTreeSet<Arc<str>>,
 }
 
 /// Judges a message that [`matches`] has found to be the answer to a query in this `manner`.
@@ -135,10 +139,16 @@ pub(crate) fn judge(response: &[u8], question: &Question, manner: Manner) -> Ver
     }
     let Ok(message) = Message::from_vec(response) else {
         tracing::debug!(?question, "an answer that is not understood");
-        return Verdict::Answer(Answer { stored: frame.stored, ttl: 0, ips: Vec::new() });
+        return Verdict::Answer(Answer {
+            stored: frame.stored,
+            ttl: 0,
+            ips: Vec::new(),
+            targets: BTreeSet::new(),
+        });
     };
-    let (ttl, ips) = (frame.lifetime(&message, question), addresses(&message));
-    Verdict::Answer(Answer { stored: frame.stored, ttl, ips })
+    let ttl = frame.lifetime(&message, question);
+    let (ips, targets) = leads(&message);
+    Verdict::Answer(Answer { stored: frame.stored, ttl, ips, targets })
 }
 
 /// A message with its records found.
@@ -232,29 +242,71 @@ fn lasting(ttl: u32) -> u32 {
     if ttl >> 31 == 0 { ttl } else { 0 }
 }
 
-/// The addresses that the question's name leads to, its aliases followed. Others that are in the message, whatever for,
-/// do not count.
-fn addresses(message: &Message) -> Vec<IpAddr> {
-    let Some(query) = message.queries.first() else { return Vec::new() };
-    let mut name: &Name = query.name();
-    for _ in 0..MAX_ALIASES {
-        let alias = message.answers.iter().find_map(|record| match &record.data {
-            RData::CNAME(target) if record.name == *name => Some(&target.0),
-            _ => None,
-        });
-        let Some(target) = alias else { break };
-        name = target;
-    }
-    let mut ips = Vec::new();
+/// The addresses that the question's name leads to, its aliases and the targets of its services followed; and those
+/// targets. Others that are in the message, whatever for, do not count.
+fn leads(message: &Message) -> (Vec<IpAddr>, BTreeSet<Arc<str>>) {
+    let Some(query) = message.queries.first() else { return Default::default() };
+    let name = follow(&aliases(&message.answers), query.name());
+    let further = aliases(&message.additionals);
+    let (mut ips, mut targets, mut owners) = (Vec::new(), BTreeSet::new(), HashSet::new());
     for record in message.answers.iter().filter(|record| record.name == *name) {
         match &record.data {
             RData::A(ip) => ips.push(ip.0.into()),
             RData::AAAA(ip) => ips.push(ip.0.into()),
-            RData::SVCB(service) | RData::HTTPS(HTTPS(service)) => ips.extend(hints(service)),
+            RData::SVCB(service) | RData::HTTPS(HTTPS(service)) => {
+                ips.extend(hints(service));
+                // The root stands for the record's own name (RFC 9460 section 2.5).
+                let target = if service.target_name.is_root() { name } else { &service.target_name };
+                let wire = wire_of(target);
+                // What is asked for next is either its addresses, or its services (an alias, section 2.4.2).
+                targets.insert(super::message::text(&wire).into());
+                targets.insert(super::message::text(host_of(&wire)).into());
+                owners.insert(follow(&further, target));
+            }
             _ => {}
         }
     }
-    ips
+    // What the guest would ask for next may be there already (section 4.2).
+    for record in message.additionals.iter().filter(|record| owners.contains(&record.name)) {
+        match &record.data {
+            RData::A(ip) => ips.push(ip.0.into()),
+            RData::AAAA(ip) => ips.push(ip.0.into()),
+            _ => {}
+        }
+    }
+    (ips, targets)
+}
+
+/// What names are other names for. By hash, since there may be as many services as aliases.
+fn aliases(records: &[Record]) -> HashMap<&Name, &Name> {
+    let mut aliases = HashMap::new();
+    for record in records {
+        if let RData::CNAME(target) = &record.data {
+            aliases.entry(&record.name).or_insert(&target.0);
+        }
+    }
+    aliases
+}
+
+/// Where the aliases of `name` end.
+fn follow<'a>(aliases: &HashMap<&Name, &'a Name>, mut name: &'a Name) -> &'a Name {
+    for _ in 0..MAX_ALIASES {
+        let Some(target) = aliases.get(name) else { break };
+        name = target;
+    }
+    name
+}
+
+/// A name as it is on the wire, in lower case.
+fn wire_of(name: &Name) -> Vec<u8> {
+    let mut wire = Vec::new();
+    for label in name {
+        // A label has 63 bytes at most.
+        wire.push(u8::try_from(label.len()).unwrap_or_default());
+        wire.extend(label.to_ascii_lowercase());
+    }
+    wire.push(0);
+    wire
 }
 
 /// The addresses at which a service is said to be (RFC 9460 section 7.3): programs use them before they have asked.
@@ -494,6 +546,28 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn services_lead_to_their_targets_and_to_what_is_said_of_them_besides() {
+        let to = |priority: u8, target: &[u8]| [&[0, priority], target].concat();
+        let ask = query(7, "_1._https.a.example", TYPE_HTTPS, true);
+        let records = [
+            (0, "_1._https.a.example", TYPE_CNAME, 60, cname("b.example")),
+            (0, "b.example", TYPE_HTTPS, 60, to(1, &cname("Far.example"))),
+            (0, "b.example", TYPE_HTTPS, 60, to(2, &[0])),
+            (0, "b.example", TYPE_HTTPS, 60, to(0, &cname("_2._https.c.example"))),
+            (0, "other.example", TYPE_HTTPS, 60, to(1, &cname("bad.example"))),
+            (2, "far.example", TYPE_A, 60, vec![192, 0, 2, 1]),
+            (2, "b.example", TYPE_CNAME, 60, cname("d.example")),
+            (2, "D.example", TYPE_AAAA, 60, vec![0x20; 16]),
+            (2, "bad.example", TYPE_A, 60, vec![192, 0, 2, 9]),
+        ];
+        let got = answer(&ask, &response(&ask, 0, &records));
+        let targets: Vec<&str> = got.targets.iter().map(|name| &**name).collect();
+        assert_eq!(targets, ["_2._https.c.example", "b.example", "c.example", "far.example"]);
+        let ips = [IpAddr::from([192, 0, 2, 1]), IpAddr::from([0x20; 16])];
+        assert_eq!(got.ips, ips);
+    }
+
+    #[test]
     fn no_bytes_make_it_panic() {
         let mut random = Seeded(0x5eed_0004);
         let ask = query(7, "some.name.example", TYPE_A, true);
@@ -504,6 +578,7 @@ pub(crate) mod tests {
             &[
                 (0, "some.name.example", TYPE_CNAME, 60, cname("other.example")),
                 (0, "other.example", TYPE_A, 60, vec![192, 0, 2, 1]),
+                (0, "other.example", TYPE_HTTPS, 60, vec![0, 1, 1, b'x', 0, 0, 4, 0, 4, 192, 0, 2, 1]),
                 (1, "example", TYPE_SOA, 60, soa(60)),
             ],
         );

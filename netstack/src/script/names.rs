@@ -4,8 +4,8 @@ use super::dns::Dns;
 use super::hostile::in_empty_namespace;
 use super::*;
 use crate::config::PIN_GRACE;
-use crate::dns::message::TYPE_A;
 use crate::dns::message::tests::query;
+use crate::dns::message::{TYPE_A, TYPE_HTTPS, wire};
 use crate::policy::hello::tests::real;
 
 const PEER: &str = "192.0.2.1";
@@ -60,6 +60,45 @@ fn received(stream: &mut TcpStream, wanted: &[u8]) {
     let mut buffer = vec![0; wanted.len()];
     stream.read_exact(&mut buffer).expect("data");
     assert_eq!(buffer, wanted);
+}
+
+#[test]
+fn what_a_services_target_is_resolved_to_is_known_by_the_services_name() {
+    if !in_empty_namespace(
+        "script::names::what_a_services_target_is_resolved_to_is_known_by_the_services_name",
+    ) {
+        return;
+    }
+    let service = |target: &str| [&[0, 1][..], &wire(target).expect("name")].concat();
+    // Which of the names is asked for first, and whether the target is asked for again: from the cache, then.
+    for order in [&["a.example", "cdn.example"][..], &["cdn.example", "a.example", "cdn.example"]] {
+        let mut dns = Dns::with(|spec| spec.policy.allow_names = vec!["a.example".parse().expect("name")]);
+        let goes = |dns: &mut Dns, from| {
+            dns.script.send_ip(&udp((GUEST_V4, from), (PEER, 7), b"x"));
+            told(&mut dns.script);
+            // What is let through finds nobody there, which is no refusal of ours.
+            dns.script.stats().refused_by_policy == 0
+        };
+        let mut kept = 0;
+        for &name in order {
+            let kind = if name == "a.example" { TYPE_HTTPS } else { TYPE_A };
+            dns.ask(1_000, &query(1, name, kind, true));
+            if std::mem::replace(&mut kept, dns.script.stats().dns_cached) == kept {
+                match kind {
+                    TYPE_A => dns.answers(0, &[(0, name, kind, 60, vec![192, 0, 2, 1])]),
+                    _ => dns.answers(0, &[(0, name, kind, 60, service("cdn.example"))]),
+                }
+            }
+            dns.heard(1_000);
+        }
+        assert!(goes(&mut dns, 5_000), "{order:?}");
+        // Without the service's name it is only the target's, which nobody has allowed.
+        dns.script.advance(PIN_GRACE + Duration::from_secs(61));
+        dns.ask(1_000, &query(1, "cdn.example", TYPE_A, true));
+        dns.answers(0, &[(0, "cdn.example", TYPE_A, 60, vec![192, 0, 2, 1])]);
+        dns.heard(1_000);
+        assert!(!goes(&mut dns, 5_001), "{order:?}");
+    }
 }
 
 #[test]
