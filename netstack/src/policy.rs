@@ -7,7 +7,7 @@
 //!    anybody's network.
 //! 2. What is refused always:
 //!    - the host's loopback, by any name: 127/8, ::1, 0.0.0.0/8, ::, their IPv4-mapped, IPv4-compatible, IPv4-translated,
-//!      NAT64 and 6to4 forms. The kernel of the host takes 0.0.0.0 and :: for loopback;
+//!      NAT64, 6to4, Teredo and ISATAP forms. The kernel of the host takes 0.0.0.0 and :: for loopback;
 //!    - multicast, broadcast and reserved addresses;
 //!    - link-local addresses and the cloud's metadata services, but for an `allow` rule that is about nothing else;
 //!    - the guest's own subnet, where there is nobody but the gateway;
@@ -372,10 +372,17 @@ impl Rule {
     fn refused_always(&self) -> Option<Reason> {
         let (first, last) = self.range()?;
         let reason = refused_range(first)?;
-        // Two refused ranges may hold a rule's both ends, but not its middle, too.
+        // Two refused ranges may hold a rule's both ends, but not its middle, too. That is the first address of the upper
+        // half: the last of the lower one has only ones at its end, which Teredo reads as 0.0.0.0.
         let middle = match (first, last) {
-            (IpAddr::V4(a), IpAddr::V4(b)) => Ipv4Addr::from_bits(a.to_bits().midpoint(b.to_bits())).into(),
-            (IpAddr::V6(a), IpAddr::V6(b)) => Ipv6Addr::from_bits(a.to_bits().midpoint(b.to_bits())).into(),
+            (IpAddr::V4(a), IpAddr::V4(b)) => {
+                let half = (b.to_bits() - a.to_bits()).div_ceil(2);
+                Ipv4Addr::from_bits(a.to_bits() + half).into()
+            }
+            (IpAddr::V6(a), IpAddr::V6(b)) => {
+                let half = (b.to_bits() - a.to_bits()).div_ceil(2);
+                Ipv6Addr::from_bits(a.to_bits() + half).into()
+            }
             _ => first,
         };
         [middle, last].iter().all(|ip| refused_range(*ip) == Some(reason)).then_some(reason)
@@ -452,19 +459,32 @@ fn refused_v4(ip: Ipv4Addr) -> Option<Reason> {
 }
 
 /// The IPv4 addresses that translators and tunnels may make of an IPv6 one: NAT64 (RFC 6052), also by prefixes for local
-/// use (RFC 8215), stateless translation (RFC 2765), and 6to4 (RFC 3056).
+/// use (RFC 8215), stateless translation (RFC 2765), 6to4 (RFC 3056), the server's and the client's of Teredo (RFC 4380),
+/// and of any prefix ISATAP (RFC 5214).
 pub(crate) fn embedded_v4(ip: IpAddr) -> impl Iterator<Item = Ipv4Addr> {
-    let found = match ip {
-        IpAddr::V4(_) => [None; 4],
-        IpAddr::V6(ip) => match ip.segments() {
-            [0x64, 0xff9b, 0, 0, 0, 0, high, low]
-            | [0x2002, high, low, ..]
-            | [0, 0, 0, 0, 0xffff, 0, high, low] => [Some(v4_of(high, low)), None, None, None],
-            [0x64, 0xff9b, 1, ..] => local_use_v4(ip),
-            _ => [None; 4],
-        },
+    let (by_prefix, isatap) = match ip {
+        IpAddr::V4(_) => ([None; 4], None),
+        IpAddr::V6(ip) => {
+            let by_prefix = match ip.segments() {
+                [0x64, 0xff9b, 0, 0, 0, 0, high, low]
+                | [0x2002, high, low, ..]
+                | [0, 0, 0, 0, 0xffff, 0, high, low] => [Some(v4_of(high, low)), None, None, None],
+                [0x64, 0xff9b, 1, ..] => local_use_v4(ip),
+                // The client's is written with all its bits inverted, so that no router on the way translates it.
+                [0x2001, 0, server_high, server_low, _, _, high, low] => {
+                    [Some(v4_of(server_high, server_low)), Some(v4_of(!high, !low)), None, None]
+                }
+                _ => [None; 4],
+            };
+            // The identifier of the interface; 0x200 says that the address is globally unique.
+            let isatap = match ip.segments() {
+                [_, _, _, _, 0 | 0x200, 0x5efe, high, low] => Some(v4_of(high, low)),
+                _ => None,
+            };
+            (by_prefix, isatap)
+        }
     };
-    found.into_iter().flatten()
+    by_prefix.into_iter().chain([isatap]).flatten()
 }
 
 /// What may be embedded behind 64:ff9b:1::/48. Only its network knows how long the prefix is that it uses of it, and with

@@ -30,6 +30,11 @@ fn other_machines_are_allowed() {
         "[fd12::1]:1",
         "[64:ff9b::c000:201]:80",
         "[2002:c000:201::1]:80",
+        // The client is 192.0.2.1.
+        "[2001:0:c000:202:8000:f0f0:3fff:fdfe]:80",
+        "[2001:db8::5efe:c000:201]:80",
+        "[2001:db8::100:5efe:7f00:1]:80",
+        "[2001:1:7f00:1::1]:80",
     ] {
         assert_eq!(tcp(to), Verdict::Allow(to.parse().expect(to)), "{to}");
     }
@@ -49,6 +54,12 @@ fn the_hosts_loopback_is_refused_by_every_name() {
         "[::127.0.0.1]:80",
         "[64:ff9b::7f00:1]:80",
         "[2002:7f00:1::1]:80",
+        "[2001:0:7f00:1:8000:f0f0:3fff:fdfe]:80",
+        "[2001:0:c000:202:8000:f0f0:80ff:fffe]:80",
+        "[2001:db8::5efe:7f00:1]:80",
+        "[2001:db8::200:5efe:7f00:1]:80",
+        "[2002:c000:201::5efe:7f00:1]:80",
+        "[64:ff9b:1::5efe:7f00:1]:80",
         "10.0.2.2:80",
         "[fd00::2]:80",
     ] {
@@ -70,6 +81,10 @@ fn ranges_without_a_host_are_refused_by_name() {
         ("[64:ff9b:1:0:a9:fea9:fe00:0]:80", Reason::LinkLocal),
         ("[64:ff9b:1::7f00:1]:80", Reason::HostLoopback),
         ("[::ffff:0:a9fe:a9fe]:80", Reason::LinkLocal),
+        ("[2001:0:a9fe:a9fe::3fff:fdfe]:80", Reason::LinkLocal),
+        ("[2001:0:c000:202::5601:5601]:80", Reason::LinkLocal),
+        ("[2001:db8::5efe:a9fe:a9fe]:80", Reason::LinkLocal),
+        ("[2001:db8::200:5efe:6464:64c8]:80", Reason::Metadata),
         ("[::ffff:0:7f00:1]:80", Reason::HostLoopback),
         ("[fe80::1]:80", Reason::LinkLocal),
         ("[fec0::1]:80", Reason::LinkLocal),
@@ -208,13 +223,18 @@ fn rules_decide() {
         ),
         // A denied IPv4 address is not reached through a translator, an allowed one is not by itself.
         (
-            &["192.0.2.0/24", "[2002::/16]", "[64:ff9b:1::/48]"],
+            &["192.0.2.0/24", "[2002::/16]", "[64:ff9b:1::/48]", "[2001::/32]", "[2001:db8::/32]"],
             &["192.0.2.9"],
             &[
                 ("tcp [2002:c000:209::1]:80", "deny 192.0.2.9"),
                 ("tcp [64:ff9b:1::c000:209]:80", "deny 192.0.2.9"),
                 ("tcp [64:ff9b:1:c000:2:900::]:80", "deny 192.0.2.9"),
                 ("tcp [::ffff:0:c000:209]:80", "deny 192.0.2.9"),
+                ("tcp [2001:0:c000:209::3fff:fdfe]:80", "deny 192.0.2.9"),
+                ("tcp [2001:0:c000:202::3fff:fdf6]:80", "deny 192.0.2.9"),
+                ("tcp [2001:db8::200:5efe:c000:209]:80", "deny 192.0.2.9"),
+                ("tcp [2001:0:c000:202::3fff:fdfe]:80", "ok"),
+                ("tcp [2001:db8::200:5efe:c000:201]:80", "ok"),
                 ("tcp [2002:c000:201::1]:80", "ok"),
                 ("tcp [64:ff9b:1::c000:201]:80", "ok"),
                 ("tcp [64:ff9b:1:fffe::c000:201]:80", "ok"),
@@ -301,6 +321,7 @@ fn rules_that_can_never_allow_anything_are_told_apart() {
         ("[::1]", "allow-host-loopback"),
         ("0.0.0.0/8", "allow-host-loopback"),
         ("[64:ff9b::7f00:1]", "allow-host-loopback"),
+        ("[2001:0:7f00::/40]", "allow-host-loopback"),
         ("[fe80::1]", "another link"),
         ("224.0.0.0/4", "multicast"),
         ("255.255.255.255", "broadcast"),
@@ -317,6 +338,9 @@ fn rules_that_can_never_allow_anything_are_told_apart() {
         "[::/0]",
         "[64:ff9b::/97]",
         "[2002::/16]",
+        "[2001::/32]",
+        "[2001::/33]",
+        "[2001:0:4136:e378::/64]",
         "169.254.0.0/16",
         "169.254.169.254:80",
         "[fd00:ec2::254]",
