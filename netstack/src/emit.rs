@@ -64,16 +64,21 @@ pub(crate) fn udp_headers(packet: &mut [u8], from: Endpoint, to: Endpoint) {
     udp_header(&mut packet[header_len..], from, to);
 }
 
-/// Sends a segment whose number has been acknowledged already, so that the guest answers it: with what it has received, or,
-/// if it does not know the connection, with a RST (RFC 9293 section 3.8.4, the probe of a keep-alive without its octet).
-pub(crate) fn tcp_probe(tap: &mut Tap, from: Endpoint, to: Endpoint, seq: TcpSeqNumber, ack: TcpSeqNumber) {
+/// A packet with a segment that says nothing but how far its sender is: no data, no options.
+pub(crate) fn bare_segment(
+    from: Endpoint,
+    to: Endpoint,
+    seq_number: TcpSeqNumber,
+    ack_number: Option<TcpSeqNumber>,
+    window_len: u16,
+) -> Vec<u8> {
     let segment = TcpRepr {
         src_port: from.port,
         dst_port: to.port,
         control: TcpControl::None,
-        seq_number: seq,
-        ack_number: Some(ack),
-        window_len: u16::MAX,
+        seq_number,
+        ack_number,
+        window_len,
         window_scale: None,
         max_seg_size: None,
         sack_permitted: false,
@@ -82,13 +87,20 @@ pub(crate) fn tcp_probe(tap: &mut Tap, from: Endpoint, to: Endpoint, seq: TcpSeq
         payload: &[],
     };
     let header_len = ip_header_len(to.ip);
-    let len = header_len + segment.buffer_len();
-    let packet = tap.packet_mut(len);
-    ingress::write_ip_header(packet, from.ip, to.ip, ingress::TCP, HOPS);
+    let mut packet = vec![0; header_len + segment.buffer_len()];
+    ingress::write_ip_header(&mut packet, from.ip, to.ip, ingress::TCP, HOPS);
     let sums = ChecksumCapabilities::default();
     let segment_at = &mut packet[header_len..];
     segment.emit(&mut TcpPacket::new_unchecked(segment_at), &from.ip.into(), &to.ip.into(), &sums);
-    tap.send_ip(len, Offload::NONE);
+    packet
+}
+
+/// Sends a segment whose number has been acknowledged already, so that the guest answers it: with what it has received, or,
+/// if it does not know the connection, with a RST (RFC 9293 section 3.8.4, the probe of a keep-alive without its octet).
+pub(crate) fn tcp_probe(tap: &mut Tap, from: Endpoint, to: Endpoint, seq: TcpSeqNumber, ack: TcpSeqNumber) {
+    let packet = bare_segment(from, to, seq, Some(ack), u16::MAX);
+    tap.packet_mut(packet.len()).copy_from_slice(&packet);
+    tap.send_ip(packet.len(), Offload::NONE);
 }
 
 /// What an ICMP error says: type, code, and the word behind the checksum.

@@ -32,10 +32,9 @@ use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::{MsgFlags, Shutdown};
 use smoltcp::iface::{Interface, SocketSet};
-use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::socket::tcp::State;
 use smoltcp::time::{Duration, Instant};
-use smoltcp::wire::{TcpControl, TcpPacket, TcpRepr, TcpSeqNumber};
+use smoltcp::wire::{TcpPacket, TcpSeqNumber};
 
 use crate::calls::{recv, send, shutdown};
 use crate::config::{
@@ -1278,29 +1277,9 @@ fn reminder(
     next: Option<TcpSeqNumber>,
     acknowledged: Option<TcpSeqNumber>,
 ) -> Option<[Vec<u8>; 5]> {
-    let (seq_number, ack_number) = (next?, acknowledged);
-    let packet = |window_len| {
-        let repr = TcpRepr {
-            src_port: key.guest.port,
-            dst_port: key.remote.port,
-            control: TcpControl::None,
-            seq_number,
-            ack_number,
-            window_len,
-            window_scale: None,
-            max_seg_size: None,
-            sack_permitted: false,
-            sack_ranges: [None; 3],
-            timestamp: None,
-            payload: &[],
-        };
-        let mut segment = vec![0; repr.buffer_len()];
-        let sums = ChecksumCapabilities::ignored();
-        let (src, dst) = (key.guest.ip.into(), key.remote.ip.into());
-        repr.emit(&mut TcpPacket::new_unchecked(&mut segment[..]), &src, &dst, &sums);
-        ingress::rebuild(key.guest.ip, key.remote.ip, ingress::TCP, 64, &segment)
-    };
-    Some([1, 0, 0, 0, 0].map(packet))
+    let next = next?;
+    let say = |window| emit::bare_segment(key.guest, key.remote, next, acknowledged, window);
+    Some([1, 0, 0, 0, 0].map(say))
 }
 
 fn is_connecting(flows: &Slab<Flow>, id: FlowId) -> bool {
