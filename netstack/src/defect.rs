@@ -7,9 +7,9 @@ use std::any::Any;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
-use crate::engine::Token;
 use crate::flow::{Endpoint, FlowId, TimerKey};
 use crate::ingress::{ICMP, ICMPV6, Packet, TCP, UDP};
+use crate::shared::Token;
 
 /// What the stack is at. It is noted for every packet and every flow that is looked after, so it is plain numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -12,10 +12,10 @@ use smoltcp::wire::{IpProtocol, UdpPacket, checksum};
 
 use crate::config::{LEASE, StackSpec};
 use crate::device::Offload;
-use crate::engine::Shared;
 use crate::flow::Endpoint;
 use crate::ingress::{self, Packet, UDP};
 use crate::ndp;
+use crate::shared::Shared;
 
 const SERVER_PORT: u16 = 67;
 const CLIENT_PORT: u16 = 68;

@@ -10,344 +10,46 @@
 //!
 //! A panic ends the network with a message in the log, not the process (`defect.rs`).
 
-use std::collections::{HashSet, VecDeque};
-use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::{PipeReader, PipeWriter};
+use std::io::PipeWriter;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 
 use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
 use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::UdpPacket;
 
-use crate::config::{
-    Error, LAST_DATA_MOST, LAST_DATA_QUIET, MAX_SUPER_SEGMENT, Publish, REASSEMBLY, StackSpec,
-};
+use crate::config::{Error, MAX_SUPER_SEGMENT, Publish, REASSEMBLY, StackSpec};
 use crate::control::{self, Commands, Control};
 use crate::defect::{self, At};
 use crate::device::{self, ReadResult, Segmentation, Tap};
 use crate::dhcp;
-use crate::dns::pins::Pins;
 use crate::dns::{Dns, Origin};
 use crate::emit;
-use crate::flow::{Endpoint, FlowId, FlowKey, TimerKey, Timers};
-use crate::flowlog::{EachFlow, FlowEvent, FlowEventKind, FlowState, Refusals};
+use crate::flow::{Endpoint, FlowId, FlowKey, TimerKey};
+use crate::flowlog::{EachFlow, FlowState};
 use crate::forward::{self, BoundPort, Forward, PortId, Published, PublishedPort};
 use crate::fragment::Reassembly;
-use crate::host::{self, Budget};
 use crate::icmp::Icmp;
 use crate::ingress::{self, Drop as Dropped, ICMP, ICMPV6, Inbound, Packet, TCP, UDP};
 use crate::join::Join;
 use crate::ndp;
-use crate::netlink::Routes;
-use crate::policy::hello::Hello;
-use crate::policy::{self, DNS_PORT, KnownAs, PolicySpec, Reason, RouteKind, Rules, Transport, Verdict};
+use crate::policy::{DNS_PORT, PolicySpec, Reason, Rules, Transport};
 use crate::rate::{Bucket, Rates};
-use crate::stats::{Counters, Stats};
-use crate::suspend::Suspension;
-use crate::sys;
+use crate::shared::{Shared, Token};
+use crate::stats::Counters;
 use crate::tcp::Tcp;
 use crate::udp::Udp;
 
 /// Frames taken from the guest in one turn.
 const TURN_FRAMES: usize = 64;
-/// How long the end of the thread is waited for. It has nothing to wait for itself but the host's file systems, when it
-/// reads the list of resolvers.
-const STOP_PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
 /// Queries over TCP that are answered in one turn before others get theirs; those that the flows already have under way
 /// come on top.
 const TURN_QUERIES: usize = 256;
 /// Events taken in one turn.
 const TURN_EVENTS: usize = 256;
-
-/// What an epoll event belongs to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Token {
-    Tap,
-    Command,
-    Tcp(FlowId),
-    Udp(FlowId),
-    Ping(FlowId),
-    Dns(FlowId),
-    TcpListener(FlowId),
-    UdpListener(FlowId),
-    /// Of a joined connection: the client's socket, and that inside.
-    Near(FlowId),
-    Inner(FlowId),
-    /// Where sockets inside come from.
-    Inside,
-}
-
-impl Token {
-    fn pack(self) -> u64 {
-        let (kind, rest) = match self {
-            Self::Tap => (0, 0),
-            Self::Command => (1, 0),
-            Self::Tcp(id) => (2, id.pack()),
-            Self::Udp(id) => (3, id.pack()),
-            Self::Ping(id) => (4, id.pack()),
-            Self::Dns(id) => (5, id.pack()),
-            Self::TcpListener(id) => (6, id.pack()),
-            Self::UdpListener(id) => (7, id.pack()),
-            Self::Near(id) => (8, id.pack()),
-            Self::Inner(id) => (9, id.pack()),
-            Self::Inside => (10, 0),
-        };
-        kind << 56 | rest
-    }
-
-    fn unpack(bits: u64) -> Option<Self> {
-        let rest = bits & !(0xff << 56);
-        let id = FlowId::unpack(rest);
-        Some(match bits >> 56 {
-            0 => Self::Tap,
-            1 => Self::Command,
-            2 => Self::Tcp(id),
-            3 => Self::Udp(id),
-            4 => Self::Ping(id),
-            5 => Self::Dns(id),
-            6 => Self::TcpListener(id),
-            7 => Self::UdpListener(id),
-            8 => Self::Near(id),
-            9 => Self::Inner(id),
-            10 => Self::Inside,
-            _ => return None,
-        })
-    }
-}
-
-/// Numbers that the guest cannot foresee: a keyed hash (SipHash, key from the kernel) of a counter.
-#[derive(Debug, Default)]
-pub(crate) struct Random(RandomState, u64);
-
-impl Random {
-    pub(crate) fn next(&mut self) -> u64 {
-        self.1 += 1;
-        let mut hasher = self.0.build_hasher();
-        hasher.write_u64(self.1);
-        hasher.finish()
-    }
-}
-
-/// Sockets that were not read to their end, the longest waiting first, each of them once.
-///
-/// They are served before whatever has become readable since, and one that could not be read to its end again goes to
-/// the end of the queue: while the TAP takes fewer frames than come, all get their share of it.
-#[derive(Debug, Default)]
-struct Unread {
-    queue: VecDeque<u64>,
-    waiting: HashSet<u64>,
-}
-
-impl Unread {
-    fn push(&mut self, token: Token) {
-        if self.waiting.insert(token.pack()) {
-            self.queue.push_back(token.pack());
-        }
-    }
-
-    fn pop(&mut self) -> Option<u64> {
-        let token = self.queue.pop_front()?;
-        self.waiting.remove(&token);
-        Some(token)
-    }
-}
-
-/// What the modules of the protocols share.
-#[derive(Debug)]
-pub(crate) struct Shared {
-    pub(crate) spec: StackSpec,
-    rules: Rules,
-    routes: Routes,
-    pub(crate) tap: Tap,
-    epoll: Epoll,
-    pub(crate) timers: Timers,
-    pub(crate) stats: Arc<Counters>,
-    pub(crate) budget: Budget,
-    pub(crate) random: Random,
-    /// The names by which the guest knows addresses.
-    pub(crate) pins: Pins,
-    suspension: Suspension,
-    /// How often it was noticed that the host had been suspended.
-    pub(crate) suspensions: u64,
-    /// Buffer for datagrams of the host's side.
-    pub(crate) datagram: Box<[u8]>,
-    /// Datagram sockets with more to read than could be taken: there was no room in the TAP, or others had to get their
-    /// turn.
-    unread: Unread,
-    /// A descriptor was closed, so listeners that were starved of them may go on.
-    pub(crate) descriptor_freed: bool,
-    /// When this turn began to do things.
-    pub(crate) now: Instant,
-    refusals: Refusals,
-    /// TCP connections that are joined to a socket inside, and the others.
-    pub(crate) joined: usize,
-    pub(crate) tcp_flows: usize,
-    /// What may still go from the guest to the world, and the other way.
-    pub(crate) sent: Bucket,
-    pub(crate) received: Bucket,
-    at: At,
-    /// What a test wants to fail.
-    #[cfg(test)]
-    pub(crate) trap: Option<fn(At) -> bool>,
-}
-
-impl Shared {
-    /// Notes what is done next.
-    pub(crate) fn begin(&mut self, at: At) {
-        self.at = at;
-        #[cfg(test)]
-        assert!(!self.trap.is_some_and(|trap| trap(at)), "part of the test");
-    }
-
-    /// Watches a descriptor. It is forgotten when it is closed, as no other copy of it exists.
-    pub(crate) fn watch(&self, fd: BorrowedFd<'_>, token: Token, flags: EpollFlags) -> nix::Result<()> {
-        #[cfg(test)]
-        crate::calls::may_fail(crate::calls::Call::EpollAdd, std::os::fd::AsRawFd::as_raw_fd(&fd))?;
-        self.epoll.add(fd, EpollEvent::new(flags, token.pack()))
-    }
-
-    /// Watches a descriptor no more.
-    pub(crate) fn unwatch(&self, fd: BorrowedFd<'_>) {
-        let _ = self.epoll.delete(fd);
-    }
-
-    /// Says how many TCP connections there are.
-    pub(crate) fn count_tcp(&self) {
-        self.stats.tcp_flows.set(self.tcp_flows + self.joined);
-    }
-
-    /// Remembers a socket that was not read to its end.
-    pub(crate) fn come_back(&mut self, token: Token) {
-        self.unread.push(token);
-    }
-
-    /// What is to be done with a flow of the guest's to `remote`.
-    pub(crate) fn decide(&mut self, transport: Transport, remote: Endpoint) -> Verdict {
-        self.decide_again(transport, remote, None)
-    }
-
-    /// The same for one that exists, and was allowed by `name`, if it was by one: names are forgotten, flows go on.
-    pub(crate) fn decide_again(
-        &mut self,
-        transport: Transport,
-        remote: Endpoint,
-        name: Option<&Arc<str>>,
-    ) -> Verdict {
-        // The gateway is known without asking. Behind a translator the host may meet itself.
-        let route = if self.spec.is_ours(remote.ip) {
-            RouteKind::Unknown
-        } else {
-            let mut embedded = policy::embedded_v4(remote.ip).map(|ip| self.routes.kind_of(ip.into()));
-            embedded.find(|kind| *kind != RouteKind::Remote).unwrap_or_else(|| self.routes.kind_of(remote.ip))
-        };
-        let mut names: Vec<KnownAs<'_>> = Vec::new();
-        if self.rules.want_names() {
-            self.notice_suspension(self.now);
-            let pinned = self.pins.known(self.now, remote.ip);
-            names.extend(pinned.map(|(name, by_spec)| KnownAs { name, by_spec }));
-            names.extend(name.map(|name| KnownAs { name, by_spec: false }));
-        }
-        policy::decide(&self.rules, transport, remote.into(), route, &names)
-    }
-
-    /// The name by which a flow to `ip` is allowed now, if any is.
-    pub(crate) fn name_for(&self, ip: IpAddr) -> Option<Arc<str>> {
-        if !self.rules.want_names() {
-            return None;
-        }
-        let mut names = self.pins.known(self.now, ip).map(|(name, _)| name);
-        names.find(|name| self.rules.allows_name(name)).map(Arc::clone)
-    }
-
-    /// Whether a TCP flow to `remote` that was let begin may go on, by its first bytes.
-    pub(crate) fn decide_hello(&self, remote: Endpoint, hello: &Hello) -> Result<(), Reason> {
-        policy::decide_hello(&self.rules, remote.into(), hello)
-    }
-
-    /// Whether rules are about names.
-    pub(crate) fn want_names(&self) -> bool {
-        self.rules.want_names()
-    }
-
-    /// Looks whether the host was suspended: names then are that much older.
-    pub(crate) fn notice_suspension(&mut self, now: Instant) {
-        if let Some(slept) = self.suspension.since(now) {
-            tracing::debug!(seconds = slept.secs(), "the host was suspended");
-            self.suspensions += 1;
-            self.pins.grow_older(slept);
-        }
-    }
-
-    /// Counts a refused flow and says by which rule; whether the guest is to be told.
-    pub(crate) fn refused(&mut self, transport: Transport, key: FlowKey, reason: Reason) -> bool {
-        tracing::debug!(
-            transport = transport.name(),
-            to = %SocketAddr::from(key.remote),
-            reason = reason.name(),
-            rule = self.rules.rule_of(reason),
-            "refused"
-        );
-        if reason.is_silent() {
-            self.stats.dropped_multicast.one();
-        } else {
-            self.stats.refused_by_policy.one();
-        }
-        let rule = self.rules.rule_of(reason);
-        self.tell_refused(transport, key, reason.name(), rule.as_deref());
-        !reason.is_silent()
-    }
-
-    /// Counts a flow of the guest's that is allowed, and for which there is no room.
-    pub(crate) fn refused_by_limit(&mut self, transport: Transport, key: FlowKey) {
-        self.stats.refused_by_limit.one();
-        self.tell_refused(transport, key, "limit", None);
-    }
-
-    /// Tells of a flow of the guest's of which nothing leaves, if not too many have been told.
-    pub(crate) fn tell_refused(
-        &mut self,
-        transport: Transport,
-        key: FlowKey,
-        reason: &'static str,
-        rule: Option<&str>,
-    ) {
-        if self.spec.flow_log.is_some()
-            && let Some(untold) = self.refusals.take(self.now)
-        {
-            self.tell(transport, false, key, FlowEventKind::Refused { reason, rule, untold });
-        }
-    }
-
-    /// Pins `name` to `ip`: [`Pins::pin`].
-    pub(crate) fn pin(&mut self, now: Instant, name: &Arc<str>, ip: IpAddr, ttl: Option<Duration>) -> bool {
-        if let Some(capture) = &self.tap.capture
-            && self.pins.names(now, ip).all(|known| known != &**name)
-        {
-            capture.name(ip, name);
-        }
-        self.pins.pin(now, name, ip, ttl)
-    }
-
-    /// Tells whoever listens what happened to a flow.
-    pub(crate) fn tell(&self, transport: Transport, inbound: bool, key: FlowKey, kind: FlowEventKind<'_>) {
-        let Some(log) = &self.spec.flow_log else { return };
-        let name = self.pins.names(self.now, key.remote.ip).next();
-        let (guest, remote) = (key.guest.into(), key.remote.into());
-        log.tell(&FlowEvent { transport, inbound, guest, remote, name, kind });
-    }
-
-    /// Whether `ip` is an address that the guest may send from.
-    pub(crate) fn is_guest(&self, ip: IpAddr) -> bool {
-        let link = &self.spec.guest;
-        link.contains(ip) && !self.spec.is_ours(ip) && !link.is_subnet_edge(ip)
-    }
-}
 
 /// The stack, without its thread.
 #[derive(Debug)]
@@ -374,7 +76,7 @@ pub(crate) struct Engine {
     /// Who waits until the guest's last data has been passed on, and whether a whole turn has looked for it.
     drained: Option<(bool, PipeWriter)>,
     /// The guest was ended, and its last data is not waited for.
-    cut: bool,
+    pub(crate) cut: bool,
 }
 
 /// How a turn ended.
@@ -395,33 +97,9 @@ impl Engine {
     ) -> nix::Result<(Self, Control)> {
         let stats = Arc::<Counters>::default();
         let (control, commands) = control::commands(Arc::clone(&stats))?;
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let mut sh = Shared {
-            spec: spec.clone(),
-            rules: Rules::new(spec),
-            routes: Routes::default(),
-            tap: Tap::new(tap, spec, segmentation, Arc::clone(&stats)),
-            epoll,
-            timers: Timers::default(),
-            stats,
-            budget: forward::budget_for(&published, spec.outbound),
-            random: Random::default(),
-            pins: Pins::default(),
-            suspension: Suspension::new(),
-            suspensions: 0,
-            datagram: device::frame_buffer(),
-            unread: Unread::default(),
-            descriptor_freed: false,
-            now,
-            refusals: Refusals::new(now),
-            joined: 0,
-            tcp_flows: 0,
-            sent: Bucket::new(spec.rates.sent, now),
-            received: Bucket::new(spec.rates.received, now),
-            at: At::Housekeeping,
-            #[cfg(test)]
-            trap: None,
-        };
+        let tap = Tap::new(tap, spec, segmentation, Arc::clone(&stats));
+        let budget = forward::budget_for(&published, spec.outbound);
+        let mut sh = Shared::new(tap, spec, stats, budget, now)?;
         sh.watch(sh.tap.as_fd(), Token::Tap, EpollFlags::EPOLLIN)?;
         sh.watch(commands.as_fd(), Token::Command, EpollFlags::EPOLLIN)?;
         let join = Join::new(&mut sh, published.inside.take())?;
@@ -698,7 +376,7 @@ impl Engine {
     }
 
     /// Lets go of `waiter` when all that the guest has sent has been passed on.
-    fn drain(&mut self, waiter: PipeWriter) {
+    pub(crate) fn drain(&mut self, waiter: PipeWriter) {
         self.drained = Some((false, waiter));
     }
 
@@ -716,7 +394,7 @@ impl Engine {
     }
 
     /// Something that changes while data of the guest's is passed on.
-    fn progress(&self) -> u64 {
+    pub(crate) fn progress(&self) -> u64 {
         let from_guest = self.sh.stats.snapshot().bytes_from_guest;
         let passed_on = self.tcp.passed_on().wrapping_add(self.join.passed_on());
         // Datagrams have gone, and what comes after them waits until they are paid for.
@@ -1072,17 +750,18 @@ impl Engine {
         self.sh.trap = Some(trap);
     }
 
-    pub(crate) fn budget(&mut self) -> &mut Budget {
+    pub(crate) fn budget(&mut self) -> &mut crate::host::Budget {
         &mut self.sh.budget
     }
 
-    pub(crate) fn stats(&self) -> Stats {
+    pub(crate) fn stats(&self) -> crate::stats::Stats {
         self.sh.stats.snapshot()
     }
 
     /// Whether nothing but a timer would wake the engine now.
     pub(crate) fn is_quiet(&self, now: Instant) -> bool {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        use std::os::fd::AsFd as _;
         let mut fds = [PollFd::new(self.sh.epoll.0.as_fd(), PollFlags::POLLIN)];
         self.patience(now) != Some(Duration::ZERO) && poll(&mut fds, PollTimeout::ZERO) == Ok(0)
     }
@@ -1160,265 +839,5 @@ impl Engine {
         self.sh.tap.check_bounds();
         let flows = self.sh.stats.snapshot().tcp_flows + u64::try_from(self.dns.under_way()).unwrap_or(0);
         assert!(u64::try_from(self.sh.timers.len()).is_ok_and(|timers| timers <= flows + 7));
-    }
-}
-
-/// A running stack: one thread.
-#[derive(Debug)]
-pub struct Stack {
-    thread: Option<JoinHandle<()>>,
-    control: Control,
-    /// Ends when the thread does.
-    ended: PipeReader,
-    /// It has ended, and not because it should.
-    failed: Arc<AtomicBool>,
-}
-
-/// The monotonic clock, with an arbitrary beginning.
-///
-/// It stands still while the host is suspended, as do the clocks that the guest's kernel and epoll count by. That is
-/// right for everything that is timed here: a guest that slept owes us no acknowledgement from that time, and no flow
-/// was idle because nobody was awake. What grows old in the world meanwhile is asked for anew in any case (the list of
-/// resolvers and the host's addresses are never older than some seconds of this clock), or looks at another clock, too
-/// ([`Suspension`]: answers of resolvers).
-fn clock() -> impl FnMut() -> Instant {
-    let start = std::time::Instant::now();
-    move || {
-        let micros = i64::try_from(start.elapsed().as_micros()).unwrap_or(i64::MAX);
-        // Not from zero: smoltcp takes zero for "long ago".
-        Instant::from_micros(micros.saturating_add(1_000_000))
-    }
-}
-
-impl Stack {
-    /// Starts the stack's thread on `tap`, which came from [`open_tap`](crate::open_tap), in whatever network
-    /// namespace. The flows' other ends are sockets of the calling thread's network namespace.
-    ///
-    /// Nothing is read, resolved or connected before the guest's first frame asks for it.
-    ///
-    /// # Errors
-    ///
-    /// If the MTU is too small, `tap` is none, or a descriptor or the thread cannot be made.
-    pub fn start(tap: OwnedFd, spec: &StackSpec, published: Published) -> Result<Self, Error> {
-        if spec.mtu < spec.least_mtu() {
-            return Err(Error::SmallMtu { mtu: spec.mtu, least: spec.least_mtu() });
-        }
-        if !sys::is_vnet_tap(tap.as_fd()) {
-            return Err(Error::NotATap);
-        }
-        let failed = |what| move |errno: Errno| Error::Start { what, source: errno.into() };
-        sys::set_vnet_header_len(tap.as_fd()).map_err(failed("virtio header"))?;
-        let segmentation = sys::set_offload(tap.as_fd())
-            .inspect_err(
-                |errno| tracing::warn!(%errno, "the TAP takes no super-segments: the network will be slower"),
-            )
-            .unwrap_or(Segmentation::None);
-        host::nonblocking(tap.as_fd()).map_err(failed("non-blocking TAP"))?;
-        let mut clock = clock();
-        let (engine, control) =
-            Engine::new(tap, spec, published, segmentation, clock()).map_err(failed("event loop"))?;
-        let (ended, alive) =
-            std::io::pipe().map_err(|source| Error::Start { what: "pipe of its end", source })?;
-        let failed_late = Arc::<AtomicBool>::default();
-        let of_thread = Arc::clone(&failed_late);
-        let body = move || {
-            let _alive = alive;
-            // Signals are the business of the process's main thread.
-            let _ = nix::sys::signal::SigSet::all().thread_block();
-            if !live(engine, clock) {
-                of_thread.store(true, Ordering::Relaxed);
-            }
-        };
-        let thread = std::thread::Builder::new()
-            .name("netstack".into())
-            .spawn(body)
-            .map_err(|source| Error::Start { what: "thread", source })?;
-        Ok(Self { thread: Some(thread), control, ended, failed: failed_late })
-    }
-
-    /// What the stack has done so far.
-    #[must_use]
-    pub fn stats(&self) -> Stats {
-        self.control.stats()
-    }
-
-    /// For commands while it runs.
-    #[must_use]
-    pub fn control(&self) -> &Control {
-        &self.control
-    }
-
-    /// A descriptor that hangs up (poll(2), POLLHUP) when the stack's thread has ended.
-    #[must_use]
-    pub fn end_event(&self) -> BorrowedFd<'_> {
-        self.ended.as_fd()
-    }
-
-    /// Whether the stack's thread still runs. It ends by itself when the TAP's network namespace is gone.
-    #[must_use]
-    pub fn is_running(&self) -> bool {
-        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
-    }
-
-    /// Whether the stack has ended for another reason than that: a defect, or the kernel let it wait for nothing any more.
-    /// The log has the reason.
-    #[must_use]
-    pub fn has_failed(&self) -> bool {
-        self.failed.load(Ordering::Relaxed)
-    }
-
-    /// Waits until what the guest has sent has been passed on, datagrams and connections with their ends, as the guest's
-    /// kernel sends it when the last program is gone. Not longer than data goes, and a second; ten seconds in all; and not
-    /// longer than until `interrupt` can be read. Where some is left then, the connection ends with a reset.
-    pub fn drain(&self, interrupt: Option<BorrowedFd<'_>>) {
-        let until = std::time::Instant::now() + LAST_DATA_MOST;
-        let progress = || self.control.ask_within(LAST_DATA_QUIET, |engine| engine.progress());
-        let begin = || {
-            // Nothing is sent: the other end goes, with the engine if it must be.
-            let (drained, waiter) = std::io::pipe().ok()?;
-            self.control.tell(move |engine| engine.drain(waiter)).ok()?;
-            Some((drained, progress()?))
-        };
-        let Some((drained, mut seen)) = begin() else { return };
-        while !ready_within(drained.as_fd(), interrupt, LAST_DATA_QUIET) {
-            match progress() {
-                Some(now) if now != seen && std::time::Instant::now() < until => seen = now,
-                _ => return,
-            }
-        }
-    }
-
-    /// Has every connection whose end the guest has not sent, or the stack not passed on, end with a reset when the stack
-    /// does: the guest's programs were ended in the midst of what they did.
-    pub fn cut(&self) {
-        // It cannot be told only if it has ended.
-        let _ = self.control.tell(|engine| engine.cut = true);
-    }
-
-    /// Ends the thread and closes every flow. Dropping the stack does the same. A thread that a system call holds up for
-    /// seconds is left to end by itself.
-    pub fn stop(self) {
-        drop(self);
-    }
-}
-
-impl Drop for Stack {
-    fn drop(&mut self) {
-        self.control.stop();
-        let Some(thread) = self.thread.take() else { return };
-        if end_within(&self.ended, STOP_PATIENCE) {
-            let _ = thread.join();
-        } else {
-            tracing::error!("the network stack does not end: its thread is left behind");
-        }
-    }
-}
-
-/// Whether the thread that holds the other end is gone within `patience`.
-fn end_within(ended: &PipeReader, patience: std::time::Duration) -> bool {
-    ready_within(ended.as_fd(), None, patience)
-}
-
-/// Whether something is to be had from one of them within `patience`.
-fn ready_within(fd: BorrowedFd<'_>, other: Option<BorrowedFd<'_>>, patience: std::time::Duration) -> bool {
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    let until = std::time::Instant::now() + patience;
-    let mut fds: Vec<PollFd<'_>> =
-        std::iter::once(fd).chain(other).map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
-    loop {
-        let left = until.saturating_duration_since(std::time::Instant::now());
-        let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        match poll(&mut fds, left) {
-            Err(Errno::EINTR) => {}
-            ready => return ready != Ok(0),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_link_that_is_too_small_is_refused() {
-        for (ipv6, mtu) in [(true, 1279), (false, 575)] {
-            let spec = StackSpec { ipv6, mtu, ..crate::config::tests::spec() };
-            let (_, no_tap) = std::io::pipe().expect("pipe");
-            let started = Stack::start(no_tap.into(), &spec, Published::default());
-            assert!(
-                matches!(started, Err(Error::SmallMtu { mtu: of, least }) if of == mtu && least == mtu + 1)
-            );
-        }
-    }
-
-    #[test]
-    fn tokens_survive_packing() {
-        let mut slab = crate::flow::Slab::default();
-        for _ in 0..3 {
-            let id = slab.insert_with(|_| ());
-            for token in [
-                Token::Tap,
-                Token::Command,
-                Token::Tcp(id),
-                Token::Udp(id),
-                Token::Ping(id),
-                Token::Dns(id),
-                Token::TcpListener(id),
-                Token::UdpListener(id),
-                Token::Near(id),
-                Token::Inner(id),
-                Token::Inside,
-            ] {
-                assert_eq!(Token::unpack(token.pack()), Some(token));
-            }
-            slab.remove(id);
-        }
-        assert_eq!(Token::unpack(u64::MAX), None);
-    }
-
-    #[test]
-    fn unread_sockets_take_turns_and_wait_once() {
-        let mut unread = Unread::default();
-        for token in [
-            Token::UdpListener(FlowId::unpack(3)),
-            Token::UdpListener(FlowId::unpack(1)),
-            Token::UdpListener(FlowId::unpack(3)),
-        ] {
-            unread.push(token);
-        }
-        // The one that could not be read to its end goes behind the other.
-        assert_eq!(unread.pop(), Some(Token::UdpListener(FlowId::unpack(3)).pack()));
-        unread.push(Token::UdpListener(FlowId::unpack(3)));
-        assert_eq!(unread.pop(), Some(Token::UdpListener(FlowId::unpack(1)).pack()));
-        assert_eq!(unread.pop(), Some(Token::UdpListener(FlowId::unpack(3)).pack()));
-        assert!(unread.pop().is_none() && unread.waiting.is_empty());
-    }
-
-    #[test]
-    fn a_thread_that_does_not_end_is_not_waited_for_without_end() {
-        let (ended, alive) = std::io::pipe().expect("pipe");
-        assert!(!end_within(&ended, std::time::Duration::ZERO));
-        drop(alive);
-        assert!(end_within(&ended, STOP_PATIENCE));
-    }
-
-    #[test]
-    fn last_data_is_not_waited_for_when_the_thread_does_not_answer() {
-        let (ended, _alive) = std::io::pipe().expect("pipe");
-        let (control, _unread) = control::commands(Arc::default()).expect("queue");
-        let stack = Stack { thread: None, control, ended, failed: Arc::default() };
-        let (over, waited) = std::sync::mpsc::channel();
-        std::thread::spawn(move || {
-            stack.drain(None);
-            over.send(())
-        });
-        assert_eq!(waited.recv_timeout(LAST_DATA_MOST), Ok(()));
-    }
-
-    #[test]
-    fn random_numbers_differ() {
-        let mut random = Random::default();
-        assert_ne!(random.next(), random.next());
-        assert_ne!(Random::default().next(), Random::default().next());
     }
 }

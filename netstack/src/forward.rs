@@ -21,11 +21,11 @@ use smoltcp::time::{Duration, Instant};
 
 use crate::calls::getpeername;
 use crate::config::{Error, Link, Outbound, Protocol, Publish};
-use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
 use crate::host::{self, Budget, HostFd};
 use crate::inside::InsideSockets;
 use crate::join::Join;
+use crate::shared::{Shared, Token};
 use crate::tcp::Tcp;
 use crate::udp::{self, Arrival, Udp};
 

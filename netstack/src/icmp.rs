@@ -20,12 +20,12 @@ use smoltcp::time::{Duration, Instant};
 
 use crate::config::{MAX_PINGS, PING_IDLE};
 use crate::emit::{self, Unreachable};
-use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
 use crate::flowlog::{Account, EachFlow, FlowEventKind};
 use crate::host::{self, HostFd};
 use crate::ingress::{ICMP, ICMPV6, Packet};
 use crate::policy::{Transport, Verdict};
+use crate::shared::{Shared, Token};
 use crate::udp::{self, Sending};
 
 const MAX_DESTINATIONS: usize = 16;

@@ -42,12 +42,12 @@ use crate::config::{
     HALF_OPEN_SPARE, INBOUND_CONNECT, INSIDE_SOCKET, JOIN_PIPE, MAX_HALF_OPEN, MAX_PIPES, MAX_TCP_FLOWS,
 };
 use crate::defect::At;
-use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
 use crate::flowlog::{Account, EachFlow, FlowEventKind, Traffic};
 use crate::host::{self, HostFd, Room};
 use crate::inside::{Family, InsideSockets};
 use crate::policy::Transport;
+use crate::shared::{Shared, Token};
 use crate::sys;
 use crate::tcp::{Tcp, WATCHED, retry};
 use crate::udp;

@@ -16,8 +16,9 @@
 //!                              policy: a pure function asked before any flow's first packet leaves
 //! ```
 //!
-//! Where to look: what may be reached, `policy.rs`; how a connection lives and ends, `tcp.rs`; why it is fast, `device.rs`;
-//! what a hostile frame meets first, `ingress.rs`; every limit with its number, `config.rs`; every `unsafe` line, `sys.rs`.
+//! Where to look: the order of things, `engine.rs`; what may be reached, `policy.rs`; how a connection lives and ends,
+//! `tcp.rs`; why it is fast, `device.rs`; what a hostile frame meets first, `ingress.rs`; every limit with its number,
+//! `config.rs`; every `unsafe` line, `sys.rs`.
 //!
 //! What it refuses to do: it never opens a path but /dev/net/tun (in [`open_tap`]) and /etc/resolv.conf, never runs a
 //! program, never needs a capability (but for [`open_tap`], which is called inside), never wakes up without a reason, and
@@ -84,6 +85,8 @@ mod policy;
 mod rate;
 #[cfg(test)]
 mod script;
+mod shared;
+mod stack;
 mod stats;
 mod suspend;
 mod sys;
@@ -92,7 +95,6 @@ mod udp;
 
 pub use config::{DnsAt, DnsSpec, Error, Link, Outbound, Protocol, Publish, StackSpec};
 pub use control::Control;
-pub use engine::Stack;
 pub use flowlog::{FlowEvent, FlowEventKind, FlowLog, FlowState, Traffic};
 pub use forward::{PortId, Published, PublishedPort};
 pub use inside::{InsideSockets, SocketMaker, inside_sockets};
@@ -100,6 +102,7 @@ pub use ndp::slaac_address;
 pub use pcap::{Capture, Captured};
 pub use policy::{HostLoopback, NamePattern, PolicySpec, Rule, RuleError, Transport};
 pub use rate::{Rate, Rates};
+pub use stack::Stack;
 pub use stats::Stats;
 
 use std::os::fd::OwnedFd;

@@ -16,9 +16,9 @@ use smoltcp::wire::{Icmpv6Message, Icmpv6Packet, NdiscRepr};
 use crate::config::{ROUTER_LIFETIME, ROUTER_REFRESH, StackSpec};
 use crate::device::{Offload, Tap};
 use crate::emit;
-use crate::engine::Shared;
 use crate::flow::TimerKey;
 use crate::ingress::{self, ICMPV6, Packet};
+use crate::shared::Shared;
 
 /// Every node of the link.
 pub(crate) const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);

@@ -45,13 +45,13 @@ use crate::defect::At;
 use crate::device::FlowDevice;
 use crate::dns::stream::{Query, Stream};
 use crate::emit::{self, IcmpError, Unreachable};
-use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
 use crate::flowlog::{Account, EachFlow, FlowEventKind};
 use crate::host::{self, HostFd};
 use crate::ingress::{self, Packet};
 use crate::policy::hello::{self, Hello, MAX_HELLO};
 use crate::policy::{Transport, Verdict};
+use crate::shared::{Shared, Token};
 use crate::sys::{RingSocket, Rings};
 use crate::udp;
 

@@ -44,13 +44,13 @@ use crate::config::{
 };
 use crate::device::{MAX_RUN, MAX_RUN_BYTES};
 use crate::emit::{self, IcmpError, Unreachable};
-use crate::engine::{Shared, Token};
 use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
 use crate::flowlog::{Account, EachFlow, FlowEventKind};
 use crate::forward::Forward;
 use crate::host::{self, HostFd};
 use crate::ingress::{self, Packet};
 use crate::policy::{DNS_PORT, Transport, Verdict};
+use crate::shared::{Shared, Token};
 
 /// What epoll tells of a datagram socket, each time it becomes so. (Errors it tells always.)
 pub(crate) const READABLE: EpollFlags = EpollFlags::EPOLLIN.union(EpollFlags::EPOLLET);

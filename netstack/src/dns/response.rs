@@ -20,7 +20,7 @@ use super::message::{
     RESPONSE, Stored, TRUNCATED, TYPE_ANY, TYPE_CNAME, TYPE_OPT, TYPE_SOA, host_of, skip_name, word,
 };
 use crate::config::{MAX_DNS_NEGATIVE_TTL, MAX_DNS_TTL};
-use crate::engine::Random;
+use crate::shared::Random;
 
 /// Aliases of one answer that are followed.
 const MAX_ALIASES: usize = 16;

@@ -8,8 +8,9 @@ use nix::poll::{PollFd, PollFlags, poll};
 
 use super::*;
 use crate::defect::At;
-use crate::engine::{self, Token};
+use crate::engine;
 use crate::flow::TimerKey;
+use crate::shared::Token;
 use crate::{FlowEventKind, FlowLog};
 
 /// What came of it.
