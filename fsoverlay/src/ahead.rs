@@ -18,20 +18,29 @@
 //! comes too late. What one reply leaves all the same waits for the next.
 //!
 //! Nothing is done where somebody else than the kernel would notice or wait: with an access trace, far
-//! mounts, layers that change, or a single worker; nor in a directory that is mounted in a layer, which may be far
-//! since. (A single file that is mounted in one is asked for its attributes.)
+//! mounts, layers that change, or a single worker; nor in a layer whose own file system may never answer, or in a
+//! directory that is mounted in a layer, which may be far since. (A single file that is mounted in one is asked for
+//! its attributes.)
+//!
+//! Nobody waits long for it. Who makes something ready does so on behalf of nobody yet, so it waits for no lock of one: where
+//! a directory is locked there is no guess, or nothing is ready. It has such a lock itself for as long as the reading
+//! of a directory of [`MAX_SIZE`] takes, and then, for reading, for [`MAX_TIME`] and one stat(2). Who asks for what is
+//! being made ready goes on without it after [`MAX_WAIT`].
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::attr::{Attr, Kind};
 use crate::engine::Engine;
 use crate::errno::Res;
 use crate::inode::Node;
+use crate::layer::{RealDir, stat_at};
 use crate::listing::FIRST;
 use crate::lookup::Plain;
+use crate::readdir::drop_listings;
 use crate::sync::Mutex;
 
 /// How many guesses are kept: two for each walk, the next directory and the rest of this one.
@@ -41,6 +50,8 @@ const MAX_ENTRIES: usize = 512;
 /// The same before any reply has told more: what fits into a page, for which older kernels ask.
 const LEAST_ENTRIES: usize = 24;
 const MAX_TIME: Duration = Duration::from_millis(if cfg!(test) { 60_000 } else { 2 });
+/// How long whoever asks for what is being made ready waits for it: what is longer under way hangs.
+const MAX_WAIT: Duration = Duration::from_millis(5);
 /// Directories of more bytes are not read ahead.
 const MAX_SIZE: u64 = 64 << 10;
 /// How far a guess looks around.
@@ -60,7 +71,52 @@ pub(crate) struct Ahead {
 #[derive(Debug)]
 struct Guess {
     ino: u64,
-    ready: Option<Arc<Mutex<Ready>>>,
+    ready: Option<Arc<Slot>>,
+}
+
+/// What one worker makes ready, and another may want.
+#[derive(Debug, Default)]
+struct Slot {
+    state: Mutex<Making>,
+    complete: Condvar,
+}
+
+#[derive(Debug, Default)]
+enum Making {
+    #[default]
+    Going,
+    /// Somebody waits for it.
+    Awaited,
+    Complete(Ready),
+}
+
+impl Slot {
+    fn of(ready: Ready) -> Arc<Self> {
+        Arc::new(Self { state: Mutex::new(Making::Complete(ready)), complete: Condvar::new() })
+    }
+
+    fn fill(&self, ready: Ready) {
+        let before = std::mem::replace(&mut *self.state.lock(), Making::Complete(ready));
+        // (Waking is a system call.)
+        if matches!(before, Making::Awaited) {
+            self.complete.notify_all();
+        }
+    }
+
+    /// What is ready; `None` if that takes longer.
+    fn wait(&self, longest: Duration) -> Option<Ready> {
+        let mut state = self.state.lock();
+        if matches!(*state, Making::Going) {
+            *state = Making::Awaited;
+        }
+        let waits = |state: &mut Making| !matches!(state, Making::Complete(_));
+        let (mut state, _) =
+            self.complete.wait_timeout_while(state, longest, waits).unwrap_or_else(PoisonError::into_inner);
+        match &mut *state {
+            Making::Complete(ready) => Some(std::mem::take(ready)),
+            _ => None,
+        }
+    }
 }
 
 /// What was found in a directory, by position.
@@ -100,7 +156,7 @@ pub(crate) struct Begun {
 
 impl Ahead {
     /// Keeps a guess in place of an older one, unless that has more to offer.
-    fn guess(&self, ino: u64, ready: Option<Arc<Mutex<Ready>>>) {
+    fn guess(&self, ino: u64, ready: Option<Arc<Slot>>) {
         let mut guesses = self.guesses.lock();
         if let Some(at) = guesses.iter().position(|guess| guess.ino == ino) {
             if ready.is_none() && guesses[at].ready.is_some() {
@@ -126,7 +182,7 @@ impl Engine {
         };
         let Some(guess) = guess else { return Begun::default() };
         // Somebody may be at it.
-        let ready = guess.ready.map(|ready| std::mem::take(&mut *ready.lock()));
+        let ready = guess.ready.and_then(|slot| slot.wait(MAX_WAIT));
         let fresh = |ready: &Ready| ready.since.is_some_and(|since| since.elapsed() < MAX_AGE);
         Begun { guessed: true, ready: ready.filter(fresh), ..Begun::default() }
     }
@@ -141,7 +197,7 @@ impl Engine {
         }
         ahead.room.store(begun.told, Ordering::Relaxed);
         if let Some(rest) = begun.ready.take().filter(|ready| !ready.found.is_empty()) {
-            ahead.guess(dir.ino, Some(Arc::new(Mutex::new(rest))));
+            ahead.guess(dir.ino, Some(Slot::of(rest)));
         }
     }
 
@@ -164,24 +220,24 @@ impl Engine {
         let Some(ahead) = &self.ahead else { return };
         let Some(next) = self.next_listing(dir) else { return };
         let busy = if begun.guessed { ahead.busy.try_lock() } else { None };
-        let ready = busy.is_some().then(Arc::<Mutex<Ready>>::default);
+        let slot = busy.is_some().then(Arc::<Slot>::default);
         // Whoever begins with it from here on waits for what is found.
-        let mut filled = ready.as_ref().map(|ready| ready.lock());
-        ahead.guess(next.ino, ready.clone());
+        ahead.guess(next.ino, slot.clone());
+        let Some(slot) = slot else { return };
         let most = ahead.room.load(Ordering::Relaxed).clamp(LEAST_ENTRIES, MAX_ENTRIES);
-        if let Some(ready) = &mut filled
-            && let Err(err) = self.get_ready(&next, ready, most)
-        {
+        let ready = self.get_ready(&next, most).unwrap_or_else(|err| {
             tracing::debug!(?err, "nothing is ready ahead of a listing");
-        }
+            None
+        });
+        slot.fill(ready.unwrap_or_default());
     }
 
     /// The directory after this one, where directories are listed before what is in them. There is no
-    /// guess if that one is not known yet: the reply ended before it.
+    /// guess if that one is not known yet (the reply ended before it), nor if one on the way to it is locked.
     fn next_listing(&self, dir: &Arc<Node>) -> Option<Arc<Node>> {
         let mut steps = 0;
         let mut first_after = |dir: &Arc<Node>, position: u64| -> Option<Option<Arc<Node>>> {
-            let state = dir.dir().ok()?.state.read();
+            let Some(state) = dir.dir().ok()?.state.try_read() else { return Some(None) };
             let mut next = None;
             state.listing.as_ref()?.visit(position, |_, name, ino, kind| {
                 steps += 1;
@@ -200,7 +256,7 @@ impl Engine {
         for _ in 0..MAX_STEPS {
             let link = last.first_link()?;
             let position = {
-                let state = link.parent.dir().ok()?.state.read();
+                let state = link.parent.dir().ok()?.state.try_read()?;
                 state.listing.as_ref()?.position(&self.hasher, &link.name)?
             };
             if let Some(next) = first_after(&link.parent, position) {
@@ -211,34 +267,41 @@ impl Engine {
         None
     }
 
-    fn get_ready(&self, dir: &Arc<Node>, ready: &mut Ready, most: usize) -> Res<()> {
+    /// `None`: nothing is made ready of this one, or somebody has it locked.
+    fn get_ready(&self, dir: &Arc<Node>, most: usize) -> Res<Option<Ready>> {
         let begin = Instant::now();
         let part = dir.dir()?;
         if part.upper.get().is_some() {
-            return Ok(());
+            return Ok(None);
         }
         let listed = {
-            let state = part.state.read();
+            let Some(state) = part.state.try_read() else { return Ok(None) };
+            let may_hang = |lower: &Arc<RealDir>| {
+                let layer = &self.layers[lower.layer as usize];
+                layer.remote || lower.key.dev != layer.root.key.dev
+            };
+            if state.lowers.iter().any(may_hang) {
+                return Ok(None);
+            }
             let mut size = 0;
             for lower in &state.lowers {
-                if lower.key.dev != self.layers[lower.layer as usize].root.key.dev {
-                    return Ok(());
-                }
-                size += crate::layer::stat_at(std::os::fd::AsFd::as_fd(&*self.fd(lower)?), b".")?.size;
+                size += stat_at(self.fd(lower)?.as_fd(), b".")?.size;
             }
             if size > MAX_SIZE {
-                return Ok(());
+                return Ok(None);
             }
             state.listing.is_some()
         };
         if !listed {
-            self.read_dir(dir, FIRST - 1, 0)?;
+            let Some(mut state) = part.state.try_write() else { return Ok(None) };
+            let surplus = self.make_listing(dir, &mut state)?;
+            drop(state);
+            drop_listings(surplus);
         }
-        let state = part.state.read();
+        let Some(state) = part.state.try_read() else { return Ok(None) };
+        let Some(listing) = &state.listing else { return Ok(None) };
         // Nobody is writing.
-        ready.written = part.state.written();
-        ready.since = Some(begin);
-        let Some(listing) = &state.listing else { return Ok(()) };
+        let mut ready = Ready { written: part.state.written(), since: Some(begin), ..Ready::default() };
         ready.found.reserve(listing.len().min(most));
         let mut left = most;
         listing.visit(FIRST - 1, |at, name, _, kind| {
@@ -251,7 +314,7 @@ impl Engine {
             }
             left > 0 && begin.elapsed() < MAX_TIME
         });
-        Ok(())
+        Ok(Some(ready))
     }
 }
 
@@ -260,8 +323,10 @@ mod tests {
     use super::*;
     use crate::engine::tests::Scratch;
     use crate::errno::Errno;
+    use crate::far::MountTable;
     use crate::rename::How;
     use crate::setattr::SetAttr;
+    use crate::sync::tests::in_time;
 
     /// Directories with two files, a file with two names and a directory with a file each.
     fn tree(name: &str) -> Scratch {
@@ -425,5 +490,87 @@ mod tests {
         let begun = engine.begin_listing(&dirs[1]);
         assert!(begun.guessed && begun.ready.is_none());
         assert_eq!(engine.lookup(&dirs[1], b"none").map(|node| node.ino), Err(Errno::NOENT));
+    }
+
+    #[test]
+    fn who_asks_does_not_wait_for_what_never_gets_ready() {
+        let scratch = tree("ahead-never");
+        let mut engine = Engine::open(&scratch.spec()).expect("an overlay");
+        engine.ahead = Some(Ahead::default());
+        let dir = engine.lookup(engine.root(), b"a").expect("found");
+        if let Some(ahead) = &engine.ahead {
+            ahead.guess(dir.ino, Some(Arc::default()));
+        }
+        // (Not a scoped thread: it is to be given up where it waits.)
+        let listing = std::thread::spawn(move || {
+            let begun = engine.begin_listing(&dir);
+            let listed = engine.read_dir(&dir, 0, 99).map(|entries| entries.len());
+            (begun.guessed, begun.ready.is_none(), listed)
+        });
+        in_time(|| listing.is_finished().then_some(()));
+        assert_eq!(listing.join().expect("no panic"), (true, true, Ok(7)));
+    }
+
+    #[test]
+    fn who_waits_has_what_comes() {
+        let slot = Arc::<Slot>::default();
+        let theirs = slot.clone();
+        let waits = std::thread::spawn(move || theirs.wait(Duration::from_secs(36_000)));
+        in_time(|| matches!(*slot.state.lock(), Making::Awaited).then_some(()));
+        slot.fill(Ready { written: 7, ..Ready::default() });
+        in_time(|| waits.is_finished().then_some(()));
+        let ready = waits.join().expect("no panic");
+        assert_eq!(ready.map(|ready| ready.written), Some(7));
+    }
+
+    /// How much is ready of the directory that comes next, where one of three (the root, the one that was listed, the
+    /// next one) was locked all the while it was made so; `None` without a guess.
+    fn ready_beside(name: &str, locked: Option<usize>, write: bool) -> Option<usize> {
+        let scratch = tree(name);
+        let engine = &scratch.engine;
+        let (dirs, _) = list(engine, engine.root());
+        let (below, _) = list(engine, &dirs[0]);
+        let begun = engine.begin_listing(&below[0]);
+        assert!(begun.guessed);
+        engine.read_dir(&below[0], FIRST - 1, 99).expect("listed");
+        let locked = locked.map(|which| [engine.root(), &below[0], &dirs[1]][which]);
+        std::thread::scope(|scope| {
+            // (Unlocked before the other one is waited for, also if it does not come.)
+            let state = locked.map(|dir| &dir.dir().expect("a directory").state);
+            let writing = state.filter(|_| write).map(|state| state.write());
+            let reading = state.filter(|_| !write).map(|state| state.read());
+            let looks = scope.spawn(|| engine.look_ahead(&below[0], &begun));
+            in_time(|| looks.is_finished().then_some(()));
+            drop((writing, reading));
+        });
+        let begun = engine.begin_listing(&dirs[1]);
+        begun.guessed.then(|| begun.ready.map_or(0, |ready| ready.found.len()))
+    }
+
+    #[test]
+    fn nobody_waits_for_a_lock_to_read_ahead() {
+        assert_eq!(ready_beside("ahead-free", None, true), Some(2));
+        assert_eq!(ready_beside("ahead-above", Some(0), true), None);
+        assert_eq!(ready_beside("ahead-listed", Some(1), true), None);
+        assert_eq!(ready_beside("ahead-locked", Some(2), true), Some(0));
+        // Nor to list it for the first time.
+        assert_eq!(ready_beside("ahead-read", Some(2), false), Some(0));
+    }
+
+    #[test]
+    fn nothing_is_read_ahead_where_the_layer_itself_may_never_answer() {
+        for (fstype, ready) in [("ext4", 1), ("fuse.sshfs", 0), ("nfs4", 0)] {
+            let scratch = tree(&format!("ahead-{fstype}"));
+            let dev =
+                stat_at(rustix::fs::CWD, scratch.dir.as_os_str().as_encoded_bytes()).expect("there").key.dev;
+            let (major, minor) = (dev >> 32, dev & u64::from(u32::MAX));
+            let table = format!("25 22 {major}:{minor} / /far rw - {fstype} host:/ rw");
+            let mut engine = Engine::open_among(&MountTable::parse(table.as_bytes()), &scratch.spec())
+                .expect("an overlay");
+            engine.ahead = Some(Ahead::default());
+            let (dirs, _) = list(&engine, engine.root());
+            let (below, _) = list(&engine, &dirs[0]);
+            assert_eq!(list(&engine, &below[0]).1, ready, "{fstype}");
+        }
     }
 }

@@ -163,7 +163,9 @@ impl Engine {
             let root = RealDir::root(index, fd, stat.key, hidden);
             let whiteouts = layer.branch == Branch::Whiteouts;
             let oci_whiteouts = whiteouts && layer.oci_whiteouts && marks.owners.is_none();
-            layers.push(Layer { root, owners: layer.owners.clone(), records, whiteouts, oci_whiteouts });
+            let remote = mounted.is_remote(stat.key.dev);
+            let owners = layer.owners.clone();
+            layers.push(Layer { root, owners, records, whiteouts, oci_whiteouts, remote });
         }
         let owners = Ownership::new(spec);
         // The ids in real ACLs are not translated.

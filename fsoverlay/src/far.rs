@@ -156,6 +156,11 @@ impl MountTable {
     pub(crate) fn parse(text: &[u8]) -> Self {
         Self { mounts: text.split(|&b| b == b'\n').filter_map(Mount::parse).collect() }
     }
+
+    /// Whether a file system may never answer.
+    pub(crate) fn is_remote(&self, dev: u64) -> bool {
+        self.mounts.iter().any(|mount| mount.dev == dev && mount.rule == Rule::Far)
+    }
 }
 
 /// The mounts below a directory of which there is something to say, by path relative to it.

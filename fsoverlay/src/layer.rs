@@ -227,6 +227,8 @@ pub(crate) struct Layer {
     pub(crate) whiteouts: bool,
     /// See [`crate::oci`].
     pub(crate) oci_whiteouts: bool,
+    /// Its own file system may never answer: who asks for something in it waits, and nobody else does.
+    pub(crate) remote: bool,
 }
 
 impl Layer {

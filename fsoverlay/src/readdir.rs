@@ -115,6 +115,16 @@ fn folds_case(flags: Res<IFlags>) -> bool {
     }
 }
 
+/// Takes their listings from directories. The caller holds no lock of a directory.
+pub(crate) fn drop_listings(dirs: Vec<Arc<Node>>) {
+    for dir in dirs {
+        let Some(part) = &dir.dir else { continue };
+        // Whose lock somebody holds is listed just now, or far and waits.
+        let listing = part.state.try_write().and_then(|mut state| state.listing.take());
+        drop(listing);
+    }
+}
+
 impl Engine {
     /// Opens a directory of one layer for reading its entries; `None` if it appears empty, because the
     /// caller may not read it or somebody took it away.
@@ -273,23 +283,24 @@ impl Engine {
         }
         let surplus = {
             let mut state = part.state.write();
-            if state.listing.is_none() {
-                let listing = Box::new(self.build_listing(node, &state)?);
-                batch.append(&mut listing.after(offset, count));
-                let entries = listing.len();
-                state.listing = Some(listing);
-                self.listings.note(node, entries + 1)
-            } else {
-                batch.extend(state.listing.iter().flat_map(|l| l.after(offset, count)));
-                Vec::new()
-            }
+            let surplus = self.make_listing(node, &mut state)?;
+            batch.extend(state.listing.iter().flat_map(|listing| listing.after(offset, count)));
+            surplus
         };
-        for old in surplus {
-            // Whose lock somebody holds is listed just now, or far and waits.
-            let listing = old.dir()?.state.try_write().and_then(|mut state| state.listing.take());
-            drop(listing);
-        }
+        drop_listings(surplus);
         Ok(batch)
+    }
+
+    /// Makes the listing of a directory, unless there is one, and keeps it with it; gives directories whose listings
+    /// must go.
+    pub(crate) fn make_listing(&self, node: &Arc<Node>, state: &mut DirState) -> Res<Vec<Arc<Node>>> {
+        if state.listing.is_some() {
+            return Ok(Vec::new());
+        }
+        let listing = Box::new(self.build_listing(node, state)?);
+        let entries = listing.len();
+        state.listing = Some(listing);
+        Ok(self.listings.note(node, entries + 1))
     }
 
     /// All names in a directory.

@@ -54,6 +54,15 @@ impl<T> RwLock<T> {
         self.lock.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The lock for reading, if nobody holds it for writing or waits to.
+    pub(crate) fn try_read(&self) -> Option<RwLockReadGuard<'_, T>> {
+        match self.lock.try_read() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
     /// How often it was locked for writing. For who holds it for reading: what he saw with the same number is
     /// still so.
     pub(crate) fn written(&self) -> u64 {
