@@ -22,10 +22,10 @@
 //! directory that is mounted in a layer, which may be far since. (A single file that is mounted in one is asked for
 //! its attributes.)
 //!
-//! Nobody waits long for it. Who makes something ready does so on behalf of nobody yet, so it waits for no lock of one: where
-//! a directory is locked there is no guess, or nothing is ready. It has such a lock itself for as long as the reading
-//! of a directory of [`MAX_SIZE`] takes, and then, for reading, for [`MAX_TIME`] and one stat(2). Who asks for what is
-//! being made ready goes on without it after [`MAX_WAIT`].
+//! Nobody waits long for it. Who makes something ready does so on behalf of nobody yet, so it waits for no lock of
+//! a directory: where one is locked there is no guess, or nothing is ready. It has such a lock itself for as long as
+//! the reading of a directory of [`MAX_SIZE`] takes, and then, for reading, for [`MAX_TIME`] and one stat(2). Who asks
+//! for what is being made ready goes on without it after [`MAX_WAIT`].
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;

@@ -162,13 +162,17 @@ impl Changes {
     /// The same when nobody changes the names any more; `None` if that takes more than [`MAX_WAIT`]. Whoever calls
     /// it must not hold a lock that is taken while names are changed.
     pub(crate) fn wait_settled(&self) -> Option<u32> {
+        self.settled_within(MAX_WAIT)
+    }
+
+    fn settled_within(&self, longest: Duration) -> Option<u32> {
         for _ in 0..LOOKS {
             if let Some(changes) = self.settled() {
                 return Some(changes);
             }
             std::thread::yield_now();
         }
-        let end = Instant::now() + MAX_WAIT;
+        let end = Instant::now() + longest;
         let mut guard = ASLEEP.lock().unwrap_or_else(PoisonError::into_inner);
         // Before the look: whoever ends the change after it sees a sleeper.
         SLEEPERS.fetch_add(1, Ordering::SeqCst);
@@ -653,6 +657,40 @@ mod tests {
             drop(changing);
             assert_eq!(counted.join().expect("no panic"), Ok(1));
         });
+    }
+
+    #[test]
+    fn a_change_of_names_that_is_never_over_holds_up_nobody_for_ever() {
+        let scratch = Scratch::new("endless-change");
+        let engine = Engine::open(&scratch.spec()).expect("an overlay");
+        std::fs::write(scratch.dir.join("lower/file"), "").expect("written");
+        let file = engine.lookup(engine.root(), b"file").expect("found");
+        let _changing = file.names.begin();
+        // (Not a scoped thread: where it waits for ever, nobody waits for it.)
+        let asked = file.clone();
+        let asks = std::thread::spawn(move || engine.attr(&asked).map(|attr| attr.stat.nlink));
+        crate::sync::tests::in_time(|| asks.is_finished().then_some(()));
+        assert_eq!(asks.join().expect("no panic"), Ok(1));
+        assert_eq!(file.names.settled(), None);
+    }
+
+    #[test]
+    fn who_waits_for_a_change_of_names_is_woken_by_its_end() {
+        let changes = std::sync::Arc::<Changes>::default();
+        let changing = changes.begin();
+        // More than wait elsewhere at the same time: some of these sleep.
+        let waits: Vec<_> = (0..8)
+            .map(|_| {
+                let changes = changes.clone();
+                std::thread::spawn(move || changes.settled_within(Duration::from_secs(36_000)))
+            })
+            .collect();
+        crate::sync::tests::in_time(|| (SLEEPERS.load(Ordering::SeqCst) >= waits.len()).then_some(()));
+        drop(changing);
+        crate::sync::tests::in_time(|| waits.iter().all(|waits| waits.is_finished()).then_some(()));
+        for waits in waits {
+            assert_eq!(waits.join().expect("no panic"), Some(CHANGED));
+        }
     }
 
     #[test]
