@@ -98,6 +98,15 @@ pub(crate) enum ReadResult {
     Gone,
 }
 
+/// What TCP segments that were sent have said.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Said {
+    /// What the last one acknowledged.
+    pub(crate) acknowledged: Option<TcpSeqNumber>,
+    /// What acknowledges the last FIN.
+    pub(crate) fin_ack: Option<TcpSeqNumber>,
+}
+
 /// The TAP's sending half, and its descriptor.
 #[derive(Debug)]
 pub(crate) struct Tap {
@@ -107,10 +116,8 @@ pub(crate) struct Tap {
     pub(crate) mtu: usize,
     segmentation: Segmentation,
     scratch: Box<[u8]>,
-    /// What the last TCP segment acknowledged.
-    pub(crate) acknowledged: Option<TcpSeqNumber>,
-    /// What acknowledges the last FIN, of whatever connection.
-    pub(crate) fin_ack: Option<TcpSeqNumber>,
+    /// What TCP segments have said since this was taken.
+    pub(crate) said: Said,
     run: Option<Run>,
     /// Where the packet of `run` is built.
     run_packet: Box<[u8]>,
@@ -164,8 +171,7 @@ impl Tap {
             mtu: usize::from(spec.mtu.max(spec.least_mtu())).min(BIG_MTU),
             segmentation,
             scratch: frame_buffer(),
-            acknowledged: None,
-            fin_ack: None,
+            said: Said::default(),
             run: None,
             run_packet: frame_buffer(),
             pending: VecDeque::new(),
@@ -225,12 +231,6 @@ impl Tap {
             checksum_pending: header[0] & NEEDS_CSUM != 0,
             datagram_size: (header[1] == GSO_UDP_L4 && size > 0).then_some(size),
         })
-    }
-
-    /// What TCP segments say from now on is about another connection.
-    pub(crate) fn forget_said(&mut self) {
-        self.acknowledged = None;
-        self.fin_ack = None;
     }
 
     /// Whether frames wait for the TAP to take them.
@@ -420,9 +420,9 @@ impl Tap {
         if let Ok(segment) = TcpPacket::new_checked(&*tcp)
             && segment.ack()
         {
-            self.acknowledged = Some(segment.ack_number());
+            self.said.acknowledged = Some(segment.ack_number());
             if segment.fin() {
-                self.fin_ack = Some(segment.seq_number() + segment.payload().len() + 1);
+                self.said.fin_ack = Some(segment.seq_number() + segment.payload().len() + 1);
             }
         }
         if segmentation && let Some(option) = mss_option(tcp) {

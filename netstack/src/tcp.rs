@@ -20,8 +20,14 @@
 //! A connection to DNS at the gateway has the forwarder for its other side (`Far::Dns`, [`Stream`]).
 //!
 //! Timers: smoltcp's own (retransmission, window probes), and the guest's silence ([`GUEST_SILENCE`]). An idle flow has
-//! none. Work is per flow: frames find theirs by hash and mark it dirty, events likewise; only dirty flows are looked
-//! at, once per turn of the engine, however many frames came. Acknowledgements are thereby sent once per turn, too.
+//! none, but for two kinds: one that we have ended and the guest has not, which is asked every minute whether the guest
+//! still has it ([`FIN_WAIT_PROBE`](crate::config::FIN_WAIT_PROBE)), and one to the forwarder, which ends when it has been
+//! idle for long enough.
+//!
+//! Work is per flow: frames find theirs by hash and mark it dirty, events likewise; only dirty flows are looked at, once
+//! per turn of the engine, however many frames came. Acknowledgements are thereby sent once per turn, too.
+
+mod guest;
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -34,15 +40,15 @@ use nix::sys::socket::{MsgFlags, Shutdown};
 use smoltcp::iface::{Interface, SocketSet};
 use smoltcp::socket::tcp::State;
 use smoltcp::time::{Duration, Instant};
-use smoltcp::wire::{TcpPacket, TcpSeqNumber};
+use smoltcp::wire::TcpPacket;
 
 use crate::calls::{recv, send, shutdown};
 use crate::config::{
-    FIN_WAIT_PROBE, GUEST_SILENCE, HALF_OPEN_SPARE, INBOUND_CONNECT, LARGEST_RING, MAX_DNS_CONNECTIONS,
-    MAX_HALF_OPEN, MAX_TCP_FLOWS, RING_POOL, RINGS,
+    GUEST_SILENCE, HALF_OPEN_SPARE, INBOUND_CONNECT, LARGEST_RING, MAX_DNS_CONNECTIONS, MAX_HALF_OPEN,
+    MAX_TCP_FLOWS, RING_POOL, RINGS,
 };
 use crate::defect::At;
-use crate::device::FlowDevice;
+use crate::device::{FlowDevice, Said};
 use crate::dns::stream::{Query, Stream};
 use crate::emit::{self, IcmpError, Unreachable};
 use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
@@ -54,6 +60,7 @@ use crate::policy::{Transport, Verdict};
 use crate::shared::{Shared, Token};
 use crate::sys::{RingSocket, Rings};
 use crate::udp;
+use guest::{Numbers, Silence};
 
 /// Bytes moved for one flow before the others get their turn.
 const TURN_BUDGET: usize = 1024 * 1024;
@@ -61,9 +68,6 @@ const TURN_BUDGET: usize = 1024 * 1024;
 const TURN_SEGMENTS: usize = 1024;
 /// Connections that are looked at for one that may give way, each time there is no descriptor for another.
 const SPARE_TURN: usize = 64;
-/// Segments that are sent without a word from the guest. More than fit into any window some times over: then something
-/// is wrong, and the flow ends instead of going on for ever.
-const MAX_UNHEARD: usize = 1 << 18;
 /// Pages of a finished or idle flow that moved more than this go back to the kernel.
 const KEEP_WARM: usize = 64 * 1024;
 /// Among more flows than this all pages of an idle flow go back.
@@ -137,17 +141,13 @@ struct Flow {
     dirty: bool,
     /// In the lists of those that wait until more may go.
     held: [bool; 2],
-    /// Where the guest's FIN is, once smoltcp has accepted it.
-    guest_fin: Option<TcpSeqNumber>,
+    numbers: Numbers,
     /// The smoltcp socket has begun to close its sending half.
     closed: bool,
     /// The last acknowledgement of a connection in TIME-WAIT has been sent.
     finished: bool,
     /// A connection to a published port that the guest has not accepted yet.
     inbound_until: Option<Instant>,
-    /// The guest has said more than its SYN-ACK. Before that its kernel may have no room for the connection (the backlog of
-    /// listen(2)): it drops then whatever we send, and has perhaps forgotten that there was anything.
-    taken: bool,
     /// Where else the server inside may listen.
     other_way: Option<FlowKey>,
     /// Its first bytes are to be looked at before they go on.
@@ -163,14 +163,7 @@ struct Flow {
     told: bool,
     /// Why it ends, where that is known better than by how it ends.
     why: Option<&'static str>,
-    /// When the guest was last heard of, or it began to owe us an acknowledgement, whichever was later.
-    heard: Instant,
-    /// Segments sent since then.
-    unheard: usize,
-    /// The guest owes us an acknowledgement.
-    owes: bool,
-    /// When it was last asked whether it still has the connection.
-    probed: Option<Instant>,
+    silence: Silence,
     /// The flow's earliest timer.
     timer: Option<Instant>,
     /// A timer, and nothing else, brought us here.
@@ -179,24 +172,6 @@ struct Flow {
     moved: usize,
     /// What that was when the rings' pages were last given back.
     released: usize,
-    /// The end of the data from the guest that reached farthest, and what was acknowledged last. If they differ, the
-    /// receive ring may hold segments behind a gap.
-    farthest: Option<TcpSeqNumber>,
-    acknowledged: Option<TcpSeqNumber>,
-    /// The most that the guest has acknowledged.
-    heard_ack: Option<TcpSeqNumber>,
-    /// What acknowledges our FIN, once it has been sent.
-    fin_ack: Option<TcpSeqNumber>,
-}
-
-/// When the guest is to be asked next whether it still has a connection on which it owes us nothing.
-fn next_probe(heard: Instant, probed: Option<Instant>) -> Instant {
-    probed.map_or(heard, |probed| probed.max(heard)) + FIN_WAIT_PROBE
-}
-
-/// Whether smoltcp may hold data from the guest that cannot be delivered yet: what reached farthest is not acknowledged.
-fn has_gap(farthest: Option<TcpSeqNumber>, acknowledged: Option<TcpSeqNumber>) -> bool {
-    farthest.is_some_and(|end| acknowledged.is_none_or(|acknowledged| acknowledged < end))
 }
 
 /// Flows that wait until more data may go one way.
@@ -365,8 +340,7 @@ impl Tcp {
 
     fn flow_ingress(&mut self, sh: &mut Shared, now: Instant, id: FlowId, packet: &Packet<'_>) {
         let Some(flow) = self.flows.get_mut(id) else { return };
-        flow.heard = now;
-        flow.unheard = 0;
+        flow.silence.end(now);
         flow.account.sent.packets += 1;
         match &mut flow.phase {
             Phase::Connecting { .. } => {
@@ -390,45 +364,31 @@ impl Tcp {
                     widened = Some(copy);
                 }
                 let segment = TcpPacket::new_unchecked(packet.payload());
-                let end = segment.seq_number() + segment.payload().len();
-                if flow.guest_fin.is_some_and(|fin| end > fin) && !segment.payload().is_empty() {
+                if flow.numbers.is_behind_fin(&segment) {
                     // smoltcp would take it; the host must not see anything behind what it was told was the end.
                     sh.stats.dropped_malformed.one();
                     return;
                 }
-                // Older ones may come late, and what the guest sent before one may be lost. A probe of the guest's, which
-                // wants an answer, is before what we have acknowledged.
-                let ack = segment.ack_number();
-                let again = flow.heard_ack.is_some_and(|heard| ack <= heard);
-                if !again && segment.ack() {
-                    flow.heard_ack = Some(ack);
-                    flow.taken |= !segment.syn();
-                }
-                let probe = flow.acknowledged.is_none_or(|acknowledged| segment.seq_number() < acknowledged);
-                if again && !probe && flow.fin_ack != Some(ack) && only_fin_is_missing(socket, &segment) {
+                if flow.numbers.hear_ack(&segment) && only_fin_is_missing(socket, &segment) {
                     return;
                 }
-                let apart = (flow.guest_fin.is_none() && segment.fin() && !segment.payload().is_empty())
+                let apart = (!flow.numbers.has_guest_fin() && segment.fin() && !segment.payload().is_empty())
                     .then(|| fin_apart(packet, &segment));
                 let whole = widened.as_deref().unwrap_or(&plain);
                 let parts = match &apart {
                     Some([data, fin]) => [Some(&data[..]), Some(&fin[..])],
                     None => [Some(whole), None],
                 };
-                sh.tap.forget_said();
+                sh.tap.said = Said::default();
                 for rx in parts.into_iter().flatten() {
                     let mut device = FlowDevice { tap: &mut sh.tap, rx: Some(rx), mss: flow.mss };
                     socket.poll_ingress(&mut self.iface, now, &mut device);
                 }
                 let state = socket.state();
-                flow.acknowledged = sh.tap.acknowledged.take().or(flow.acknowledged);
-                flow.fin_ack = sh.tap.fin_ack.take().or(flow.fin_ack);
-                if !segment.payload().is_empty() && flow.farthest.is_none_or(|farthest| end > farthest) {
-                    flow.farthest = Some(end);
-                }
-                if matches!(state, State::CloseWait | State::LastAck | State::Closing | State::TimeWait) {
-                    flow.guest_fin.get_or_insert(end);
-                }
+                flow.numbers.say(std::mem::take(&mut sh.tap.said));
+                let ends =
+                    matches!(state, State::CloseWait | State::LastAck | State::Closing | State::TimeWait);
+                flow.numbers.hear_data(&segment, ends);
                 if !matches!(state, State::SynSent | State::Closed) {
                     flow.inbound_until = None;
                     flow.other_way = None;
@@ -548,10 +508,10 @@ impl Tcp {
         }
         for _ in 0..self.arriving.len().min(SPARE_TURN) {
             let Some(id) = self.arriving.pop_front() else { break };
-            let Some(flow) = self.flows.get(id).filter(|flow| !flow.taken) else { continue };
+            let Some(flow) = self.flows.get(id).filter(|flow| !flow.numbers.is_taken()) else { continue };
             let since = match flow.inbound_until {
                 Some(_) => Some(flow.account.opened),
-                None => flow.owes.then_some(flow.heard),
+                None => flow.silence.owed_since(),
             };
             if since.is_none_or(|since| sh.now < since + HALF_OPEN_SPARE) {
                 self.arriving.push_back(id);
@@ -596,7 +556,7 @@ impl Tcp {
         sh.stats.tcp_in.one();
         if self.arriving.len() >= 2 * MAX_TCP_FLOWS {
             let flows = &self.flows;
-            self.arriving.retain(|&id| flows.get(id).is_some_and(|flow| !flow.taken));
+            self.arriving.retain(|&id| flows.get(id).is_some_and(|flow| !flow.numbers.is_taken()));
         }
         self.arriving.push_back(id);
         let Some(flow) = self.flows.get_mut(id) else { return };
@@ -649,7 +609,7 @@ impl Tcp {
         for flow in self.flows.values_mut() {
             let owes = gone && Self::owes(flow);
             if let (Far::Host(host), Phase::Open(socket)) = (&flow.far, &flow.phase)
-                && (owes || socket.can_recv() || has_gap(flow.farthest, flow.acknowledged))
+                && (owes || socket.can_recv() || flow.numbers.has_gap())
             {
                 host::reset_on_close(host.fd.as_fd());
                 flow.account.cut = true;
@@ -764,11 +724,8 @@ impl Tcp {
         self.by_key.remove(&std::mem::replace(&mut flow.key, key));
         self.by_key.insert(key, id);
         flow.inbound_until = Some(now + INBOUND_CONNECT);
-        flow.heard = now;
-        flow.owes = false;
-        // Numbers of another connection.
-        flow.heard_ack = None;
-        flow.taken = false;
+        flow.silence = Silence::new(now);
+        flow.numbers = Numbers::default();
         if let Phase::Open(socket) = before {
             self.recycle(socket.into_rings(), 0);
         }
@@ -783,11 +740,10 @@ impl Tcp {
             mss: 536,
             dirty: false,
             held: [false; 2],
-            guest_fin: None,
+            numbers: Numbers::default(),
             closed: false,
             finished: false,
             inbound_until: None,
-            taken: false,
             other_way: None,
             peek: false,
             hello: None,
@@ -796,18 +752,11 @@ impl Tcp {
             account: Account::new(now),
             told: false,
             why: None,
-            heard: now,
-            unheard: 0,
-            owes: false,
-            probed: None,
+            silence: Silence::new(now),
             timer: None,
             rested: false,
             moved: 0,
             released: 0,
-            farthest: None,
-            acknowledged: None,
-            heard_ack: None,
-            fin_ack: None,
         });
         self.by_key.insert(key, id);
         sh.tcp_flows = self.flows.len();
@@ -1017,7 +966,7 @@ impl Tcp {
             return self.try_other_way(sh, now, id, way);
         }
         if flow.peek
-            && let Some(hello) = first_bytes(socket, flow.guest_fin.is_some())
+            && let Some(hello) = first_bytes(socket, flow.numbers.has_guest_fin())
         {
             flow.peek = false;
             let decided = sh.decide_hello(flow.key.remote, &hello);
@@ -1031,7 +980,7 @@ impl Tcp {
                 return self.remove(sh, id, true);
             }
         }
-        sh.tap.forget_said();
+        sh.tap.said = Said::default();
         let before = flow.moved;
         let share = Allowance {
             sent: sh.sent.share(self.held[0].sharers),
@@ -1056,7 +1005,7 @@ impl Tcp {
                 sh.received.take(share.received - allowance.received);
                 // An end of the host's stream is passed on at once: the flow's last word often comes with it.
                 ends = host.eof;
-                if flow.guest_fin.is_some() && !host.shut && !socket.can_recv() {
+                if flow.numbers.has_guest_fin() && !host.shut && !socket.can_recv() {
                     host.shut = true;
                     let _ = shutdown(host.fd.as_raw_fd(), Shutdown::Write);
                 }
@@ -1064,8 +1013,8 @@ impl Tcp {
             }
             Far::Dns(dns) => {
                 dns.exchange(id, socket, &mut self.dns_queries);
-                ends = dns.ends(socket, flow.guest_fin.is_some(), flow.heard, now);
-                if dns.is_abandoned(flow.heard, now) { Fate::Broken } else { Fate::Goes }
+                ends = dns.ends(socket, flow.numbers.has_guest_fin(), flow.silence.since(), now);
+                if dns.is_abandoned(flow.silence.since(), now) { Fate::Broken } else { Fate::Goes }
             }
         };
         // The FIN goes behind the last byte, so it may be said before that is sent. But smoltcp 0.14 hears of no window in
@@ -1077,8 +1026,7 @@ impl Tcp {
         }
         if fate == Fate::Broken
             || flow.inbound_until.is_some_and(|until| now >= until)
-            || ((flow.owes || flow.probed > Some(flow.heard)) && now >= flow.heard + GUEST_SILENCE)
-            || flow.unheard >= MAX_UNHEARD
+            || flow.silence.is_too_long(now)
         {
             flow.why.get_or_insert(match fate {
                 Fate::Broken => "reset-by-peer",
@@ -1096,15 +1044,14 @@ impl Tcp {
         if !flow.finished {
             let mut device = FlowDevice { tap: &mut sh.tap, rx: None, mss: flow.mss };
             sent = send_segments(socket, &mut self.iface, now, &mut device);
-            flow.acknowledged = sh.tap.acknowledged.take().or(flow.acknowledged);
-            flow.fin_ack = sh.tap.fin_ack.take().or(flow.fin_ack);
-            flow.unheard += sent;
+            flow.numbers.say(std::mem::take(&mut sh.tap.said));
+            flow.silence.sent(sent);
             flow.account.received.packets += u64::try_from(sent).unwrap_or(0);
             flow.finished = socket.state() == State::TimeWait && !sh.tap.is_blocked();
-            if socket.state() == State::FinWait2 && now >= next_probe(flow.heard, flow.probed) {
-                flow.probed = Some(now);
-                if let (Some(next), Some(acknowledged)) = (flow.heard_ack, flow.acknowledged) {
-                    emit::tcp_probe(&mut sh.tap, flow.key.remote, flow.key.guest, next - 1, acknowledged);
+            if socket.state() == State::FinWait2 && now >= flow.silence.ask_at() {
+                flow.silence.ask(now);
+                if let Some((seq, ack)) = flow.numbers.of_probe() {
+                    emit::tcp_probe(&mut sh.tap, flow.key.remote, flow.key.guest, seq, ack);
                 }
             }
         }
@@ -1119,7 +1066,7 @@ impl Tcp {
                 flow.why = Some("given-up");
                 return self.remove(sh, id, true);
             }
-            State::Closed if !(flow.guest_fin.is_some() && flow.closed) => {
+            State::Closed if !(flow.numbers.has_guest_fin() && flow.closed) => {
                 flow.why =
                     Some(if flow.inbound_until.is_some() { "refused-inside" } else { "reset-by-guest" });
                 return self.remove(sh, id, true);
@@ -1154,7 +1101,7 @@ impl Tcp {
         let rested = std::mem::take(&mut flow.rested) && flow.moved == before;
         let warm = if many { 0 } else { KEEP_WARM };
         if rested && flow.moved - flow.released > warm && socket.is_empty() {
-            socket.release_idle_pages(has_gap(flow.farthest, flow.acknowledged));
+            socket.release_idle_pages(flow.numbers.has_gap());
             flow.released = flow.moved;
         }
         self.arm(sh, now, id);
@@ -1172,7 +1119,7 @@ impl Tcp {
         let owes = awaits_guest(socket);
         if own.is_none()
             && socket.send_queue() > 0
-            && let Some(reminder) = reminder(flow.key, flow.acknowledged, flow.heard_ack)
+            && let Some(reminder) = reminder(flow.key, &flow.numbers)
         {
             for packet in &reminder {
                 let mut device = FlowDevice { tap: &mut sh.tap, rx: Some(packet), mss: flow.mss };
@@ -1180,15 +1127,13 @@ impl Tcp {
             }
             own = socket.poll_at(&mut self.iface, now);
         }
-        if owes && !flow.owes {
-            flow.heard = now;
-        }
-        flow.owes = owes;
+        flow.silence.set_owed(owes, now);
         // What is due now has just been done; a moment's patience keeps a misunderstanding from becoming a busy loop.
         let own = own.map(|at| at.max(now + Duration::from_millis(10)));
-        let silence = owes.then_some(flow.heard + GUEST_SILENCE);
-        let idle = matches!(flow.far, Far::Dns(_)).then(|| Stream::look_at(flow.heard, flow.closed));
-        let probe = (socket.state() == State::FinWait2).then(|| next_probe(flow.heard, flow.probed));
+        let silence = flow.silence.owed_since().map(|since| since + GUEST_SILENCE);
+        let idle =
+            matches!(flow.far, Far::Dns(_)).then(|| Stream::look_at(flow.silence.since(), flow.closed));
+        let probe = (socket.state() == State::FinWait2).then(|| flow.silence.ask_at());
         let wanted = [own, silence, probe, idle, cold, flow.inbound_until].into_iter().flatten().min();
         let Some(at) = wanted.map(|at| at.max(now + Duration::from_millis(1))) else { return };
         if flow.timer.is_none_or(|timer| at < timer) {
@@ -1272,13 +1217,9 @@ fn fin_apart(packet: &Packet<'_>, segment: &TcpPacket<&[u8]>) -> [Vec<u8>; 2] {
 /// Nor is there one for data under way after one for window probes that found the window open again: then they are the
 /// three that say that something was lost, after which it is sent, whatever the window is. The first one is for nothing
 /// but to differ from the next, as only what is the same counts. The guest's answer tells what its window really is.
-fn reminder(
-    key: FlowKey,
-    next: Option<TcpSeqNumber>,
-    acknowledged: Option<TcpSeqNumber>,
-) -> Option<[Vec<u8>; 5]> {
-    let next = next?;
-    let say = |window| emit::bare_segment(key.guest, key.remote, next, acknowledged, window);
+fn reminder(key: FlowKey, numbers: &Numbers) -> Option<[Vec<u8>; 5]> {
+    let (seq, ack) = numbers.of_guest()?;
+    let say = |window| emit::bare_segment(key.guest, key.remote, seq, ack, window);
     Some([1, 0, 0, 0, 0].map(say))
 }
 
