@@ -146,6 +146,8 @@ struct Pending {
     fallback: Option<Stored>,
     /// [`Dns::generation`] when it was sent.
     generation: u64,
+    /// How often the socket said since that it has something, and had nothing.
+    fruitless: u32,
 }
 
 /// The forwarder.
@@ -358,6 +360,7 @@ impl Dns {
             timer: None,
             fallback: None,
             generation: self.generation,
+            fruitless: 0,
         });
         self.by_key.insert(key, id);
         self.ask_next(sh, now, id);
@@ -413,6 +416,7 @@ impl Dns {
         };
         pending.manner = manner;
         pending.generation = self.generation;
+        pending.fruitless = 0;
         pending.query = response::write_query(&pending.question, manner, &mut sh.random);
         pending.deadline = now + self.resolvers.patience();
         match pending.send(sh, id, server) {
@@ -563,7 +567,7 @@ impl Pending {
             None => Ok(None),
             // A flood of wrong answers must not keep the thread: epoll tells again of what is left.
             Some(Upstream::Udp(fd)) => {
-                for _ in 0..TURN_ANSWERS {
+                for turn in 0..TURN_ANSWERS {
                     match recv(fd.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT) {
                         Ok(len) => {
                             let answer = buffer.get(..len).unwrap_or_default();
@@ -572,7 +576,11 @@ impl Pending {
                                 return Ok(Some((answer.to_vec(), case)));
                             }
                         }
-                        Err(Errno::EAGAIN) => return Ok(None),
+                        Err(Errno::EAGAIN) => {
+                            self.fruitless += u32::from(turn == 0);
+                            let ends = self.fruitless > MAX_FRUITLESS;
+                            return if ends { Err(Errno::EAGAIN) } else { Ok(None) };
+                        }
                         Err(Errno::EINTR) => {}
                         Err(errno) => return Err(errno),
                     }
@@ -614,3 +622,7 @@ impl Pending {
 
 /// Datagrams that are read from a resolver's socket before others get their turn.
 const TURN_ANSWERS: usize = 64;
+
+/// Wake-ups of one try for a datagram that is not there. One whose checksum is wrong is announced, and gone when it is
+/// read: that is one each. What only stands in the error queue (as IPsec puts it there, too) is announced for ever.
+const MAX_FRUITLESS: u32 = 32;

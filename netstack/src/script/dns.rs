@@ -1,8 +1,10 @@
 //! DNS at the gateway against resolvers that the script plays: real sockets, virtual time.
 
 use hickory_proto::op::{Message, ResponseCode};
+use nix::errno::Errno;
 
 use super::*;
+use crate::calls::{Call, Fault, set_plan};
 use crate::config::{MAX_DNS_LOCAL_TTL, MAX_DNS_QUERIES, MAX_DNS_WAITERS, MAX_PINS, PIN_GRACE};
 use crate::dns::message::tests::query;
 use crate::dns::message::{TYPE_A, TYPE_AAAA, TYPE_SOA, parse_query};
@@ -524,6 +526,38 @@ fn a_resolver_that_is_gone_is_told_at_once_and_may_come_back() {
     dns.ask(1_000, &query(2, "a.example", TYPE_A, true));
     dns.answers(0, &[(0, "a.example", TYPE_A, 60, A.into())]);
     assert_eq!(ttls(&dns.heard(1_000)), [60]);
+}
+
+#[test]
+fn a_socket_that_announces_what_it_does_not_have_is_given_up() {
+    let mut dns = Dns::new();
+    set_plan(Some(Box::new(|call, _| match call {
+        Call::Recv => Fault::Fails(Errno::EAGAIN),
+        _ => Fault::None,
+    })));
+    dns.ask(1_000, &query(1, "a.example", TYPE_A, true));
+    for _ in 0..2 {
+        dns.answers(0, &[(0, "a.example", TYPE_A, 60, A.into())]);
+        for _ in 0..10 {
+            dns.script.settle();
+        }
+    }
+    set_plan(None);
+    // No time has passed.
+    assert!(dns.told(1_000).ends_with(b"no resolver of the host answers"));
+    // A few are nothing to worry about.
+    let mut left = 3;
+    set_plan(Some(Box::new(move |call, _| match call {
+        Call::Recv if left > 0 => {
+            left -= 1;
+            Fault::Fails(Errno::EAGAIN)
+        }
+        _ => Fault::None,
+    })));
+    dns.ask(1_000, &query(2, "a.example", TYPE_A, true));
+    dns.answers(0, &[(0, "a.example", TYPE_A, 60, A.into())]);
+    assert_eq!(ttls(&dns.heard(1_000)), [60]);
+    set_plan(None);
 }
 
 #[test]
