@@ -48,8 +48,9 @@ use crate::host::{self, HostFd, Room};
 use crate::inside::{Family, InsideSockets};
 use crate::policy::Transport;
 use crate::shared::{Shared, Token};
+use crate::side::{Side, WATCHED, retry};
 use crate::sys;
-use crate::tcp::{Tcp, WATCHED, retry};
+use crate::tcp::Tcp;
 use crate::udp;
 
 /// Bytes that are copied at once, and so the most that a flow keeps of each way without a pipe.
@@ -60,58 +61,6 @@ const TURN_BUDGET: usize = 1024 * 1024;
 const MAX_ASKED: usize = 64;
 /// Empty pipes that are kept for the next.
 const POOL: usize = 4;
-
-/// One end of a flow.
-#[derive(Debug)]
-struct Side {
-    fd: HostFd,
-    /// What epoll last said. It says so once, so these stay set until the kernel answers EAGAIN.
-    readable: bool,
-    writable: bool,
-    /// A short read does not mean that there is nothing more to read.
-    more_behind: bool,
-    /// What is left is copied: splice(2) stops for ever at urgent data, and may tell an end or a failure there, though more
-    /// can be read.
-    copied: bool,
-    /// Everything up to the end of its stream has been read.
-    eof: bool,
-    /// The end of the other's stream has been passed on to it.
-    shut: bool,
-    /// The connection broke. What came before can still be read.
-    failed: bool,
-}
-
-impl Side {
-    fn new(fd: HostFd) -> Self {
-        Self {
-            fd,
-            readable: true,
-            writable: true,
-            more_behind: false,
-            copied: false,
-            eof: false,
-            shut: false,
-            failed: false,
-        }
-    }
-
-    fn event(&mut self, events: EpollFlags) {
-        let broken = events.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);
-        if events.contains(EpollFlags::EPOLLERR) {
-            // Asking takes the error away, so it has to be remembered.
-            self.failed |= host::socket_error(self.fd.as_fd()).is_some();
-        }
-        self.readable |= broken || events.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP);
-        self.writable |= broken || events.contains(EpollFlags::EPOLLOUT);
-        self.more_behind |= broken || events.intersects(EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLPRI);
-        self.copied |= events.contains(EpollFlags::EPOLLPRI);
-    }
-
-    /// Whether it broke and nothing more can be read from it.
-    fn is_over(&self) -> bool {
-        self.failed && (self.eof || !self.readable)
-    }
-}
 
 /// Both ends of a pipe.
 #[derive(Debug)]
@@ -291,7 +240,7 @@ impl Join {
         host::tune_tcp(fd.as_fd());
         let id = self.flows.insert_with(|_| Joined {
             key: ways[0],
-            near: Side::new(fd),
+            near: Side::connected(fd),
             inner: None,
             phase: Phase::Waiting(sh.budget.room()),
             until: now,
@@ -482,7 +431,7 @@ impl Join {
         flow.key = FlowKey { guest, remote: from.unwrap_or(flow.ways[flow.way].remote) };
         flow.told = true;
         sh.tell(Transport::Tcp, true, flow.key, FlowEventKind::Opened);
-        flow.inner = Some(Side { readable: false, writable: false, ..Side::new(fd) });
+        flow.inner = Some(Side::new(fd));
         flow.phase = Phase::Connecting;
         self.wait_until(sh, id, now + INBOUND_CONNECT);
     }

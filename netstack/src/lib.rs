@@ -86,6 +86,7 @@ mod rate;
 #[cfg(test)]
 mod script;
 mod shared;
+mod side;
 mod stack;
 mod stats;
 mod suspend;

@@ -58,6 +58,7 @@ use crate::ingress::{self, Packet};
 use crate::policy::hello::{self, Hello, MAX_HELLO};
 use crate::policy::{Transport, Verdict};
 use crate::shared::{Shared, Token};
+use crate::side::{Side, WATCHED, retry};
 use crate::sys::{RingSocket, Rings};
 use crate::udp;
 use guest::{Numbers, Silence};
@@ -75,49 +76,11 @@ const MANY: usize = if cfg!(test) { 2 } else { 512 };
 /// How long one of many flows has to be idle for that.
 const IDLE_OF_MANY: Duration = Duration::from_secs(2);
 
-/// What epoll tells of a host socket, each time it becomes so.
-pub(crate) const WATCHED: EpollFlags = EpollFlags::EPOLLIN
-    .union(EpollFlags::EPOLLPRI)
-    .union(EpollFlags::EPOLLOUT)
-    .union(EpollFlags::EPOLLRDHUP)
-    .union(EpollFlags::EPOLLET);
-
 /// The other side of a flow.
 #[derive(Debug)]
 enum Far {
-    Host(HostSide),
+    Host(Side),
     Dns(Stream),
-}
-
-#[derive(Debug)]
-struct HostSide {
-    fd: HostFd,
-    /// What epoll last said. It says so once, so these stay set until the kernel answers EAGAIN.
-    readable: bool,
-    writable: bool,
-    /// A short read does not mean that there is nothing more to read: the peer's FIN is somewhere in the queue, or
-    /// urgent data, at which reads stop (tcp(7)).
-    more_behind: bool,
-    /// Everything up to the peer's FIN has been read.
-    eof: bool,
-    /// The guest's FIN has been passed on.
-    shut: bool,
-    /// The connection broke. What the peer had sent before can still be read.
-    failed: bool,
-}
-
-impl HostSide {
-    fn new(fd: HostFd, connected: bool) -> Self {
-        Self {
-            fd,
-            readable: false,
-            writable: connected,
-            more_behind: false,
-            eof: false,
-            shut: false,
-            failed: false,
-        }
-    }
 }
 
 #[derive(Debug)]
@@ -454,7 +417,7 @@ impl Tcp {
             }
         };
         let syn = held_syn(packet);
-        let far = HostSide::new(fd, connected);
+        let far = Side { writable: connected, ..Side::new(fd) };
         self.half_open += 1;
         let id = self.insert(sh, now, key, Phase::Connecting { syn }, Far::Host(far));
         let Some(Flow { far: Far::Host(host), peek: peeks, name, .. }) = self.flows.get_mut(id) else {
@@ -551,8 +514,8 @@ impl Tcp {
         let others = self.flows.len();
         let Some((key, socket)) = self.connect_inside(sh, way, others) else { return refuse(sh, fd) };
         host::tune_tcp(fd.as_fd());
-        let far = HostSide { readable: true, ..HostSide::new(fd, true) };
-        let id = self.insert(sh, now, key, Phase::Open(Box::new(socket)), Far::Host(far));
+        let far = Far::Host(Side::connected(fd));
+        let id = self.insert(sh, now, key, Phase::Open(Box::new(socket)), far);
         sh.stats.tcp_in.one();
         if self.arriving.len() >= 2 * MAX_TCP_FLOWS {
             let flows = &self.flows;
@@ -843,7 +806,6 @@ impl Tcp {
     pub(crate) fn host_event(&mut self, sh: &mut Shared, now: Instant, id: FlowId, events: EpollFlags) {
         let Some(flow) = self.flows.get_mut(id) else { return };
         let Far::Host(host) = &mut flow.far else { return };
-        let broken = events.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);
         if let Phase::Connecting { syn } = &flow.phase {
             if !events.intersects(EpollFlags::EPOLLOUT | EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP) {
                 return;
@@ -865,13 +827,7 @@ impl Tcp {
             }
             return;
         }
-        if events.contains(EpollFlags::EPOLLERR) {
-            // Asking takes the error away, so it has to be remembered.
-            host.failed |= host::socket_error(host.fd.as_fd()).is_some();
-        }
-        host.readable |= broken || events.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP);
-        host.writable |= broken || events.contains(EpollFlags::EPOLLOUT);
-        host.more_behind |= broken || events.intersects(EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLPRI);
+        host.event(events);
         self.mark(id);
     }
 
@@ -1284,7 +1240,7 @@ fn first_bytes(socket: &mut RingSocket, is_all: bool) -> Option<Hello> {
 /// Moves data between the rings and a host socket, as much as both sides take.
 fn move_host(
     socket: &mut RingSocket,
-    host: &mut HostSide,
+    host: &mut Side,
     moved: &mut usize,
     account: &mut Account,
     allowance: &mut Allowance,
@@ -1345,15 +1301,5 @@ fn move_host(
         }
     }
     // Nothing more will be read, or there never will be room for it.
-    let drained = host.eof || !host.readable;
-    if host.failed && drained { Fate::Broken } else { Fate::Goes }
-}
-
-pub(crate) fn retry<R>(mut call: impl FnMut() -> nix::Result<R>) -> nix::Result<R> {
-    loop {
-        match call() {
-            Err(Errno::EINTR) => {}
-            result => return result,
-        }
-    }
+    if host.is_over() { Fate::Broken } else { Fate::Goes }
 }
