@@ -36,6 +36,7 @@ use std::time::{Duration, Instant};
 use crate::attr::{Attr, Kind};
 use crate::engine::Engine;
 use crate::errno::Res;
+use crate::hooks::add;
 use crate::inode::Node;
 use crate::layer::{RealDir, stat_at};
 use crate::listing::FIRST;
@@ -152,6 +153,8 @@ pub(crate) struct Begun {
     pub(crate) told: usize,
     /// There was no room for more.
     pub(crate) full: bool,
+    /// For how many of them the disk was not asked.
+    used: u64,
 }
 
 impl Ahead {
@@ -191,6 +194,9 @@ impl Engine {
     /// before the kernel can ask for that.
     pub(crate) fn pause_listing(&self, dir: &Node, begun: &mut Begun) {
         let Some(ahead) = &self.ahead else { return };
+        if begun.used > 0 {
+            add(&self.counts.told_ahead, begun.used);
+        }
         if !begun.full {
             ahead.room.fetch_max(begun.told, Ordering::Relaxed);
             return;
@@ -211,7 +217,9 @@ impl Engine {
             begun.ready = None;
             return None;
         }
-        self.remember_plain(found)
+        let attr = self.remember_plain(found)?;
+        begun.used += 1;
+        Some(attr)
     }
 
     /// After the reply: guesses what comes next, and gets it ready if `begun` was guessed. Failures show when it
@@ -229,7 +237,9 @@ impl Engine {
             tracing::debug!(?err, "nothing is ready ahead of a listing");
             None
         });
-        slot.fill(ready.unwrap_or_default());
+        let ready = ready.unwrap_or_default();
+        add(&self.counts.looked_ahead, ready.found.len() as u64);
+        slot.fill(ready);
     }
 
     /// The directory after this one, where directories are listed before what is in them. There is no
@@ -490,6 +500,37 @@ mod tests {
         let begun = engine.begin_listing(&dirs[1]);
         assert!(begun.guessed && begun.ready.is_none());
         assert_eq!(engine.lookup(&dirs[1], b"none").map(|node| node.ino), Err(Errno::NOENT));
+    }
+
+    #[test]
+    fn only_so_much_is_kept() {
+        let mut scratch = Scratch::new("ahead-bounds");
+        scratch.engine.ahead = Some(Ahead::default());
+        for dir in ["a", "b", "c"].map(|dir| scratch.dir.join("lower").join(dir)) {
+            std::fs::create_dir(&dir).expect("made");
+            for file in 0..MAX_ENTRIES + 100 {
+                std::fs::write(dir.join(file.to_string()), "").expect("written");
+            }
+        }
+        let engine = &scratch.engine;
+        let ahead = engine.ahead.as_ref().expect("just made");
+        let (dirs, _) = list(engine, engine.root());
+        ahead.room.store(10 * MAX_ENTRIES, Ordering::Relaxed);
+        list(engine, &dirs[0]);
+        let ready = engine.begin_listing(&dirs[1]).ready.expect("ready");
+        assert_eq!(ready.found.len(), MAX_ENTRIES);
+        // Nor is it for many directories.
+        for ino in 0..100 {
+            ahead.guess(ino, Some(Slot::of(Ready::default())));
+        }
+        let kept: Vec<u64> = ahead.guesses.lock().iter().map(|guess| guess.ino).collect();
+        assert_eq!(kept, (100 - MAX_GUESSES as u64..100).collect::<Vec<_>>());
+        // Nor for long: reading a file changes its access time.
+        for (age, is_ready) in [(Duration::ZERO, true), (2 * MAX_AGE, false)] {
+            let since = Instant::now().checked_sub(age);
+            ahead.guess(dirs[2].ino, Some(Slot::of(Ready { since, ..Ready::default() })));
+            assert_eq!(engine.begin_listing(&dirs[2]).ready.is_some(), is_ready);
+        }
     }
 
     #[test]

@@ -170,6 +170,10 @@ pub struct Counters {
     pub copied_up: u64,
     /// Bytes of their content, without holes.
     pub copied_bytes: u64,
+    /// Entries of layers that were looked up before anybody asked for them.
+    pub looked_ahead: u64,
+    /// Those of them that a listing had use for.
+    pub told_ahead: u64,
     /// Internal errors, each answered with `EIO`.
     pub panics: u64,
 }
@@ -223,6 +227,8 @@ pub(crate) struct Counts {
     others: AtomicU64,
     copied_up: AtomicU64,
     copied_bytes: AtomicU64,
+    pub(crate) looked_ahead: AtomicU64,
+    pub(crate) told_ahead: AtomicU64,
     pub(crate) panics: AtomicU64,
 }
 
@@ -272,6 +278,8 @@ impl Counts {
             others: get(&self.others),
             copied_up: get(&self.copied_up),
             copied_bytes: get(&self.copied_bytes),
+            looked_ahead: get(&self.looked_ahead),
+            told_ahead: get(&self.told_ahead),
             panics: get(&self.panics),
         }
     }

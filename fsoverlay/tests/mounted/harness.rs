@@ -224,6 +224,12 @@ impl Mount {
     }
 }
 
+/// One of the counts that the server reports in the end.
+pub(crate) fn count_in(report: &str, name: &str) -> Result<u64, Failure> {
+    let (_, rest) = report.split_once(&format!(" {name}: ")).ok_or(format!("no {name} in {report}"))?;
+    Ok(rest.split(|c: char| !c.is_ascii_digit()).next().unwrap_or_default().parse()?)
+}
+
 /// The example that mounts and serves.
 pub(crate) fn mount_program() -> Result<Command, Failure> {
     let mut command = Command::new(std::env::current_exe()?);

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::harness::{Case, Check, Failure, World, errno_of, holds, mount_above, same};
+use crate::harness::{Case, Check, Failure, World, count_in, errno_of, holds, mount_above, same};
 use crate::semantics::{make_tree, no_leftovers};
 
 pub(crate) const CASES: &[Case] = &[
@@ -331,10 +331,7 @@ fn counted(world: &mut World) -> Check {
     let output = world.mount().output()?;
     let text = String::from_utf8_lossy(&output.stderr);
     holds!(output.status.success(), "{text}");
-    let count = |name: &str| -> Result<u64, Failure> {
-        let (_, rest) = text.split_once(&format!(" {name}: ")).ok_or(format!("no {name} in {text}"))?;
-        Ok(rest.split(|c: char| !c.is_ascii_digit()).next().unwrap_or_default().parse()?)
-    };
+    let count = |name: &str| count_in(&text, name);
     same!(count("read_bytes")?, 1 << 20);
     same!(count("written_bytes")?, 12288);
     same!((count("copied_up")?, count("copied_bytes")?), (1, 64 << 10));

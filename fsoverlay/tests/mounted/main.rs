@@ -10,6 +10,7 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a test runner reports on its output")]
 
+mod ahead;
 mod disk;
 mod durability;
 mod hardlinks;
@@ -39,6 +40,7 @@ fn cases() -> Vec<Case> {
     cases.extend(owners::CASES);
     cases.extend(disk::CASES);
     cases.extend(layers::CASES);
+    cases.extend(ahead::CASES);
     cases.extend(limits::CASES);
     cases.extend(steps::CASES);
     cases.extend(upper::CASES);
