@@ -182,8 +182,8 @@ impl Engine {
     }
 
     fn each_flow(&self, each: &mut EachFlow<'_>) {
-        self.tcp.each_flow(each);
-        self.join.each_flow(each);
+        self.tcp.flows.each(each);
+        self.join.flows.each(each);
         self.udp.each_flow(each);
         self.icmp.each_flow(each);
     }
@@ -253,7 +253,7 @@ impl Engine {
         let frames = self.more_frames && !self.sh.sent.is_in_debt();
         let unread = !self.sh.unread.queue.is_empty() && !self.sh.received.is_dry();
         let more = frames || self.more_work || unread;
-        if self.forward.is_eager() || self.join.has_work() || more && !self.sh.tap.is_blocked() {
+        if self.forward.is_eager() || self.join.flows.marked() > 0 || more && !self.sh.tap.is_blocked() {
             return Some(Duration::ZERO);
         }
         self.sh.timers.next_at().map(|at| if at > now { at - now } else { Duration::ZERO })
@@ -342,7 +342,7 @@ impl Engine {
         }
         self.fire_timers(now);
         self.sh.begin(At::Housekeeping);
-        self.tcp.resume(&self.sh);
+        self.tcp.flows.resume(&self.sh);
         self.join.run(&mut self.sh);
         // A query may be answered at once, and the answer let its flow take the next query: thousands may wait.
         let mut queries_left = TURN_QUERIES;
@@ -388,7 +388,11 @@ impl Engine {
         } else if !std::mem::replace(looked, true) {
             // Frames may wait that this turn did not know of.
             self.more_work = true;
-        } else if !self.more_frames && !self.more_work && !self.tcp.is_owed() && !self.join.is_owed() {
+        } else if !self.more_frames
+            && !self.more_work
+            && !self.tcp.flows.are_owed()
+            && !self.join.flows.are_owed()
+        {
             self.drained = None;
         }
     }
@@ -396,7 +400,7 @@ impl Engine {
     /// Something that changes while data of the guest's is passed on.
     pub(crate) fn progress(&self) -> u64 {
         let from_guest = self.sh.stats.snapshot().bytes_from_guest;
-        let passed_on = self.tcp.passed_on().wrapping_add(self.join.passed_on());
+        let passed_on = self.tcp.flows.passed_on().wrapping_add(self.join.flows.passed_on());
         // Datagrams have gone, and what comes after them waits until they are paid for.
         from_guest.wrapping_add(passed_on).wrapping_sub(self.sh.sent.debt())
     }
@@ -405,7 +409,7 @@ impl Engine {
     fn end_flows(&mut self) {
         let gave_up = self.drained.take().is_some();
         let gone = gave_up || self.cut;
-        let reset = self.tcp.reset_if_owed(gone) + self.join.reset_if_owed(gone);
+        let reset = self.tcp.flows.reset_if_owed(gone) + self.join.flows.reset_if_owed(gone);
         if gave_up {
             tracing::warn!(
                 connections = reset,
@@ -468,8 +472,8 @@ impl Engine {
 
     /// Sets the timer for whoever waits until more data may go.
     fn await_tokens(&mut self) {
-        let [sent, received] = self.tcp.waits_for_tokens();
-        let joined = self.join.waits_for_tokens();
+        let [sent, received] = self.tcp.flows.wait_for_tokens();
+        let joined = self.join.flows.wait_for_tokens();
         let sent = sent || joined[0] || self.sh.sent.is_in_debt();
         let received = received || joined[1] || !self.sh.unread.queue.is_empty();
         let at = [self.sh.sent.ready_at().filter(|_| sent), self.sh.received.ready_at().filter(|_| received)];
@@ -692,8 +696,8 @@ pub(crate) fn live(mut engine: Engine, mut clock: impl FnMut() -> Instant) -> bo
         "the network stack failed (this is a defect): the sandbox has no network from here on"
     );
     let rest = AssertUnwindSafe(|| {
-        engine.tcp.reset_on_close();
-        engine.join.reset_on_close();
+        engine.tcp.flows.reset_on_close();
+        engine.join.flows.reset_on_close();
         engine.tell_the_rest("failed");
     });
     // The message above says it.
@@ -730,8 +734,10 @@ impl Engine {
             At::Command => "a command".into(),
             At::Frame => "a frame from inside".into(),
             At::Packet(packet) => packet.to_string(),
-            At::Flow(id) | At::Event(Token::Tcp(id)) | At::Timer(TimerKey::Tcp(id)) => tcp(self.tcp.key(id)),
-            At::Event(Token::Near(id) | Token::Inner(id)) => tcp(self.join.key(id)),
+            At::Flow(id) | At::Event(Token::Tcp(id)) | At::Timer(TimerKey::Tcp(id)) => {
+                tcp(self.tcp.flows.key(id))
+            }
+            At::Event(Token::Near(id) | Token::Inner(id)) => tcp(self.join.flows.key(id)),
             At::Event(Token::Udp(id)) => from("datagrams", self.udp.guest(id)),
             At::Event(Token::Ping(id)) => from("echo requests", self.icmp.guest(id)),
             At::Event(Token::Dns(_)) | At::Timer(TimerKey::Dns(_)) => "a question to a resolver".into(),
@@ -831,6 +837,7 @@ impl Engine {
     pub(crate) fn check_bounds(&self) {
         self.tcp.check_bounds();
         self.join.check_bounds();
+        assert_eq!(self.sh.tcp_flows, self.tcp.flows.len() + self.join.flows.len());
         self.udp.check_bounds();
         self.icmp.check_bounds();
         self.dns.check_bounds();

@@ -29,7 +29,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl};
@@ -42,11 +42,11 @@ use crate::config::{
     HALF_OPEN_SPARE, INBOUND_CONNECT, INSIDE_SOCKET, JOIN_PIPE, MAX_HALF_OPEN, MAX_PIPES, MAX_TCP_FLOWS,
 };
 use crate::defect::At;
-use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
-use crate::flowlog::{Account, EachFlow, FlowEventKind, Traffic};
+use crate::flow::{Endpoint, FlowId, FlowKey, TimerKey};
+use crate::flowlog::Traffic;
+use crate::flows::{Entry, Flows, TcpFlow};
 use crate::host::{self, HostFd, Room};
 use crate::inside::{Family, InsideSockets};
-use crate::policy::Transport;
 use crate::shared::{Shared, Token};
 use crate::side::{Side, WATCHED, retry};
 use crate::sys;
@@ -97,8 +97,8 @@ enum Phase {
 }
 
 #[derive(Debug)]
-struct Joined {
-    key: FlowKey,
+pub(crate) struct Joined {
+    entry: Entry,
     /// The client, on the host's loopback.
     near: Side,
     /// In the guest's namespace.
@@ -112,12 +112,37 @@ struct Joined {
     way: usize,
     /// From the guest, and to it.
     traffic: [Way; 2],
-    dirty: bool,
-    /// In the lists of those that wait until more may go.
-    held: [bool; 2],
-    account: Account,
-    /// Its beginning was told, so its end will be.
-    told: bool,
+}
+
+impl TcpFlow for Joined {
+    fn entry(&self) -> &Entry {
+        &self.entry
+    }
+
+    fn entry_mut(&mut self) -> &mut Entry {
+        &mut self.entry
+    }
+
+    fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        std::iter::once(&self.near).chain(&self.inner).map(|side| side.fd.as_fd())
+    }
+
+    fn owes(&self) -> bool {
+        matches!(self.phase, Phase::Open) && !self.near.shut && !self.near.failed
+    }
+
+    fn holds_data(&self) -> bool {
+        let Some(inner) = &self.inner else { return false };
+        let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        let unread = |side: &Side| retry(|| recv(side.fd.as_raw_fd(), &mut [0], peek)) == Ok(1);
+        !self.traffic.iter().all(Way::is_empty) || unread(inner) || unread(&self.near)
+    }
+
+    fn passed_on(&self) -> u64 {
+        let [Way { in_pipe, rest, taken, .. }, _] = &self.traffic;
+        let held = u64::try_from(in_pipe + rest.len() - taken).unwrap_or(0);
+        self.entry.account.sent.bytes.saturating_sub(held)
+    }
 }
 
 /// Pipes that flows use.
@@ -180,12 +205,7 @@ pub(crate) struct Join {
     asked: VecDeque<Asked>,
     /// Who is to get the next ones.
     unasked: VecDeque<(FlowId, Family)>,
-    flows: Slab<Joined>,
-    dirty: Vec<FlowId>,
-    /// Those that wait until more may go, each way.
-    held: [Vec<FlowId>; 2],
-    /// How many did the last time, who share what there is.
-    sharers: [usize; 2],
+    pub(crate) flows: Flows<Joined>,
     /// When those that are not open yet are given up.
     deadlines: BTreeSet<(Instant, FlowId)>,
     pipes: Pipes,
@@ -200,10 +220,7 @@ impl Join {
             inside,
             asked: VecDeque::new(),
             unasked: VecDeque::new(),
-            flows: Slab::default(),
-            dirty: Vec::new(),
-            held: Default::default(),
-            sharers: [0; 2],
+            flows: Flows::default(),
             deadlines: BTreeSet::new(),
             pipes: Pipes::default(),
         })
@@ -224,7 +241,7 @@ impl Join {
         if !peer.ip().to_canonical().is_loopback()
             || !own
             || sh.spec.capture.is_some()
-            || sh.joined + sh.tcp_flows >= MAX_TCP_FLOWS
+            || sh.tcp_flows >= MAX_TCP_FLOWS
             || sh.budget.check_leaving(sh.budget.reserve()).is_err()
         {
             return Err(fd);
@@ -238,8 +255,8 @@ impl Join {
             return Err(fd);
         }
         host::tune_tcp(fd.as_fd());
-        let id = self.flows.insert_with(|_| Joined {
-            key: ways[0],
+        let flow = Joined {
+            entry: Entry::new(ways[0], true, now),
             near: Side::connected(fd),
             inner: None,
             phase: Phase::Waiting(sh.budget.room()),
@@ -247,22 +264,17 @@ impl Join {
             ways,
             way: 0,
             traffic: Default::default(),
-            dirty: false,
-            held: [false; 2],
-            account: Account::new(now),
-            told: false,
-        });
+        };
+        let id = self.flows.insert(sh, flow);
         let watched = match self.flows.get(id) {
             Some(flow) => sh.watch(flow.near.fd.as_fd(), Token::Near(id), WATCHED),
             None => Err(Errno::EBADF),
         };
         if watched.is_err()
-            && let Some(flow) = self.flows.remove(id)
+            && let Some(flow) = self.flows.remove(sh, id)
         {
             return Err(flow.near.fd);
         }
-        sh.joined = self.flows.len();
-        sh.count_tcp();
         self.want(sh, now, id);
         Ok(())
     }
@@ -271,8 +283,9 @@ impl Join {
     /// one.
     pub(crate) fn spare(&mut self, sh: &mut Shared) -> bool {
         let flows = &self.flows;
-        let is_old =
-            |id| flows.get(id).is_some_and(|flow| flow.account.lasted(sh.now) >= HALF_OPEN_SPARE.into());
+        let is_old = |id| {
+            flows.get(id).is_some_and(|flow| flow.entry.account.lasted(sh.now) >= HALF_OPEN_SPARE.into())
+        };
         let Some(&(_, id)) = self.deadlines.iter().find(|(_, id)| is_old(*id)) else { return false };
         sh.stats.evicted.one();
         self.remove(sh, id, Some("evicted"));
@@ -389,10 +402,8 @@ impl Join {
         if self.flows.get(id).is_some_and(|flow| flow.near.failed) {
             return self.remove(sh, id, Some("reset-by-peer"));
         }
-        let Some(flow) = self.take(sh, id) else { return };
-        if flow.told {
-            sh.tell(Transport::Tcp, true, flow.key, flow.account.closed(now, "failed"));
-        }
+        let Some(mut flow) = self.take(sh, id) else { return };
+        flow.entry.tell_end(sh, now, "failed");
         sh.unwatch(flow.near.fd.as_fd());
         tcp.inbound(sh, now, flow.near.fd, [flow.ways[flow.way], flow.ways[1]]);
     }
@@ -428,9 +439,8 @@ impl Join {
             drop(fd);
             return self.try_other(sh, now, tcp, id, "refused-inside");
         }
-        flow.key = FlowKey { guest, remote: from.unwrap_or(flow.ways[flow.way].remote) };
-        flow.told = true;
-        sh.tell(Transport::Tcp, true, flow.key, FlowEventKind::Opened);
+        flow.entry.key = FlowKey { guest, remote: from.unwrap_or(flow.ways[flow.way].remote) };
+        flow.entry.tell_begin(sh);
         flow.inner = Some(Side::new(fd));
         flow.phase = Phase::Connecting;
         self.wait_until(sh, id, now + INBOUND_CONNECT);
@@ -446,11 +456,9 @@ impl Join {
         if flow.way > 0 || flow.ways[0] == flow.ways[1] || flow.near.failed {
             return self.remove(sh, id, Some(why));
         }
-        if std::mem::take(&mut flow.told) {
-            sh.tell(Transport::Tcp, true, flow.key, flow.account.closed(now, why));
-        }
+        flow.entry.tell_end(sh, now, why);
         flow.way = 1;
-        flow.key = flow.ways[1];
+        flow.entry.key = flow.ways[1];
         flow.phase = Phase::Waiting(sh.budget.room());
         if self.inside.is_none() {
             return self.cross(sh, now, tcp, id);
@@ -462,7 +470,7 @@ impl Join {
     pub(crate) fn near_event(&mut self, id: FlowId, events: EpollFlags) {
         let Some(flow) = self.flows.get_mut(id) else { return };
         flow.near.event(events);
-        self.mark(id);
+        self.flows.mark(id);
     }
 
     /// Something happened to the socket in the guest's namespace.
@@ -495,60 +503,30 @@ impl Join {
             count(sh);
         }
         inner.event(events);
-        self.mark(id);
-    }
-
-    fn mark(&mut self, id: FlowId) {
-        if let Some(flow) = self.flows.get_mut(id)
-            && !flow.dirty
-        {
-            flow.dirty = true;
-            self.dirty.push(id);
-        }
-    }
-
-    /// Whether flows wait until more may go: from the guest, and to it.
-    pub(crate) fn waits_for_tokens(&self) -> [bool; 2] {
-        self.held.each_ref().map(|held| !held.is_empty())
-    }
-
-    /// Whether some have work to do.
-    pub(crate) fn has_work(&self) -> bool {
-        !self.dirty.is_empty()
+        self.flows.mark(id);
     }
 
     /// Looks after every flow that anything happened to, once.
     pub(crate) fn run(&mut self, sh: &mut Shared) {
-        for (way, dry) in [sh.sent.is_dry(), sh.received.is_dry()].into_iter().enumerate() {
-            let Some(held) = self.held.get_mut(way).filter(|held| !dry && !held.is_empty()) else { continue };
-            let list = std::mem::take(held);
-            self.sharers[way] = list.len();
-            for id in list {
-                if let Some(flow) = self.flows.get_mut(id) {
-                    flow.held[way] = false;
-                    self.mark(id);
-                }
-            }
-        }
-        for id in std::mem::take(&mut self.dirty) {
+        self.flows.resume(sh);
+        for _ in 0..self.flows.marked() {
+            let Some(id) = self.flows.next_marked() else { break };
             sh.begin(At::Event(Token::Near(id)));
             self.service(sh, id);
         }
     }
 
     fn service(&mut self, sh: &mut Shared, id: FlowId) {
+        let before = self.flows.share(sh);
         let Some(flow) = self.flows.get_mut(id) else { return };
-        flow.dirty = false;
-        let Joined { near, inner, phase, traffic: [out, to_guest], account, .. } = flow;
+        let Joined { near, inner, phase, traffic: [out, to_guest], entry: Entry { account, .. }, .. } = flow;
         let (Phase::Open, Some(inner)) = (phase, inner) else {
             if near.failed {
                 self.remove(sh, id, Some("reset-by-peer"));
             }
             return;
         };
-        let mut sent = Allowance { left: sh.sent.share(self.sharers[0]), wanted: false };
-        let mut received = Allowance { left: sh.received.share(self.sharers[1]), wanted: false };
-        let before = [sent.left, received.left];
+        let [mut sent, mut received] = before.map(|left| Allowance { left, wanted: false });
         pump(sh, &mut self.pipes, inner, near, out, &mut account.sent, &mut sent);
         pump(sh, &mut self.pipes, near, inner, to_guest, &mut account.received, &mut received);
         sh.sent.take(before[0] - sent.left);
@@ -563,87 +541,21 @@ impl Join {
             return self.remove(sh, id, None);
         }
         let wanted = [sent.wanted, received.wanted];
-        for (way, dry) in [sh.sent.is_dry(), sh.received.is_dry()].into_iter().enumerate() {
-            if wanted[way] && !dry {
-                self.mark(id);
-            } else if wanted[way]
-                && let (Some(flow), Some(held)) = (self.flows.get_mut(id), self.held.get_mut(way))
-                && !std::mem::replace(&mut flow.held[way], true)
-            {
-                held.push(id);
-            }
-        }
-    }
-
-    /// What the flow `id` is called.
-    pub(crate) fn key(&self, id: FlowId) -> Option<FlowKey> {
-        self.flows.get(id).map(|flow| flow.key)
-    }
-
-    /// Whether there are connections whose data from the guest, to its end, has not been passed on.
-    pub(crate) fn is_owed(&self) -> bool {
-        self.flows.iter().any(|(_, flow)| Self::owes(flow))
-    }
-
-    fn owes(flow: &Joined) -> bool {
-        matches!(flow.phase, Phase::Open) && !flow.near.shut && !flow.near.failed
-    }
-
-    /// Bytes from the guest that have been passed on for the flows that there are.
-    pub(crate) fn passed_on(&self) -> u64 {
-        let held = |way: &Way| u64::try_from(way.in_pipe + way.rest.len() - way.taken).unwrap_or(0);
-        let flows = self.flows.iter();
-        flows.map(|(_, flow)| flow.account.sent.bytes.saturating_sub(held(&flow.traffic[0]))).sum()
-    }
-
-    /// Has the end of both sockets be a reset if one said more than was passed on, or may have: the guest is `gone`, and its
-    /// end has not been passed on. Of how many it is.
-    pub(crate) fn reset_if_owed(&mut self, gone: bool) -> usize {
-        let mut reset = 0;
-        for flow in self.flows.values_mut() {
-            let owes = gone && Self::owes(flow);
-            let Joined { near, inner: Some(inner), traffic, account, .. } = flow else { continue };
-            let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-            let holds = |side: &Side| retry(|| recv(side.fd.as_raw_fd(), &mut [0], peek)) == Ok(1);
-            if owes || !traffic.iter().all(Way::is_empty) || holds(inner) || holds(near) {
-                host::reset_on_close(near.fd.as_fd());
-                host::reset_on_close(inner.fd.as_fd());
-                account.cut = true;
-                reset += 1;
-            }
-        }
-        reset
-    }
-
-    /// Has the end of every socket be a reset.
-    pub(crate) fn reset_on_close(&self) {
-        for side in self.flows.iter().flat_map(|(_, flow)| std::iter::once(&flow.near).chain(&flow.inner)) {
-            host::reset_on_close(side.fd.as_fd());
-        }
-    }
-
-    /// Everything that is there.
-    pub(crate) fn each_flow(&self, each: &mut EachFlow<'_>) {
-        for (_, flow) in self.flows.iter().filter(|(_, flow)| flow.told) {
-            each(Transport::Tcp, true, flow.key, &flow.account);
+        if self.flows.wait(sh, id, wanted, before.map(|share| share > 0)) {
+            self.flows.mark(id);
         }
     }
 
     /// Ends a flow; with a reason: so that both sides notice that something went wrong.
     fn remove(&mut self, sh: &mut Shared, id: FlowId, failure: Option<&'static str>) {
-        let Some(flow) = self.take(sh, id) else { return };
+        let Some(mut flow) = self.take(sh, id) else { return };
         if !matches!(flow.phase, Phase::Open) {
             count(sh);
         }
-        if !flow.told {
-            sh.tell(Transport::Tcp, true, flow.key, FlowEventKind::Opened);
-        }
-        let why = failure.unwrap_or("finished");
-        sh.tell(Transport::Tcp, true, flow.key, flow.account.closed(sh.now, why));
+        flow.entry.tell_begin(sh);
+        flow.entry.tell_end(sh, sh.now, failure.unwrap_or("finished"));
         if failure.is_some() {
-            for side in std::iter::once(&flow.near).chain(&flow.inner) {
-                host::reset_on_close(side.fd.as_fd());
-            }
+            flow.sockets().for_each(host::reset_on_close);
         }
         for Way { pipe, in_pipe, .. } in flow.traffic {
             if let Some(pipe) = pipe {
@@ -654,11 +566,8 @@ impl Join {
 
     /// Takes a flow out of the tables.
     fn take(&mut self, sh: &mut Shared, id: FlowId) -> Option<Joined> {
-        let flow = self.flows.remove(id)?;
+        let flow = self.flows.remove(sh, id)?;
         self.deadlines.remove(&(flow.until, id));
-        sh.joined = self.flows.len();
-        sh.count_tcp();
-        sh.descriptor_freed = true;
         Some(flow)
     }
 

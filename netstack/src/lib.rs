@@ -71,6 +71,7 @@ mod emit;
 mod engine;
 mod flow;
 mod flowlog;
+mod flows;
 mod forward;
 mod fragment;
 mod host;

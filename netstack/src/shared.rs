@@ -144,8 +144,7 @@ pub(crate) struct Shared {
     /// When this turn began to do things.
     pub(crate) now: Instant,
     refusals: Refusals,
-    /// TCP connections that are joined to a socket inside, and the others.
-    pub(crate) joined: usize,
+    /// How many TCP flows there are, whichever way they go.
     pub(crate) tcp_flows: usize,
     /// What may still go from the guest to the world, and the other way.
     pub(crate) sent: Bucket,
@@ -182,7 +181,6 @@ impl Shared {
             descriptor_freed: false,
             now,
             refusals: Refusals::new(now),
-            joined: 0,
             tcp_flows: 0,
             sent: Bucket::new(spec.rates.sent, now),
             received: Bucket::new(spec.rates.received, now),
@@ -211,9 +209,10 @@ impl Shared {
         let _ = self.epoll.delete(fd);
     }
 
-    /// Says how many TCP connections there are.
-    pub(crate) fn count_tcp(&self) {
-        self.stats.tcp_flows.set(self.tcp_flows + self.joined);
+    /// Says how many TCP flows there are now.
+    pub(crate) fn set_tcp_flows(&mut self, count: usize) {
+        self.tcp_flows = count;
+        self.stats.tcp_flows.set(count);
     }
 
     /// Remembers a socket that was not read to its end.

@@ -31,7 +31,7 @@ mod guest;
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -51,8 +51,9 @@ use crate::defect::At;
 use crate::device::{FlowDevice, Said};
 use crate::dns::stream::{Query, Stream};
 use crate::emit::{self, IcmpError, Unreachable};
-use crate::flow::{Endpoint, FlowId, FlowKey, Slab, TimerKey};
-use crate::flowlog::{Account, EachFlow, FlowEventKind};
+use crate::flow::{Endpoint, FlowId, FlowKey, TimerKey};
+use crate::flowlog::{Account, FlowEventKind};
+use crate::flows::{Entry, Flows, TcpFlow};
 use crate::host::{self, HostFd};
 use crate::ingress::{self, Packet};
 use crate::policy::hello::{self, Hello, MAX_HELLO};
@@ -94,16 +95,12 @@ enum Phase {
 }
 
 #[derive(Debug)]
-struct Flow {
-    key: FlowKey,
+pub(crate) struct Flow {
+    entry: Entry,
     phase: Phase,
     far: Far,
     /// The guest's segment size.
     mss: u16,
-    /// In the list of dirty flows.
-    dirty: bool,
-    /// In the lists of those that wait until more may go.
-    held: [bool; 2],
     numbers: Numbers,
     /// The smoltcp socket has begun to close its sending half.
     closed: bool,
@@ -119,11 +116,6 @@ struct Flow {
     hello: Option<Hello>,
     /// See [`Shared::name_for`].
     name: Option<Arc<str>>,
-    /// It came from outside.
-    inbound: bool,
-    account: Account,
-    /// Its beginning was told, so its end will be.
-    told: bool,
     /// Why it ends, where that is known better than by how it ends.
     why: Option<&'static str>,
     silence: Silence,
@@ -137,14 +129,37 @@ struct Flow {
     released: usize,
 }
 
-/// Flows that wait until more data may go one way.
-#[derive(Debug, Default)]
-struct Held {
-    /// The last time it was not for them: they come first.
-    hungry: Vec<FlowId>,
-    served: Vec<FlowId>,
-    /// How many came back the last time, who share what there is.
-    sharers: usize,
+impl TcpFlow for Flow {
+    fn entry(&self) -> &Entry {
+        &self.entry
+    }
+
+    fn entry_mut(&mut self) -> &mut Entry {
+        &mut self.entry
+    }
+
+    fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let host = if let Far::Host(host) = &self.far { Some(host.fd.as_fd()) } else { None };
+        host.into_iter()
+    }
+
+    fn owes(&self) -> bool {
+        match (&self.far, &self.phase) {
+            (Far::Host(host), Phase::Open(_)) => self.inbound_until.is_none() && !host.shut && !host.failed,
+            _ => false,
+        }
+    }
+
+    fn holds_data(&self) -> bool {
+        match (&self.far, &self.phase) {
+            (Far::Host(_), Phase::Open(socket)) => socket.can_recv() || self.numbers.has_gap(),
+            _ => false,
+        }
+    }
+
+    fn passed_on(&self) -> u64 {
+        self.entry.account.sent.bytes
+    }
 }
 
 /// What may be moved for a flow now.
@@ -161,7 +176,7 @@ pub(crate) struct Tcp {
     iface: Interface,
     /// Without a socket: smoltcp answers what it is fed with a RST.
     nobody: SocketSet<'static>,
-    flows: Slab<Flow>,
+    pub(crate) flows: Flows<Flow>,
     by_key: HashMap<FlowKey, FlowId>,
     half_open: usize,
     /// Connections to the forwarder.
@@ -170,9 +185,6 @@ pub(crate) struct Tcp {
     connecting: VecDeque<FlowId>,
     /// Connections to published ports, oldest first; some have been answered by the guest, or are gone by now.
     arriving: VecDeque<FlowId>,
-    dirty: Vec<FlowId>,
-    /// Flows with data for the world, and for the guest, that may not go yet.
-    held: [Held; 2],
     pool: Vec<Rings>,
     /// Queries to be fetched by the engine.
     pub(crate) dns_queries: Vec<Query>,
@@ -192,12 +204,6 @@ fn timestamp_clock() -> u32 {
     u32::try_from(millis & i64::from(u32::MAX)).unwrap_or_default()
 }
 
-impl Held {
-    fn len(&self) -> usize {
-        self.hungry.len() + self.served.len()
-    }
-}
-
 impl Tcp {
     pub(crate) fn new(sh: &mut Shared, now: Instant) -> Self {
         let mut config = smoltcp::iface::Config::new(smoltcp::wire::HardwareAddress::Ip);
@@ -209,14 +215,12 @@ impl Tcp {
         Self {
             iface,
             nobody: SocketSet::new(Vec::new()),
-            flows: Slab::default(),
+            flows: Flows::default(),
             by_key: HashMap::new(),
             half_open: 0,
             dns_flows: 0,
             connecting: VecDeque::new(),
             arriving: VecDeque::new(),
-            dirty: Vec::new(),
-            held: Default::default(),
             pool: Vec::new(),
             dns_queries: Vec::new(),
         }
@@ -304,7 +308,7 @@ impl Tcp {
     fn flow_ingress(&mut self, sh: &mut Shared, now: Instant, id: FlowId, packet: &Packet<'_>) {
         let Some(flow) = self.flows.get_mut(id) else { return };
         flow.silence.end(now);
-        flow.account.sent.packets += 1;
+        flow.entry.account.sent.packets += 1;
         match &mut flow.phase {
             Phase::Connecting { .. } => {
                 // A repeated SYN changes nothing; a RST means that the guest has given up.
@@ -356,7 +360,7 @@ impl Tcp {
                     flow.inbound_until = None;
                     flow.other_way = None;
                 }
-                self.mark(id);
+                self.flows.mark(id);
             }
         }
     }
@@ -395,7 +399,7 @@ impl Tcp {
         if self.half_open >= MAX_HALF_OPEN.min(sh.budget.limit / 2) {
             self.evict_half_open(sh, Duration::ZERO);
         }
-        if self.flows.len() + sh.joined >= MAX_TCP_FLOWS {
+        if sh.tcp_flows >= MAX_TCP_FLOWS {
             sh.refused_by_limit(Transport::Tcp, key);
             return self.refuse(sh, now, packet);
         }
@@ -420,18 +424,17 @@ impl Tcp {
         let far = Side { writable: connected, ..Side::new(fd) };
         self.half_open += 1;
         let id = self.insert(sh, now, key, Phase::Connecting { syn }, Far::Host(far));
-        let Some(Flow { far: Far::Host(host), peek: peeks, name, .. }) = self.flows.get_mut(id) else {
-            return;
-        };
-        *peeks = peek;
-        *name = sh.name_for(key.remote.ip);
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        let Far::Host(host) = &flow.far else { return };
+        flow.peek = peek;
+        flow.name = sh.name_for(key.remote.ip);
         if let Err(errno) = sh.watch(host.fd.as_fd(), Token::Tcp(id), WATCHED) {
             self.remove(sh, id, true);
             sh.refused_by_limit(Transport::Tcp, key);
             return self.fail_syn(sh, now, packet, errno);
         }
         sh.stats.tcp_out.one();
-        self.begun(sh, id);
+        flow.entry.tell_begin(sh);
         if connected {
             return self.establish(sh, now, id);
         }
@@ -448,7 +451,7 @@ impl Tcp {
     fn evict_half_open(&mut self, sh: &mut Shared, least: Duration) -> bool {
         while let Some(&id) = self.connecting.front() {
             if is_connecting(&self.flows, id) {
-                let lasted = self.flows.get(id).map(|flow| flow.account.lasted(sh.now));
+                let lasted = self.flows.get(id).map(|flow| flow.entry.account.lasted(sh.now));
                 if lasted.is_none_or(|lasted| lasted < least.into()) {
                     return false;
                 }
@@ -473,7 +476,7 @@ impl Tcp {
             let Some(id) = self.arriving.pop_front() else { break };
             let Some(flow) = self.flows.get(id).filter(|flow| !flow.numbers.is_taken()) else { continue };
             let since = match flow.inbound_until {
-                Some(_) => Some(flow.account.opened),
+                Some(_) => Some(flow.entry.account.opened),
                 None => flow.silence.owed_since(),
             };
             if since.is_none_or(|since| sh.now < since + HALF_OPEN_SPARE) {
@@ -489,7 +492,7 @@ impl Tcp {
     }
 
     fn outbound_dns(&mut self, sh: &mut Shared, now: Instant, key: FlowKey, packet: &Packet<'_>) {
-        if self.flows.len() + sh.joined >= MAX_TCP_FLOWS || self.dns_flows >= MAX_DNS_CONNECTIONS {
+        if sh.tcp_flows >= MAX_TCP_FLOWS || self.dns_flows >= MAX_DNS_CONNECTIONS {
             sh.stats.refused_by_limit.one();
             return self.refuse(sh, now, packet);
         }
@@ -508,7 +511,7 @@ impl Tcp {
             host::reset_on_close(fd.as_fd());
         };
         let [way, other] = ways;
-        if self.flows.len() + sh.joined >= MAX_TCP_FLOWS {
+        if sh.tcp_flows >= MAX_TCP_FLOWS {
             return refuse(sh, fd);
         }
         let others = self.flows.len();
@@ -523,23 +526,15 @@ impl Tcp {
         }
         self.arriving.push_back(id);
         let Some(flow) = self.flows.get_mut(id) else { return };
-        flow.inbound = true;
+        flow.entry.inbound = true;
         flow.inbound_until = Some(now + INBOUND_CONNECT);
         flow.other_way = (other != way).then_some(other);
         let Far::Host(host) = &flow.far else { return };
         if sh.watch(host.fd.as_fd(), Token::Tcp(id), WATCHED).is_err() {
             return self.remove(sh, id, true);
         }
-        self.begun(sh, id);
-        self.mark(id);
-    }
-
-    /// A flow is in the table, and its sockets are watched.
-    fn begun(&mut self, sh: &Shared, id: FlowId) {
-        if let Some(flow) = self.flows.get_mut(id) {
-            flow.told = true;
-            sh.tell(Transport::Tcp, flow.inbound, flow.key, FlowEventKind::Opened);
-        }
+        flow.entry.tell_begin(sh);
+        self.flows.mark(id);
     }
 
     fn give_reason(&mut self, id: FlowId, why: &'static str) {
@@ -548,48 +543,14 @@ impl Tcp {
         }
     }
 
-    /// Whether there are connections whose data from the guest, to its end, has not been passed on.
-    pub(crate) fn is_owed(&self) -> bool {
-        self.flows.iter().any(|(_, flow)| Self::owes(flow))
-    }
-
-    fn owes(flow: &Flow) -> bool {
-        match (&flow.far, &flow.phase) {
-            (Far::Host(host), Phase::Open(_)) => flow.inbound_until.is_none() && !host.shut && !host.failed,
-            _ => false,
-        }
-    }
-
-    /// Bytes that have been passed on for the flows that there are.
-    pub(crate) fn passed_on(&self) -> u64 {
-        self.flows.iter().map(|(_, flow)| flow.account.sent.bytes).sum()
-    }
-
-    /// Has the end of a host socket be a reset if the guest said more than was passed on, or may have: the guest is `gone`,
-    /// and its end has not been passed on. Of how many it is.
-    pub(crate) fn reset_if_owed(&mut self, gone: bool) -> usize {
-        let mut reset = 0;
-        for flow in self.flows.values_mut() {
-            let owes = gone && Self::owes(flow);
-            if let (Far::Host(host), Phase::Open(socket)) = (&flow.far, &flow.phase)
-                && (owes || socket.can_recv() || flow.numbers.has_gap())
-            {
-                host::reset_on_close(host.fd.as_fd());
-                flow.account.cut = true;
-                reset += 1;
-            }
-        }
-        reset
-    }
-
     /// Ends the guest's flows that are not allowed any more, with a reset on both sides.
     pub(crate) fn review(&mut self, sh: &mut Shared) {
-        let outbound = |flow: &Flow| !flow.inbound && matches!(flow.far, Far::Host(_));
+        let outbound = |flow: &Flow| !flow.entry.inbound && matches!(flow.far, Far::Host(_));
         let ids: Vec<FlowId> =
             self.flows.iter().filter(|(_, flow)| outbound(flow)).map(|(id, _)| id).collect();
         for id in ids {
             let Some(flow) = self.flows.get_mut(id) else { continue };
-            let remote = flow.key.remote;
+            let remote = flow.entry.key.remote;
             let verdict = sh.decide_again(Transport::Tcp, remote, flow.name.as_ref());
             let refused = match (verdict, &flow.hello) {
                 (Verdict::Refuse(reason), _) => Some(reason),
@@ -599,15 +560,15 @@ impl Tcp {
             let Some(reason) = refused else {
                 flow.name = sh.name_for(remote.ip).or(flow.name.take());
                 // Only what has not gone yet can be looked at.
-                let untouched = flow.account.sent.bytes == 0;
+                let untouched = flow.entry.account.sent.bytes == 0;
                 let peek = matches!(verdict, Verdict::Peek(_)) && flow.hello.is_none() && untouched;
                 if std::mem::replace(&mut flow.peek, peek) && !peek {
-                    self.mark(id);
+                    self.flows.mark(id);
                 }
                 continue;
             };
             flow.why = Some("policy");
-            let tell = sh.refused(Transport::Tcp, flow.key, reason);
+            let tell = sh.refused(Transport::Tcp, flow.entry.key, reason);
             match &mut flow.phase {
                 Phase::Connecting { syn } => {
                     if tell && let Ok(packet) = ingress::parse_ip(syn, true) {
@@ -621,27 +582,6 @@ impl Tcp {
                 }
             }
             self.remove(sh, id, true);
-        }
-    }
-
-    /// What the flow `id` is called.
-    pub(crate) fn key(&self, id: FlowId) -> Option<FlowKey> {
-        self.flows.get(id).map(|flow| flow.key)
-    }
-
-    /// Has the end of every host socket be a reset.
-    pub(crate) fn reset_on_close(&self) {
-        for (_, flow) in self.flows.iter() {
-            if let Far::Host(host) = &flow.far {
-                host::reset_on_close(host.fd.as_fd());
-            }
-        }
-    }
-
-    /// Everything that is there.
-    pub(crate) fn each_flow(&self, each: &mut EachFlow<'_>) {
-        for (_, flow) in self.flows.iter().filter(|(_, flow)| flow.told) {
-            each(Transport::Tcp, flow.inbound, flow.key, &flow.account);
         }
     }
 
@@ -680,29 +620,27 @@ impl Tcp {
         } else {
             "refused-inside"
         };
-        sh.tell(Transport::Tcp, true, flow.key, flow.account.closed(now, why));
-        sh.tell(Transport::Tcp, true, key, FlowEventKind::Opened);
-        (flow.account.sent, flow.account.received) = Default::default();
-        let before = std::mem::replace(&mut flow.phase, Phase::Open(Box::new(socket)));
-        self.by_key.remove(&std::mem::replace(&mut flow.key, key));
+        flow.entry.tell_end(sh, now, why);
+        self.by_key.remove(&std::mem::replace(&mut flow.entry.key, key));
         self.by_key.insert(key, id);
+        flow.entry.tell_begin(sh);
+        (flow.entry.account.sent, flow.entry.account.received) = Default::default();
+        let before = std::mem::replace(&mut flow.phase, Phase::Open(Box::new(socket)));
         flow.inbound_until = Some(now + INBOUND_CONNECT);
         flow.silence = Silence::new(now);
         flow.numbers = Numbers::default();
         if let Phase::Open(socket) = before {
             self.recycle(socket.into_rings(), 0);
         }
-        self.mark(id);
+        self.flows.mark(id);
     }
 
     fn insert(&mut self, sh: &mut Shared, now: Instant, key: FlowKey, phase: Phase, far: Far) -> FlowId {
-        let id = self.flows.insert_with(|_| Flow {
-            key,
+        let flow = Flow {
+            entry: Entry::new(key, false, now),
             phase,
             far,
             mss: 536,
-            dirty: false,
-            held: [false; 2],
             numbers: Numbers::default(),
             closed: false,
             finished: false,
@@ -711,19 +649,15 @@ impl Tcp {
             peek: false,
             hello: None,
             name: None,
-            inbound: false,
-            account: Account::new(now),
-            told: false,
             why: None,
             silence: Silence::new(now),
             timer: None,
             rested: false,
             moved: 0,
             released: 0,
-        });
+        };
+        let id = self.flows.insert(sh, flow);
         self.by_key.insert(key, id);
-        sh.tcp_flows = self.flows.len();
-        sh.count_tcp();
         id
     }
 
@@ -766,16 +700,16 @@ impl Tcp {
             }
             return;
         };
-        let is_v6 = flow.key.remote.ip.is_ipv6();
+        let is_v6 = flow.entry.key.remote.ip.is_ipv6();
         flow.mss = sh.tap.widen_syn(syn, if is_v6 { 40 } else { 20 }, is_v6);
         let mut device = FlowDevice { tap: &mut sh.tap, rx: Some(syn), mss: flow.mss };
-        if socket.listen(flow.key.remote.into()).is_err() {
+        if socket.listen(flow.entry.key.remote.into()).is_err() {
             return self.remove(sh, id, true);
         }
         socket.poll_ingress(&mut self.iface, now, &mut device);
         flow.phase = Phase::Open(Box::new(socket));
         self.half_open -= 1;
-        self.mark(id);
+        self.flows.mark(id);
     }
 
     /// Tells the guest why its SYN led nowhere.
@@ -791,15 +725,6 @@ impl Tcp {
         let error = IcmpError::unreachable(packet.is_v6(), what);
         let from = sh.spec.gateway.ip_like(packet.dst);
         emit::icmp_error(&mut sh.tap, from, packet.src, error, packet.bytes);
-    }
-
-    fn mark(&mut self, id: FlowId) {
-        if let Some(flow) = self.flows.get_mut(id)
-            && !flow.dirty
-        {
-            flow.dirty = true;
-            self.dirty.push(id);
-        }
     }
 
     /// Something happened to a host socket.
@@ -828,89 +753,42 @@ impl Tcp {
             return;
         }
         host.event(events);
-        self.mark(id);
+        self.flows.mark(id);
     }
 
     /// An answer for a query that came over TCP.
     pub(crate) fn dns_answer(&mut self, id: FlowId, answer: &[u8]) {
         let Some(Flow { far: Far::Dns(dns), .. }) = self.flows.get_mut(id) else { return };
         dns.answer(answer);
-        self.mark(id);
+        self.flows.mark(id);
     }
 
     pub(crate) fn timer(&mut self, id: FlowId) {
         if let Some(flow) = self.flows.get_mut(id) {
             flow.timer = None;
             flow.rested = true;
-            self.mark(id);
-        }
-    }
-
-    /// Whether flows have data for the world, or for the guest, that may not go yet.
-    pub(crate) fn waits_for_tokens(&self) -> [bool; 2] {
-        self.held.each_ref().map(|held| !held.hungry.is_empty() || !held.served.is_empty())
-    }
-
-    /// Marks the flows whose data may go on.
-    pub(crate) fn resume(&mut self, sh: &Shared) {
-        for (way, dry) in [sh.sent.is_dry(), sh.received.is_dry()].into_iter().enumerate() {
-            let Some(held) = self.held.get_mut(way).filter(|held| !dry && held.len() > 0) else { continue };
-            let mut list = std::mem::take(&mut held.hungry);
-            list.append(&mut held.served);
-            held.sharers = list.len();
-            for id in list {
-                if let Some(flow) = self.flows.get_mut(id) {
-                    flow.held[way] = false;
-                    self.mark(id);
-                }
-            }
-        }
-    }
-
-    /// Lets a flow wait until more data may go.
-    fn hold(&mut self, id: FlowId, way: usize, served: bool) {
-        let flows = &self.flows;
-        let (Some(held), Some(flow)) = (self.held.get_mut(way), flows.get(id)) else { return };
-        if flow.held[way] {
-            return;
-        }
-        if held.len() > 2 * MAX_TCP_FLOWS {
-            // Most of them are gone.
-            held.hungry.retain(|&id| flows.get(id).is_some());
-            held.served.retain(|&id| flows.get(id).is_some());
-        }
-        if served {
-            held.served.push(id)
-        } else {
-            held.hungry.push(id)
-        }
-        if let Some(flow) = self.flows.get_mut(id) {
-            flow.held[way] = true;
+            self.flows.mark(id);
         }
     }
 
     /// Looks after every dirty flow once; whether some still have work to do.
     pub(crate) fn run(&mut self, sh: &mut Shared, now: Instant) -> bool {
-        let list = std::mem::take(&mut self.dirty);
-        let mut rest = list.iter();
-        while !sh.tap.is_blocked()
-            && let Some(&id) = rest.next()
-        {
-            if let Some(flow) = self.flows.get_mut(id) {
-                flow.dirty = false;
-                sh.begin(At::Flow(id));
-                self.service(sh, now, id);
+        for _ in 0..self.flows.marked() {
+            // While the TAP takes no frames flows rest.
+            if sh.tap.is_blocked() {
+                return false;
             }
+            let Some(id) = self.flows.next_marked() else { break };
+            sh.begin(At::Flow(id));
+            self.service(sh, now, id);
         }
-        // While the TAP takes no frames flows rest. They come before those that were marked again meanwhile.
-        let mut list: Vec<FlowId> = rest.copied().collect();
-        list.append(&mut self.dirty);
-        self.dirty = list;
-        !self.dirty.is_empty() && !sh.tap.is_blocked()
+        self.flows.marked() > 0 && !sh.tap.is_blocked()
     }
 
     fn service(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
         let many = self.flows.len() > MANY;
+        let [sent, received] = self.flows.share(sh);
+        let share = Allowance { sent, received, wanted: [false; 2] };
         let Some(flow) = self.flows.get_mut(id) else { return };
         let Phase::Open(socket) = &mut flow.phase else { return };
         // Refused, or never answered: by a guest without an address of this family, for example.
@@ -925,11 +803,11 @@ impl Tcp {
             && let Some(hello) = first_bytes(socket, flow.numbers.has_guest_fin())
         {
             flow.peek = false;
-            let decided = sh.decide_hello(flow.key.remote, &hello);
+            let decided = sh.decide_hello(flow.entry.key.remote, &hello);
             flow.hello = Some(hello);
             if let Err(reason) = decided {
                 flow.why = Some("policy");
-                sh.refused(Transport::Tcp, flow.key, reason);
+                sh.refused(Transport::Tcp, flow.entry.key, reason);
                 let mut device = FlowDevice { tap: &mut sh.tap, rx: None, mss: flow.mss };
                 socket.abort();
                 send_segments(socket, &mut self.iface, now, &mut device);
@@ -938,11 +816,6 @@ impl Tcp {
         }
         sh.tap.said = Said::default();
         let before = flow.moved;
-        let share = Allowance {
-            sent: sh.sent.share(self.held[0].sharers),
-            received: sh.received.share(self.held[1].sharers),
-            wanted: [false; 2],
-        };
         let mut allowance = share;
         let ends;
         let mut fate = match &mut flow.far {
@@ -952,7 +825,7 @@ impl Tcp {
                     socket,
                     host,
                     &mut flow.moved,
-                    &mut flow.account,
+                    &mut flow.entry.account,
                     &mut allowance,
                     flow.closed,
                     hold,
@@ -1002,18 +875,18 @@ impl Tcp {
             sent = send_segments(socket, &mut self.iface, now, &mut device);
             flow.numbers.say(std::mem::take(&mut sh.tap.said));
             flow.silence.sent(sent);
-            flow.account.received.packets += u64::try_from(sent).unwrap_or(0);
+            flow.entry.account.received.packets += u64::try_from(sent).unwrap_or(0);
             flow.finished = socket.state() == State::TimeWait && !sh.tap.is_blocked();
             if socket.state() == State::FinWait2 && now >= flow.silence.ask_at() {
                 flow.silence.ask(now);
                 if let Some((seq, ack)) = flow.numbers.of_probe() {
-                    emit::tcp_probe(&mut sh.tap, flow.key.remote, flow.key.guest, seq, ack);
+                    emit::tcp_probe(&mut sh.tap, flow.entry.key.remote, flow.entry.key.guest, seq, ack);
                 }
             }
         }
         if sh.tap.is_blocked() {
             // The rest when the TAP takes frames again: the engine runs us then.
-            return self.mark(id);
+            return self.flows.mark(id);
         }
         match socket.state() {
             _ if fate == Fate::Broken => return self.remove(sh, id, true),
@@ -1039,17 +912,11 @@ impl Tcp {
             }
             _ => {}
         }
-        let mut again = flow.moved - before >= TURN_BUDGET || sent >= TURN_SEGMENTS;
+        let again = flow.moved - before >= TURN_BUDGET || sent >= TURN_SEGMENTS;
         let served = [share.sent > 0, share.received > 0];
-        for (way, bucket) in [&sh.sent, &sh.received].into_iter().enumerate() {
-            if allowance.wanted[way] && bucket.is_dry() {
-                self.hold(id, way, served[way]);
-            } else {
-                again |= allowance.wanted[way];
-            }
-        }
+        let again = self.flows.wait(sh, id, allowance.wanted, served) || again;
         if again {
-            return self.mark(id);
+            return self.flows.mark(id);
         }
         let Some(flow) = self.flows.get_mut(id) else { return };
         let Phase::Open(socket) = &mut flow.phase else { return };
@@ -1075,7 +942,7 @@ impl Tcp {
         let owes = awaits_guest(socket);
         if own.is_none()
             && socket.send_queue() > 0
-            && let Some(reminder) = reminder(flow.key, &flow.numbers)
+            && let Some(reminder) = reminder(flow.entry.key, &flow.numbers)
         {
             for packet in &reminder {
                 let mut device = FlowDevice { tap: &mut sh.tap, rx: Some(packet), mss: flow.mss };
@@ -1102,17 +969,13 @@ impl Tcp {
 
     /// Ends a flow; `reset`: so that the host's peer notices that something went wrong.
     fn remove(&mut self, sh: &mut Shared, id: FlowId, reset: bool) {
-        let Some(flow) = self.flows.remove(id) else { return };
-        self.by_key.remove(&flow.key);
+        let Some(mut flow) = self.flows.remove(sh, id) else { return };
+        self.by_key.remove(&flow.entry.key);
         if let Some(at) = flow.timer {
             sh.timers.cancel(at, TimerKey::Tcp(id));
         }
-        sh.tcp_flows = self.flows.len();
-        sh.count_tcp();
-        if flow.told {
-            let why = flow.why.unwrap_or(if reset { "failed" } else { "finished" });
-            sh.tell(Transport::Tcp, flow.inbound, flow.key, flow.account.closed(sh.now, why));
-        }
+        let why = flow.why.unwrap_or(if reset { "failed" } else { "finished" });
+        flow.entry.tell_end(sh, sh.now, why);
         match flow.phase {
             Phase::Connecting { .. } => self.half_open -= 1,
             Phase::Open(socket) => {
@@ -1124,7 +987,6 @@ impl Tcp {
             Far::Host(_) => {}
             Far::Dns(_) => self.dns_flows -= 1,
         }
-        sh.descriptor_freed = true;
     }
 }
 
@@ -1179,7 +1041,7 @@ fn reminder(key: FlowKey, numbers: &Numbers) -> Option<[Vec<u8>; 5]> {
     Some([1, 0, 0, 0, 0].map(say))
 }
 
-fn is_connecting(flows: &Slab<Flow>, id: FlowId) -> bool {
+fn is_connecting(flows: &Flows<Flow>, id: FlowId) -> bool {
     flows.get(id).is_some_and(|flow| matches!(flow.phase, Phase::Connecting { .. }))
 }
 

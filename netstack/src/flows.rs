@@ -1,0 +1,244 @@
+//! A table of TCP flows, with what is asked of both kinds and whose turn it is: `tcp.rs` has one of those that cross the
+//! TAP, `join.rs` one of those that do not.
+//!
+//! Flows are looked after when something has happened to them ([`Flows::mark`]), once per turn of the engine. Those with
+//! data that may not go yet ([`crate::rate`]) are held until their bucket has something again, and share it then.
+
+use std::collections::VecDeque;
+use std::ops::{Deref, DerefMut};
+use std::os::fd::BorrowedFd;
+
+use smoltcp::time::Instant;
+
+use crate::config::MAX_TCP_FLOWS;
+use crate::flow::{FlowId, FlowKey, Slab};
+use crate::flowlog::{Account, EachFlow, FlowEventKind};
+use crate::host;
+use crate::policy::Transport;
+use crate::shared::Shared;
+
+/// What every flow has.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    pub(crate) key: FlowKey,
+    /// It came from outside.
+    pub(crate) inbound: bool,
+    pub(crate) account: Account,
+    /// Its beginning was told, so its end will be.
+    told: bool,
+    /// In the list of those that something happened to.
+    dirty: bool,
+    /// In the lists of those that wait until more may go.
+    held: [bool; 2],
+}
+
+impl Entry {
+    pub(crate) fn new(key: FlowKey, inbound: bool, now: Instant) -> Self {
+        Self { key, inbound, account: Account::new(now), told: false, dirty: false, held: [false; 2] }
+    }
+
+    /// Tells that the flow begins, by its present name, unless that was told.
+    pub(crate) fn tell_begin(&mut self, sh: &Shared) {
+        if !std::mem::replace(&mut self.told, true) {
+            sh.tell(Transport::Tcp, self.inbound, self.key, FlowEventKind::Opened);
+        }
+    }
+
+    /// Tells that the flow ends, if its beginning was told. By another name it may begin again.
+    pub(crate) fn tell_end(&mut self, sh: &Shared, now: Instant, why: &'static str) {
+        if std::mem::take(&mut self.told) {
+            sh.tell(Transport::Tcp, self.inbound, self.key, self.account.closed(now, why));
+        }
+    }
+}
+
+/// A TCP flow, whichever way it goes.
+pub(crate) trait TcpFlow {
+    fn entry(&self) -> &Entry;
+    fn entry_mut(&mut self) -> &mut Entry;
+    /// Its stream sockets.
+    fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>>;
+    /// Whether data from the guest, to its end, has not been passed on. The end may still have to come.
+    fn owes(&self) -> bool;
+    /// Whether it is known that one side has said something that the other was not given.
+    fn holds_data(&self) -> bool;
+    /// Bytes from the guest that have been passed on.
+    fn passed_on(&self) -> u64;
+}
+
+/// Flows that wait until more data may go one way.
+#[derive(Debug, Default)]
+struct Held {
+    /// The last time it was not for them: they come first.
+    hungry: Vec<FlowId>,
+    served: Vec<FlowId>,
+    /// How many came back the last time, who share what there is.
+    sharers: usize,
+}
+
+impl Held {
+    fn len(&self) -> usize {
+        self.hungry.len() + self.served.len()
+    }
+}
+
+/// The table. Ways are in this order: from the guest, and to it.
+#[derive(Debug)]
+pub(crate) struct Flows<F> {
+    slab: Slab<F>,
+    /// Those that something has happened to; some are gone by now.
+    dirty: VecDeque<FlowId>,
+    held: [Held; 2],
+}
+
+impl<F> Default for Flows<F> {
+    fn default() -> Self {
+        Self { slab: Slab::default(), dirty: VecDeque::new(), held: Default::default() }
+    }
+}
+
+impl<F> Deref for Flows<F> {
+    type Target = Slab<F>;
+
+    fn deref(&self) -> &Slab<F> {
+        &self.slab
+    }
+}
+
+impl<F> DerefMut for Flows<F> {
+    fn deref_mut(&mut self) -> &mut Slab<F> {
+        &mut self.slab
+    }
+}
+
+impl<F: TcpFlow> Flows<F> {
+    pub(crate) fn insert(&mut self, sh: &mut Shared, flow: F) -> FlowId {
+        sh.set_tcp_flows(sh.tcp_flows + 1);
+        self.slab.insert_with(|_| flow)
+    }
+
+    pub(crate) fn remove(&mut self, sh: &mut Shared, id: FlowId) -> Option<F> {
+        let flow = self.slab.remove(id)?;
+        sh.set_tcp_flows(sh.tcp_flows - 1);
+        sh.descriptor_freed = true;
+        Some(flow)
+    }
+
+    /// Something has happened to a flow.
+    pub(crate) fn mark(&mut self, id: FlowId) {
+        if let Some(flow) = self.slab.get_mut(id)
+            && !std::mem::replace(&mut flow.entry_mut().dirty, true)
+        {
+            self.dirty.push_back(id);
+        }
+    }
+
+    /// How many have work to do.
+    pub(crate) fn marked(&self) -> usize {
+        self.dirty.len()
+    }
+
+    /// The next of them, which is to be looked after now: what happens from here on marks it again, behind the others.
+    pub(crate) fn next_marked(&mut self) -> Option<FlowId> {
+        loop {
+            let id = self.dirty.pop_front()?;
+            if let Some(flow) = self.slab.get_mut(id) {
+                flow.entry_mut().dirty = false;
+                return Some(id);
+            }
+        }
+    }
+
+    /// What may go for one flow now, each way.
+    pub(crate) fn share(&self, sh: &Shared) -> [usize; 2] {
+        [sh.sent.share(self.held[0].sharers), sh.received.share(self.held[1].sharers)]
+    }
+
+    /// A flow had more to move than it did, the ways that are `wanted`: it waits where the bucket is dry. Whether it need
+    /// not. Who was `served` lets others go first the next time.
+    pub(crate) fn wait(&mut self, sh: &Shared, id: FlowId, wanted: [bool; 2], served: [bool; 2]) -> bool {
+        let mut again = false;
+        for (way, bucket) in [&sh.sent, &sh.received].into_iter().enumerate() {
+            if wanted[way] && bucket.is_dry() {
+                self.hold(id, way, served[way]);
+            } else {
+                again |= wanted[way];
+            }
+        }
+        again
+    }
+
+    /// Lets a flow wait until more data may go.
+    fn hold(&mut self, id: FlowId, way: usize, served: bool) {
+        let Self { slab, held, .. } = self;
+        let (Some(held), Some(flow)) = (held.get_mut(way), slab.get_mut(id)) else { return };
+        if std::mem::replace(&mut flow.entry_mut().held[way], true) {
+            return;
+        }
+        if held.len() > 2 * MAX_TCP_FLOWS {
+            // Most of them are gone.
+            held.hungry.retain(|&id| slab.get(id).is_some());
+            held.served.retain(|&id| slab.get(id).is_some());
+        }
+        if served { held.served.push(id) } else { held.hungry.push(id) }
+    }
+
+    /// Marks the flows whose data may go on.
+    pub(crate) fn resume(&mut self, sh: &Shared) {
+        for (way, dry) in [sh.sent.is_dry(), sh.received.is_dry()].into_iter().enumerate() {
+            let Some(held) = self.held.get_mut(way).filter(|held| !dry && held.len() > 0) else { continue };
+            let mut list = std::mem::take(&mut held.hungry);
+            list.append(&mut held.served);
+            held.sharers = list.len();
+            for id in list {
+                if let Some(flow) = self.slab.get_mut(id) {
+                    flow.entry_mut().held[way] = false;
+                    self.mark(id);
+                }
+            }
+        }
+    }
+
+    /// Whether some wait until more data may go, each way.
+    pub(crate) fn wait_for_tokens(&self) -> [bool; 2] {
+        self.held.each_ref().map(|held| held.len() > 0)
+    }
+
+    /// What the flow `id` is called.
+    pub(crate) fn key(&self, id: FlowId) -> Option<FlowKey> {
+        self.slab.get(id).map(|flow| flow.entry().key)
+    }
+
+    /// Everything that has been told of.
+    pub(crate) fn each(&self, each: &mut EachFlow<'_>) {
+        for entry in self.slab.iter().map(|(_, flow)| flow.entry()).filter(|entry| entry.told) {
+            each(Transport::Tcp, entry.inbound, entry.key, &entry.account);
+        }
+    }
+
+    /// Whether there are connections whose data from the guest, to its end, has not been passed on.
+    pub(crate) fn are_owed(&self) -> bool {
+        self.slab.iter().any(|(_, flow)| flow.owes())
+    }
+
+    /// Bytes from the guest that have been passed on for the flows that there are.
+    pub(crate) fn passed_on(&self) -> u64 {
+        self.slab.iter().map(|(_, flow)| flow.passed_on()).sum()
+    }
+
+    /// Has the end of a flow's sockets be a reset if somebody said more than was passed on, or may have: the guest is
+    /// `gone`, and its end has not been passed on. Of how many flows it is.
+    pub(crate) fn reset_if_owed(&mut self, gone: bool) -> usize {
+        let cut = self.slab.values_mut().filter(|flow| gone && flow.owes() || flow.holds_data());
+        cut.map(|flow| {
+            flow.sockets().for_each(host::reset_on_close);
+            flow.entry_mut().account.cut = true;
+        })
+        .count()
+    }
+
+    /// Has the end of every socket be a reset.
+    pub(crate) fn reset_on_close(&self) {
+        self.slab.iter().flat_map(|(_, flow)| flow.sockets()).for_each(host::reset_on_close);
+    }
+}
