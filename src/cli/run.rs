@@ -17,7 +17,7 @@ use crate::error::{errno_of, errno_text};
 use crate::host::{HostFacts, hints, layers};
 use crate::launch::{self, LaunchError};
 use crate::plan::{self, BoxPlace, NetPlan, Plan, UpperPlan};
-use crate::report::{NetworkLog, NetworkRecords, PublishedPort, RunReport, open_capture};
+use crate::report::{NetworkRecords, PublishedPort, RunReport};
 use crate::sandbox::{BoxRecord, BoxState, ExternalUpper, LockedBox, StateError, StateRoot, external_upper};
 use crate::spec::{
     self, LayerSpec, LoopbackSpec, NetMode, PublishSpec, RootSpec, SandboxSpec, SpecError, TimeSpec,
@@ -105,22 +105,8 @@ fn open_network_records(args: &RunArgs, spec: &ValidSpec) -> Result<NetworkRecor
     };
     wanted("network-log", &args.network_log)?;
     wanted("network-capture", &args.network_capture)?;
-    let failed = |what: &str, path: &Path, source: &std::io::Error| {
-        Failure::text(format!("cannot write the {what} {}", path.display()))
-            .cause(
-                source.raw_os_error().map_or_else(|| source.to_string(), |n| errno_text(Errno::from_raw(n))),
-            )
-            .code(RUN_FAILED)
-    };
-    let mut records = NetworkRecords::default();
-    if let Some(path) = &args.network_log {
-        records.log = Some(NetworkLog::open(path).map_err(|source| failed("network log", path, &source))?);
-    }
-    if let Some(path) = &args.network_capture {
-        records.capture =
-            Some(open_capture(path).map_err(|source| failed("network capture", path, &source))?);
-    }
-    Ok(records)
+    NetworkRecords::open(args.network_log.as_deref(), args.network_capture.as_deref())
+        .map_err(|error| Failure::new(&error).code(RUN_FAILED))
 }
 
 fn run_spec(args: &RunArgs) -> Result<Option<Done>, Failure> {

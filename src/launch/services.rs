@@ -14,7 +14,7 @@ use super::LaunchError;
 use crate::control::network::Network;
 use crate::control::{Apart, ControlSocket, Served};
 use crate::plan::{NetPlan, Plan, StackPlan};
-use crate::report::{NetworkLog, NetworkRecords, PublishedPort, finish_capture, start_capture};
+use crate::report::{MadeFile, NetworkLog, NetworkRecords, PublishedPort, finish_capture, start_capture};
 
 /// Threads that serve the overlay. At least two, because a request that waits for the disk must not
 /// hold up the others; each costs start-up time, and more than four serve no faster.
@@ -31,6 +31,8 @@ pub(crate) struct Services {
     maker: Option<SocketMaker>,
     stack: Option<Stack>,
     capture_file: Option<File>,
+    /// Removed again if the network does not start.
+    made_files: Vec<MadeFile>,
     capture: Option<Capture>,
     published: Vec<PublishedPort>,
     control: Option<ControlSocket>,
@@ -49,6 +51,7 @@ impl Services {
         let mut network = None;
         let mut maker = None;
         let mut capture_file = None;
+        let mut made_files = Vec::new();
         let mut published = Vec::new();
         let mut control = None;
         if let NetPlan::Stack(stack) = &plan.net {
@@ -68,6 +71,7 @@ impl Services {
                 tracing::debug!(host = %port.host, inside = port.inside_port, udp = port.udp, "published");
             }
             capture_file = records.capture;
+            made_files = records.made;
             let flow_log = records.log.map(NetworkLog::flow_log);
             let what = "the socket pair to init";
             let (inside, theirs) = netstack::inside_sockets()
@@ -83,6 +87,7 @@ impl Services {
             maker,
             stack: None,
             capture_file,
+            made_files,
             capture: None,
             published,
             control,
@@ -123,6 +128,7 @@ impl Services {
                 self.controlled = Some(served);
             }
             self.stack = Some(stack);
+            self.made_files.drain(..).for_each(MadeFile::keep);
         }
         Ok(())
     }

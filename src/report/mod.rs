@@ -2,11 +2,12 @@
 
 mod network;
 
-pub use network::{NetworkLog, NetworkRecords, finish_capture, open_capture, start_capture};
+pub use network::{NetworkLog, NetworkRecords, RecordError, finish_capture, start_capture};
 
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::net::SocketAddr;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::time::Duration;
 
@@ -83,6 +84,49 @@ fn names_an_open_file(path: &Path) -> bool {
             is_number(fd) && (matches!(*process, "self" | "thread-self") || is_number(process))
         }
         _ => false,
+    }
+}
+
+/// A file that was made for something that is about to start. If it does not, and nothing has been written, the file is
+/// removed when this is dropped.
+#[derive(Debug)]
+pub struct MadeFile {
+    /// Where it is, whatever the working directory and the root are by then.
+    dir: File,
+    name: OsString,
+    dev: u64,
+    inode: u64,
+}
+
+impl MadeFile {
+    /// `file` has just been made at `path`. `None` if that cannot be looked at: then it stays.
+    fn new(file: &File, path: &Path) -> Option<Self> {
+        let name = path.file_name()?.to_owned();
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let dir =
+            OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(dir).ok()?;
+        let there = file.metadata().ok()?;
+        Some(Self { dir, name, dev: there.dev(), inode: there.ino() })
+    }
+
+    /// It stays.
+    pub fn keep(mut self) {
+        self.name.clear();
+    }
+}
+
+impl Drop for MadeFile {
+    fn drop(&mut self) {
+        use rustix::fs::{AtFlags, statat, unlinkat};
+        if self.name.is_empty() {
+            return;
+        }
+        // Somebody may have put another file there, or written to this one.
+        let is_ours = statat(&self.dir, &self.name, AtFlags::SYMLINK_NOFOLLOW)
+            .is_ok_and(|there| (there.st_dev, there.st_ino, there.st_size) == (self.dev, self.inode, 0));
+        if is_ours {
+            unlinkat(&self.dir, &self.name, AtFlags::empty()).ok();
+        }
     }
 }
 

@@ -8,7 +8,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -16,7 +16,7 @@ use netstack::{Capture, FlowEvent, FlowEventKind, FlowLog};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use serde::Serialize;
 
-use super::open_unlinked;
+use super::{MadeFile, open_unlinked};
 
 /// No log is made longer than this, whatever was in it before: some four million lines.
 const LOG_LIMIT: u64 = 1 << 30;
@@ -77,23 +77,56 @@ pub struct NetworkRecords {
     pub log: Option<NetworkLog>,
     /// Packets, as pcapng.
     pub capture: Option<File>,
+    /// Those of them that were not there before: to be kept once the network has started.
+    pub made: Vec<MadeFile>,
 }
 
-/// Opens the file of a capture. What is in it stays until [`start_capture`], as what it is opened for may fail.
-///
-/// # Errors
-///
-/// As open(2); ENXIO for a fifo that nobody reads, ELOOP for a link; a terminal.
-pub fn open_capture(path: &Path) -> io::Result<File> {
-    let mut options = OpenOptions::new();
+/// A file that cannot be one of them.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write the {what} {}", path.display())]
+pub struct RecordError {
+    what: &'static str,
+    path: PathBuf,
+    source: io::Error,
+}
+
+impl NetworkRecords {
+    /// Opens or makes the files. What is in that of the log stays; what is in that of the capture stays until
+    /// [`start_capture`], as what it is opened for may fail.
+    ///
+    /// # Errors
+    ///
+    /// As open(2); ENXIO for a fifo that nobody reads, ELOOP for a link; a log without room for a line; a terminal for a
+    /// capture.
+    pub fn open(log: Option<&Path>, capture: Option<&Path>) -> Result<Self, RecordError> {
+        let failed = |what, path: &Path| {
+            let path = path.to_owned();
+            move |source| RecordError { what, path, source }
+        };
+        let mut records = Self::default();
+        if let Some(path) = log {
+            let (log, made) = NetworkLog::open(path).map_err(failed("network log", path))?;
+            records.log = Some(log);
+            records.made.extend(made);
+        }
+        if let Some(path) = capture {
+            let (capture, made) = open_capture(path).map_err(failed("network capture", path))?;
+            records.capture = Some(capture);
+            records.made.extend(made);
+        }
+        Ok(records)
+    }
+}
+
+fn open_capture(path: &Path) -> io::Result<(File, Option<MadeFile>)> {
     // A fifo without a reader must not hold the run up; with one, it is the capture's own thread that waits.
-    let file = open(options.write(true).create(true), path)?;
+    let (file, made) = open(OpenOptions::new().write(true), path)?;
     if rustix::termios::isatty(&file) {
         return Err(io::Error::other("it is a terminal, and packets are not text"));
     }
     let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?) - OFlag::O_NONBLOCK;
     fcntl(&file, FcntlArg::F_SETFL(flags))?;
-    Ok(file)
+    Ok((file, made))
 }
 
 /// Begins a capture, for a stack that is about to start. What was in the file goes.
@@ -117,10 +150,20 @@ pub fn finish_capture(capture: &Capture) {
     }
 }
 
-/// Opens a file of the caller's, who alone may read it if it is made. Nothing is waited for.
-fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+/// Opens a file of the caller's, or makes it, and then the caller alone may read it. Nothing is waited for.
+fn open(options: &mut OpenOptions, path: &Path) -> io::Result<(File, Option<MadeFile>)> {
     options.mode(0o600);
-    open_unlinked(options, libc::O_NONBLOCK, path)
+    // It may be there, or be what is not made like this.
+    match open_unlinked(options.create_new(true), libc::O_NONBLOCK, path) {
+        Ok(file) => {
+            let made = MadeFile::new(&file, path);
+            Ok((file, made))
+        }
+        Err(_) => {
+            let options = options.create_new(false).create(true);
+            Ok((open_unlinked(options, libc::O_NONBLOCK, path)?, None))
+        }
+    }
 }
 
 /// Where lines go.
@@ -145,19 +188,14 @@ struct Sink {
 pub struct NetworkLog(Sink);
 
 impl NetworkLog {
-    /// Opens or makes the file; what is in it stays.
-    ///
-    /// # Errors
-    ///
-    /// As open(2); ENXIO for a fifo that nobody reads, ELOOP for a link; a file without room for a line.
-    pub fn open(path: &Path) -> io::Result<Self> {
-        let file = open(OpenOptions::new().append(true).create(true), path)?;
+    fn open(path: &Path) -> io::Result<(Self, Option<MadeFile>)> {
+        let (file, made) = open(OpenOptions::new().append(true), path)?;
         let there = file.metadata()?;
         if there.is_file() && there.len() + LAST_LINE >= LOG_LIMIT {
             return Err(io::Error::other("it has reached 1 GiB, which is the most: move it away"));
         }
         let is_file = there.is_file();
-        Ok(Self(Sink { file, is_file, lost: 0, full: false, rest: Vec::new(), broken: false }))
+        Ok((Self(Sink { file, is_file, lost: 0, full: false, rest: Vec::new(), broken: false }), made))
     }
 
     /// What the stack tells of flows, as lines.
@@ -349,6 +387,32 @@ mod tests {
     }
 
     #[test]
+    fn what_was_made_and_not_used_is_removed_again() {
+        let (log, capture) = (Place::new("made-log"), Place::new("made-capture"));
+        let open = || NetworkRecords::open(Some(&log.0), Some(&capture.0)).unwrap();
+        let are_there = || (log.0.exists(), capture.0.exists());
+        let records = open();
+        assert_eq!(are_there(), (true, true));
+        drop(records);
+        assert_eq!(are_there(), (false, false));
+        open().made.into_iter().for_each(MadeFile::keep);
+        assert_eq!(are_there(), (true, true));
+        assert!(open().made.is_empty(), "they were there");
+        assert_eq!(are_there(), (true, true));
+        // What has been written, or put there by somebody else, is not ours to remove.
+        std::fs::remove_file(&log.0).unwrap();
+        std::fs::remove_file(&capture.0).unwrap();
+        let records = open();
+        std::fs::write(&log.0, "x").unwrap();
+        std::fs::remove_file(&capture.0).unwrap();
+        // Its inode stays taken, as the file is open.
+        File::create(&capture.0).unwrap();
+        drop(records);
+        assert_eq!(are_there(), (true, true));
+        assert!(NetworkRecords::open(Some(Path::new("/dev/null")), None).unwrap().made.is_empty());
+    }
+
+    #[test]
     fn a_capture_is_nothing_for_a_terminal() {
         let pty =
             rustix::pty::openpt(rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY).unwrap();
@@ -363,7 +427,7 @@ mod tests {
     fn a_log_has_an_end_and_says_so() {
         let place = Place::new("full");
         let other = File::create(&place.0).unwrap();
-        let NetworkLog(mut sink) = NetworkLog::open(&place.0).unwrap();
+        let (NetworkLog(mut sink), _made) = NetworkLog::open(&place.0).unwrap();
         let line = "x".repeat(100);
         other.set_len(LOG_LIMIT - LAST_LINE - 103).unwrap();
         sink.put(&line, LAST_LINE).unwrap();
@@ -408,14 +472,14 @@ mod tests {
     #[test]
     fn half_a_line_is_taken_back() {
         let place = Place::new("half");
-        let NetworkLog(mut sink) = NetworkLog::open(&place.0).unwrap();
+        let (NetworkLog(mut sink), _made) = NetworkLog::open(&place.0).unwrap();
         sink.put(&1, 0).unwrap();
         sink.file.write_all(b"ha").unwrap();
         sink.take_back(2);
         assert_eq!((place.read().as_str(), sink.broken), ("1\n", false));
         // Unless another run has written behind it.
         sink.file.write_all(b"ha").unwrap();
-        let NetworkLog(mut other) = NetworkLog::open(&place.0).unwrap();
+        let (NetworkLog(mut other), _made) = NetworkLog::open(&place.0).unwrap();
         other.put(&2, 0).unwrap();
         sink.take_back(2);
         sink.put(&3, 0).unwrap();

@@ -298,9 +298,9 @@ fn what_fails_leaves_nothing_behind() {
     let home = Home::new();
     let script = r#"
 import itertools
-def tried(*options, of=str(target.pid), tap="tap0"):
+def tried(*options, of=str(target.pid), tap="tap0", capture="kept"):
     ready, w = os.pipe()
-    command = [S, "-c", "-r", str(w), "-a", "made", "--network-capture=kept", *options, of, tap]
+    command = [S, "-c", "-r", str(w), "-a", "made", "--network-capture=" + capture, *options, of, tap]
     status = subprocess.run(command, pass_fds=(w,), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
     os.close(w)
     told = os.read(ready, 10)
@@ -314,6 +314,9 @@ for options in ("--mtu=99999", "--cidr=10.0.2.0", "--macaddress=1:2:3", "--outbo
                 "--netns-type=path", "--exit-fd=77", "--exit-fd=1", "--userns-path=/etc/passwd", "--userns-path=/no/such", "--network-rate=fast", "--network-log=/no/such/log", "--no-such-option"):
     tried(options)
 tried(of="x"), tried(of="0"), tried(of=str(os.getpid())), tried(tap="lo"), tried(tap="a/b")
+for options in ({"of": str(os.getpid())}, {"tap": "lo"}):
+    tried("--network-log=new", capture="other", **options)
+tried("--network-log=new", capture="/no/such/capture")
 net = Net("-c", "-a", "made", "--network-capture=kept")
 print(net.end(), inside("ip -o link | wc -l"), os.path.lexists("made"), b"old" in open("kept", "rb").read())"#;
     python(&home, script).ok().prints("0 1 False False");

@@ -732,6 +732,29 @@ fn a_network_log_that_cannot_be_is_refused_before_anything_happens() {
 }
 
 #[test]
+fn records_of_a_run_that_does_not_begin_are_not_left_behind() {
+    let home = Home::new();
+    let (log, capture) = (home.path("log"), home.path("capture"));
+    let options = [
+        format!("--network-log={}", log.display()),
+        format!("--network-capture={}", capture.display()),
+        "--rootfs=/no/such/root".into(),
+    ];
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let are_there = || (log.exists(), capture.exists());
+    home.run(&options, ["true"]).run().exits(125).says("/no/such/root");
+    assert_eq!(are_there(), (false, false));
+    // The port is found taken when all else is ready.
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = format!("-p=127.0.0.1:{}:1", taken.local_addr().unwrap().port());
+    home.run([options[0], options[1], &port], ["true"]).run().exits(125).says("EADDRINUSE");
+    assert_eq!(are_there(), (false, false));
+    // One that begins leaves them, whatever there was to write, and whatever came of the command.
+    home.run(&options[..2], ["/no/such/command"]).run().exits(127);
+    assert_eq!(are_there(), (true, true));
+}
+
+#[test]
 fn rules_that_make_no_sense_are_refused_before_anything_happens() {
     let home = Home::new();
     for (option, part) in [

@@ -27,7 +27,7 @@ use crate::control::network::Network;
 use crate::control::{Apart, ControlSocket};
 use crate::error::errno_text;
 use crate::log;
-use crate::report::{NetworkLog, NetworkRecords, open_capture, start_capture};
+use crate::report::{MadeFile, NetworkLog, NetworkRecords, start_capture};
 use crate::spec::slirp::{
     self as spec, Addresses, DEFAULT_CIDR, DEFAULT_MTU, GATEWAY_MAC, GATEWAY_V6, OptionError, Outbound,
     PREFIX_V6, RESOLVER_V6, Target,
@@ -139,23 +139,6 @@ fn rates(texts: &[String]) -> Result<netstack::Rates, Failure> {
     Ok(netstack::Rates { sent, received })
 }
 
-/// Opens the files that tell of the network.
-fn open_records(args: &NetstackArgs) -> Result<NetworkRecords, Failure> {
-    let failed = |what: &str, path: &Path, error: &std::io::Error| {
-        let cause = crate::error::errno_of(error).map_or_else(|| error.to_string(), errno_text);
-        Failure::text(format!("cannot write the {what} {}", path.display())).cause(cause)
-    };
-    let log = args
-        .network_log
-        .as_deref()
-        .map(|path| NetworkLog::open(path).map_err(|error| failed("network log", path, &error)));
-    let capture = args
-        .network_capture
-        .as_deref()
-        .map(|path| open_capture(path).map_err(|error| failed("network capture", path, &error)));
-    Ok(NetworkRecords { log: log.transpose()?, capture: capture.transpose()? })
-}
-
 /// The address that is meant, which must be one of the host's.
 fn resolve_outbound(from: &Outbound, ipv6: bool) -> Result<IpAddr, Failure> {
     let ip = match from {
@@ -203,7 +186,8 @@ pub(super) fn netstack(args: &NetstackArgs, inherited: Inherited) -> Result<u8, 
     }
     let addresses = wanted.addresses;
     let api = args.api_socket.as_deref().map(|path| Api::bind(path, addresses.guest)).transpose()?;
-    let records = open_records(args)?;
+    let records = NetworkRecords::open(args.network_log.as_deref(), args.network_capture.as_deref())
+        .map_err(|error| Failure::new(&error))?;
     let control = args.network_control.as_deref().map(bind_control).transpose()?;
     let configure = args.configure.then(|| Configure {
         mac: wanted.mac.unwrap_or_else(random_mac),
@@ -214,6 +198,8 @@ pub(super) fn netstack(args: &NetstackArgs, inherited: Inherited) -> Result<u8, 
         ipv6: args.enable_ipv6,
     });
     let (tap, mac) = join::make_tap(&wanted.target, &wanted.tap, configure)?;
+    // What can still fail is no matter of the target, and happens where a file cannot be removed, perhaps.
+    records.made.into_iter().for_each(MadeFile::keep);
     if args.enable_sandbox {
         confine::enter_sandbox()?;
     }
