@@ -3,7 +3,6 @@
 use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::fs::OpenOptions;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -41,7 +40,7 @@ pub fn init(level: Option<&str>, file: Option<&Path>) -> Result<(), LogError> {
     let text = level.or(from_env.as_deref());
     let file = file
         .map(|path| {
-            crate::report::open_unlinked(OpenOptions::new().create(true).append(true).mode(0o600), 0, path)
+            crate::report::open_unlinked(OpenOptions::new().create(true).append(true), 0, path)
                 .map_err(|source| LogError::Open { path: path.to_owned(), source })
         })
         .transpose()?;

@@ -64,12 +64,13 @@ impl Outcome {
     }
 }
 
-/// Opens a file of the caller's that something is written to. A link there may be what an earlier payload has left in a
+/// Opens a file of the caller's that something is written to; if it is made, the caller alone may read it: it has names and
+/// addresses that a payload has dealt with. A link there may be what an earlier payload has left in a
 /// directory that it could write, so it is not followed (ELOOP), but for the kernel's own to open files (`/dev/stderr`).
 /// `flags` are for open(2).
 pub(crate) fn open_unlinked(options: &mut OpenOptions, flags: i32, path: &Path) -> std::io::Result<File> {
     let links = if names_an_open_file(path) { 0 } else { libc::O_NOFOLLOW };
-    options.custom_flags(flags | libc::O_NOCTTY | links).open(path)
+    options.mode(0o600).custom_flags(flags | libc::O_NOCTTY | links).open(path)
 }
 
 /// A path whose link at the end nobody else can have made. Elsewhere below `/dev` and `/proc` others can write: in

@@ -7,7 +7,6 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek as _, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -150,9 +149,8 @@ pub fn finish_capture(capture: &Capture) {
     }
 }
 
-/// Opens a file of the caller's, or makes it, and then the caller alone may read it. Nothing is waited for.
+/// Opens or makes a file of the caller's. Nothing is waited for.
 fn open(options: &mut OpenOptions, path: &Path) -> io::Result<(File, Option<MadeFile>)> {
-    options.mode(0o600);
     // It may be there, or be what is not made like this.
     match open_unlinked(options.create_new(true), libc::O_NONBLOCK, path) {
         Ok(file) => {

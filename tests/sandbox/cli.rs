@@ -341,6 +341,28 @@ fn nothing_is_written_through_a_link_that_a_payload_may_have_left() {
 }
 
 #[test]
+fn what_is_made_to_be_written_to_is_the_callers_alone_and_what_is_there_stays_as_it_is() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let home = Home::new();
+    let names = ["report", "log", "network-log", "network-capture"];
+    let run = || {
+        home.rootlet(["--log-level=info", "--log-file=log", "run", "--rm", "--report=report"])
+            .args(["--network-log=network-log", "--network-capture=network-capture", "--", "true"])
+            .run()
+            .ok();
+    };
+    let mode = |name: &&str| home.path("work").join(name).metadata().unwrap().permissions().mode() & 0o7777;
+    run();
+    assert_eq!(names.each_ref().map(mode), [0o600; 4]);
+    for name in names {
+        let path = home.path("work").join(name);
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o640)).unwrap();
+    }
+    run();
+    assert_eq!(names.each_ref().map(mode), [0o640; 4]);
+}
+
+#[test]
 fn the_report_has_the_notes_of_the_plan() {
     let home = Home::new();
     let report = home.path("work/report.json");
