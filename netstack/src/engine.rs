@@ -833,11 +833,18 @@ impl Engine {
         self.tcp.dns_bytes()
     }
 
+    pub(crate) fn half_open(&self) -> usize {
+        self.sh.half_open
+    }
+
     /// Every table within its bound, and agreeing with the others.
     pub(crate) fn check_bounds(&self) {
+        use crate::config::MAX_HALF_OPEN;
         self.tcp.check_bounds();
         self.join.check_bounds();
         assert_eq!(self.sh.tcp_flows, self.tcp.flows.len() + self.join.flows.len());
+        assert_eq!(self.sh.half_open, self.tcp.half_open() + self.join.half_open());
+        assert!(self.sh.half_open <= MAX_HALF_OPEN && self.join.half_open() <= MAX_HALF_OPEN / 2);
         self.udp.check_bounds();
         self.icmp.check_bounds();
         self.dns.check_bounds();

@@ -242,3 +242,57 @@ impl<F: TcpFlow> Flows<F> {
         self.slab.iter().flat_map(|(_, flow)| flow.sockets()).for_each(host::reset_on_close);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flow::Endpoint;
+
+    struct Plain(Entry);
+
+    impl TcpFlow for Plain {
+        fn entry(&self) -> &Entry {
+            &self.0
+        }
+
+        fn entry_mut(&mut self) -> &mut Entry {
+            &mut self.0
+        }
+
+        fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+            std::iter::empty()
+        }
+
+        fn owes(&self) -> bool {
+            false
+        }
+
+        fn holds_data(&self) -> bool {
+            false
+        }
+
+        fn passed_on(&self) -> u64 {
+            self.0.account.sent.bytes
+        }
+    }
+
+    #[test]
+    fn a_flow_has_one_turn_however_often_it_is_marked_and_the_next_behind_the_others() {
+        let mut flows = Flows::<Plain>::default();
+        let end = Endpoint::new([192, 0, 2, 1].into(), 80);
+        let key = FlowKey { guest: end, remote: end };
+        let ids = [(); 4].map(|()| flows.slab.insert_with(|_| Plain(Entry::new(key, false, Instant::ZERO))));
+        let [first, gone, second, quiet] = ids;
+        for id in [first, gone, first, second, gone] {
+            flows.mark(id);
+        }
+        flows.slab.remove(gone);
+        assert_eq!((flows.marked(), flows.next_marked()), (3, Some(first)));
+        flows.mark(first);
+        flows.mark(gone);
+        assert_eq!([flows.next_marked(), flows.next_marked()], [Some(second), Some(first)]);
+        assert_eq!((flows.next_marked(), flows.marked()), (None, 0));
+        flows.mark(quiet);
+        assert_eq!(flows.next_marked(), Some(quiet));
+    }
+}

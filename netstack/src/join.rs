@@ -38,9 +38,7 @@ use nix::sys::socket::{MsgFlags, Shutdown, SockaddrStorage, getsockname};
 use smoltcp::time::Instant;
 
 use crate::calls::{connect, pipe2, recv, send, shutdown, splice};
-use crate::config::{
-    HALF_OPEN_SPARE, INBOUND_CONNECT, INSIDE_SOCKET, JOIN_PIPE, MAX_HALF_OPEN, MAX_PIPES, MAX_TCP_FLOWS,
-};
+use crate::config::{HALF_OPEN_SPARE, INBOUND_CONNECT, INSIDE_SOCKET, JOIN_PIPE, MAX_PIPES, MAX_TCP_FLOWS};
 use crate::defect::At;
 use crate::flow::{Endpoint, FlowId, FlowKey, TimerKey};
 use crate::flowlog::Traffic;
@@ -249,8 +247,9 @@ impl Join {
         if self.inside.is_none() {
             return Err(fd);
         }
-        // Each has two descriptors.
-        let crowded = self.deadlines.len() >= MAX_HALF_OPEN.min(sh.budget.limit / 4);
+        // Half of them at most: each has two descriptors, and the guest's own are not kept out.
+        let most = sh.most_half_open();
+        let crowded = sh.half_open >= most || self.half_open() >= most / 2;
         if crowded && !self.spare(sh) {
             return Err(fd);
         }
@@ -275,8 +274,14 @@ impl Join {
         {
             return Err(flow.near.fd);
         }
+        sh.half_open += 1;
         self.want(sh, now, id);
         Ok(())
+    }
+
+    /// Flows that the server inside has not answered yet.
+    pub(crate) fn half_open(&self) -> usize {
+        self.deadlines.len()
     }
 
     /// Ends a flow that the server has not answered for long enough, so that another gets its descriptors; whether there was
@@ -500,6 +505,7 @@ impl Join {
             }
             flow.phase = Phase::Open;
             self.deadlines.remove(&(flow.until, id));
+            sh.half_open -= 1;
             count(sh);
         }
         inner.event(events);
@@ -568,6 +574,9 @@ impl Join {
     fn take(&mut self, sh: &mut Shared, id: FlowId) -> Option<Joined> {
         let flow = self.flows.remove(sh, id)?;
         self.deadlines.remove(&(flow.until, id));
+        if !matches!(flow.phase, Phase::Open) {
+            sh.half_open -= 1;
+        }
         Some(flow)
     }
 

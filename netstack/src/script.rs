@@ -122,6 +122,15 @@ impl Script {
         }
     }
 
+    /// Turns until something of the host's has happened.
+    fn wait_for(&mut self, what: &str, happened: impl Fn(&Self) -> bool) {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while !happened(self) {
+            assert!(std::time::Instant::now() < deadline, "never happened: {what}");
+            self.turn(Duration::from_millis(10));
+        }
+    }
+
     fn turn(&mut self, most: Duration) {
         let now = self.now;
         assert_eq!(self.engine.turn(&mut || now, Some(most)), Turn::Goes);

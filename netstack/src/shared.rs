@@ -10,7 +10,7 @@ use std::sync::Arc;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use smoltcp::time::{Duration, Instant};
 
-use crate::config::StackSpec;
+use crate::config::{MAX_HALF_OPEN, StackSpec};
 use crate::defect::At;
 use crate::device::{self, Tap};
 use crate::dns::pins::Pins;
@@ -146,6 +146,8 @@ pub(crate) struct Shared {
     refusals: Refusals,
     /// How many TCP flows there are, whichever way they go.
     pub(crate) tcp_flows: usize,
+    /// Of these, those that the guest began, and joined ones, whose other end has not answered yet.
+    pub(crate) half_open: usize,
     /// What may still go from the guest to the world, and the other way.
     pub(crate) sent: Bucket,
     pub(crate) received: Bucket,
@@ -182,6 +184,7 @@ impl Shared {
             now,
             refusals: Refusals::new(now),
             tcp_flows: 0,
+            half_open: 0,
             sent: Bucket::new(spec.rates.sent, now),
             received: Bucket::new(spec.rates.received, now),
             at: At::Housekeeping,
@@ -213,6 +216,11 @@ impl Shared {
     pub(crate) fn set_tcp_flows(&mut self, count: usize) {
         self.tcp_flows = count;
         self.stats.tcp_flows.set(count);
+    }
+
+    /// How many TCP flows may be half-open.
+    pub(crate) fn most_half_open(&self) -> usize {
+        MAX_HALF_OPEN.min(self.budget.limit / 2)
     }
 
     /// Remembers a socket that was not read to its end.

@@ -178,7 +178,6 @@ pub(crate) struct Tcp {
     nobody: SocketSet<'static>,
     pub(crate) flows: Flows<Flow>,
     by_key: HashMap<FlowKey, FlowId>,
-    half_open: usize,
     /// Connections to the forwarder.
     dns_flows: usize,
     /// Flows that have begun to connect, oldest first; some are connected or gone by now.
@@ -217,7 +216,6 @@ impl Tcp {
             nobody: SocketSet::new(Vec::new()),
             flows: Flows::default(),
             by_key: HashMap::new(),
-            half_open: 0,
             dns_flows: 0,
             connecting: VecDeque::new(),
             arriving: VecDeque::new(),
@@ -226,18 +224,21 @@ impl Tcp {
         }
     }
 
+    /// Flows whose other end has not answered yet.
+    #[cfg(test)]
+    pub(crate) fn half_open(&self) -> usize {
+        self.flows.iter().filter(|(id, _)| is_connecting(&self.flows, *id)).count()
+    }
+
     #[cfg(test)]
     pub(crate) fn check_bounds(&self) {
-        let count =
-            |wanted: &dyn Fn(&Flow) -> bool| self.flows.iter().filter(|(_, flow)| wanted(flow)).count();
         assert!(self.flows.len() <= MAX_TCP_FLOWS && self.by_key.len() == self.flows.len());
-        assert_eq!(self.half_open, count(&|flow| matches!(flow.phase, Phase::Connecting { .. })));
-        assert_eq!(self.dns_flows, count(&|flow| matches!(flow.far, Far::Dns(_))));
-        assert!(self.half_open <= MAX_HALF_OPEN && self.dns_flows <= MAX_DNS_CONNECTIONS);
+        let dns = self.flows.iter().filter(|(_, flow)| matches!(flow.far, Far::Dns(_))).count();
+        assert!(self.dns_flows == dns && dns <= MAX_DNS_CONNECTIONS);
         assert!(self.pool.len() <= RING_POOL && self.connecting.len() <= 2 * MAX_HALF_OPEN);
         assert!(self.arriving.len() <= 2 * MAX_TCP_FLOWS);
         assert!(self.dns_bytes() <= self.dns_flows * (2 + crate::config::MAX_DNS_PIPELINE) * 65_537);
-        assert!(self.held_bytes() <= self.half_open * 256);
+        assert!(self.held_bytes() <= self.half_open() * 256);
     }
 
     /// Every host socket, by its flow, and what it is watched for.
@@ -396,7 +397,8 @@ impl Tcp {
         to: SocketAddr,
         peek: bool,
     ) {
-        if self.half_open >= MAX_HALF_OPEN.min(sh.budget.limit / 2) {
+        // Joined ones never have all of it.
+        if sh.half_open >= sh.most_half_open() {
             self.evict_half_open(sh, Duration::ZERO);
         }
         if sh.tcp_flows >= MAX_TCP_FLOWS {
@@ -422,7 +424,7 @@ impl Tcp {
         };
         let syn = held_syn(packet);
         let far = Side { writable: connected, ..Side::new(fd) };
-        self.half_open += 1;
+        sh.half_open += 1;
         let id = self.insert(sh, now, key, Phase::Connecting { syn }, Far::Host(far));
         let Some(flow) = self.flows.get_mut(id) else { return };
         let Far::Host(host) = &flow.far else { return };
@@ -497,7 +499,7 @@ impl Tcp {
             return self.refuse(sh, now, packet);
         }
         let syn = held_syn(packet);
-        self.half_open += 1;
+        sh.half_open += 1;
         self.dns_flows += 1;
         let id = self.insert(sh, now, key, Phase::Connecting { syn }, Far::Dns(Stream::default()));
         self.establish(sh, now, id);
@@ -708,7 +710,7 @@ impl Tcp {
         }
         socket.poll_ingress(&mut self.iface, now, &mut device);
         flow.phase = Phase::Open(Box::new(socket));
-        self.half_open -= 1;
+        sh.half_open -= 1;
         self.flows.mark(id);
     }
 
@@ -977,7 +979,7 @@ impl Tcp {
         let why = flow.why.unwrap_or(if reset { "failed" } else { "finished" });
         flow.entry.tell_end(sh, sh.now, why);
         match flow.phase {
-            Phase::Connecting { .. } => self.half_open -= 1,
+            Phase::Connecting { .. } => sh.half_open -= 1,
             Phase::Open(socket) => {
                 self.recycle(socket.into_rings(), flow.moved);
             }

@@ -564,10 +564,10 @@ fn answer(script: &Script, peers: &mut Vec<(Peer, bool)>, frame: &Out) {
 
 /// A client on the host's loopback and a server in what stands for the guest's namespace, with a connection of the stack's
 /// between them that does not cross the TAP.
-struct Joining {
-    script: Script,
-    maker: crate::SocketMaker,
-    inside: TcpListener,
+pub(super) struct Joining {
+    pub(super) script: Script,
+    pub(super) maker: crate::SocketMaker,
+    pub(super) inside: TcpListener,
 }
 
 /// How an exchange over such a connection ended for the client: the bytes that came back, or why not.
@@ -580,7 +580,7 @@ enum Ended {
 }
 
 impl Joining {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let (sockets, maker) = crate::inside_sockets().expect("socket pair");
         let port = Publish {
             host_ip: Some(ip("127.0.0.1")),

@@ -3,6 +3,7 @@
 //!
 //! `NETSTACK_FLOOD` says how many times as long the longest of these tests goes on, and `NETSTACK_SEED` where it begins.
 
+use super::faults::Joining;
 use super::*;
 use std::collections::VecDeque;
 
@@ -25,6 +26,52 @@ pub(super) fn in_empty_namespace(name: &str) -> bool {
         .expect("unshare of util-linux");
     assert!(status.success(), "{name} failed in its namespace");
     false
+}
+
+#[test]
+fn connections_that_nobody_answers_have_one_bound_whichever_way_they_go() {
+    let name = "script::hostile::connections_that_nobody_answers_have_one_bound_whichever_way_they_go";
+    if !in_empty_namespace(name) {
+        return;
+    }
+    let busy = Busy::new();
+    let mut joining = Joining::new();
+    let script = &mut joining.script;
+    script.engine.budget().limit = 128;
+    let mut port = 20_000;
+    let mut knock = |script: &mut Script| {
+        for _ in 0..70 {
+            let mut peer = Peer::new(false, busy.port);
+            port += 1;
+            peer.guest.1 = port;
+            peer.send(script, TcpControl::Syn, b"");
+        }
+        script.engine.check_bounds();
+    };
+    // Nobody makes sockets: of the host's connections, half of 64 wait, and the others cross the TAP.
+    let clients: Vec<TcpStream> =
+        (0..34).map(|_| TcpStream::connect(script.published[0]).expect("connect")).collect();
+    script.wait_for("the connections", |script| script.stats().tcp_flows == 34);
+    assert_eq!(script.engine.half_open(), 32);
+    script.engine.check_bounds();
+    // The guest's have the rest, and the oldest of them give way.
+    knock(script);
+    assert_eq!((script.engine.half_open(), script.stats().evicted), (64, 70 - 32));
+    // What has been answered counts no more.
+    assert!(joining.maker.answer());
+    script.wait_for("all are joined", |script| script.stats().tcp_joined == 32);
+    assert_eq!(script.engine.half_open(), 32);
+    script.engine.check_bounds();
+    drop(clients);
+    while joining.inside.accept().is_ok() {}
+    script.wait_for("all have ended", |script| script.stats().tcp_flows <= 32 + 2);
+    // Now the guest's have all, and one of the host's goes the other way.
+    knock(script);
+    assert_eq!(script.engine.half_open(), 64);
+    let _client = TcpStream::connect(script.published[0]).expect("connect");
+    script.wait_for("the connection", |script| script.stats().tcp_in == 32 + 3);
+    assert_eq!((script.engine.half_open(), script.stats().tcp_joined), (64, 32));
+    script.engine.check_bounds();
 }
 
 #[test]
