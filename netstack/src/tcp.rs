@@ -3,8 +3,8 @@
 //! States of a flow, and what each permits:
 //!
 //! - `Connecting`: the guest's SYN is held, the host socket connects. No smoltcp socket and no ring exists yet, so this
-//!   is cheap (a descriptor and some hundred bytes), and there may be [`MAX_HALF_OPEN`] of them; one more, and the oldest
-//!   gives way. When the host socket is connected the held SYN is fed to a new smoltcp socket,
+//!   is cheap (a descriptor and some hundred bytes), and their number is bounded (`MAX_HALF_OPEN` in `config.rs`); one more,
+//!   and the oldest gives way. When the host socket is connected the held SYN is fed to a new smoltcp socket,
 //!   which answers it: the guest sees "connected" only if its peer does. A refusal becomes a RST, an unreachable
 //!   destination an ICMP error (RFC 1122 section 4.2.3.9 makes that end a SYN-SENT), a time-out silence: the guest's own
 //!   timer has then run out, too.
@@ -21,57 +21,59 @@
 //!
 //! Timers: smoltcp's own (retransmission, window probes), and the guest's silence ([`GUEST_SILENCE`]). An idle flow has
 //! none, but for two kinds: one that we have ended and the guest has not, which is asked every minute whether the guest
-//! still has it ([`FIN_WAIT_PROBE`](crate::config::FIN_WAIT_PROBE)), and one to the forwarder, which ends when it has been
+//! still has it (`FIN_WAIT_PROBE`), and one to the forwarder, which ends when it has been
 //! idle for long enough.
 //!
 //! Work is per flow: frames find theirs by hash and mark it dirty, events likewise; only dirty flows are looked at, once
 //! per turn of the engine, however many frames came. Acknowledgements are thereby sent once per turn, too.
+//!
+//! How a flow begins is in `tcp/begin.rs`; what it knows of the guest, in `tcp/guest.rs`; how data is moved, in
+//! `tcp/relay.rs`; what smoltcp has to be helped with, in `tcp/quirks.rs`. What it has in common with joined connections
+//! (`join.rs`) is in `flows.rs`.
 
+mod begin;
 mod guest;
+mod quirks;
+mod relay;
+mod rings;
 
 use std::collections::{HashMap, VecDeque};
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
-use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
-use nix::sys::socket::{MsgFlags, Shutdown};
+use nix::sys::socket::Shutdown;
 use smoltcp::iface::{Interface, SocketSet};
 use smoltcp::socket::tcp::State;
 use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::TcpPacket;
 
-use crate::calls::{recv, send, shutdown};
-use crate::config::{
-    GUEST_SILENCE, HALF_OPEN_SPARE, INBOUND_CONNECT, LARGEST_RING, MAX_DNS_CONNECTIONS, MAX_HALF_OPEN,
-    MAX_TCP_FLOWS, RING_POOL, RINGS,
-};
+use crate::calls::shutdown;
+use crate::config::GUEST_SILENCE;
 use crate::defect::At;
 use crate::device::{FlowDevice, Said};
 use crate::dns::stream::{Query, Stream};
-use crate::emit::{self, IcmpError, Unreachable};
+use crate::emit::{self, Unreachable};
 use crate::flow::{Endpoint, FlowId, FlowKey, TimerKey};
-use crate::flowlog::{Account, FlowEventKind};
 use crate::flows::{Entry, Flows, TcpFlow};
-use crate::host::{self, HostFd};
+use crate::host;
 use crate::ingress::{self, Packet};
-use crate::policy::hello::{self, Hello, MAX_HELLO};
+use crate::policy::hello::Hello;
 use crate::policy::{Transport, Verdict};
-use crate::shared::{Shared, Token};
-use crate::side::{Side, WATCHED, retry};
-use crate::sys::{RingSocket, Rings};
+use crate::shared::Shared;
+use crate::side::Side;
+use crate::sys::RingSocket;
 use crate::udp;
+use begin::failure_word;
 use guest::{Numbers, Silence};
+use quirks::{fin_apart, only_fin_is_missing, reminder, send_segments};
+use relay::{Allowance, Fate, first_bytes, move_host};
+use rings::{KEEP_WARM, Pool};
 
 /// Bytes moved for one flow before the others get their turn.
 const TURN_BUDGET: usize = 1024 * 1024;
 /// Segments sent for one flow before the others get their turn.
 const TURN_SEGMENTS: usize = 1024;
-/// Connections that are looked at for one that may give way, each time there is no descriptor for another.
-const SPARE_TURN: usize = 64;
-/// Pages of a finished or idle flow that moved more than this go back to the kernel.
-const KEEP_WARM: usize = 64 * 1024;
 /// Among more flows than this all pages of an idle flow go back.
 const MANY: usize = if cfg!(test) { 2 } else { 512 };
 /// How long one of many flows has to be idle for that.
@@ -162,15 +164,6 @@ impl TcpFlow for Flow {
     }
 }
 
-/// What may be moved for a flow now.
-#[derive(Debug, Clone, Copy)]
-struct Allowance {
-    sent: usize,
-    received: usize,
-    /// More was there, from the guest and for it.
-    wanted: [bool; 2],
-}
-
 /// All TCP flows.
 pub(crate) struct Tcp {
     iface: Interface,
@@ -184,7 +177,7 @@ pub(crate) struct Tcp {
     connecting: VecDeque<FlowId>,
     /// Connections to published ports, oldest first; some have been answered by the guest, or are gone by now.
     arriving: VecDeque<FlowId>,
-    pool: Vec<Rings>,
+    pool: Pool,
     /// Queries to be fetched by the engine.
     pub(crate) dns_queries: Vec<Query>,
 }
@@ -193,14 +186,6 @@ impl std::fmt::Debug for Tcp {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Tcp").field("flows", &self.flows.len()).finish_non_exhaustive()
     }
-}
-
-/// Clock of TCP timestamps: milliseconds (RFC 7323 section 5.4 wants 1 ms to 1 s).
-fn timestamp_clock() -> u32 {
-    use nix::time::{ClockId, clock_gettime};
-    let Ok(now) = clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE) else { return 0 };
-    let millis = now.tv_sec().wrapping_mul(1000).wrapping_add(now.tv_nsec() / 1_000_000);
-    u32::try_from(millis & i64::from(u32::MAX)).unwrap_or_default()
 }
 
 impl Tcp {
@@ -219,7 +204,7 @@ impl Tcp {
             dns_flows: 0,
             connecting: VecDeque::new(),
             arriving: VecDeque::new(),
-            pool: Vec::new(),
+            pool: Pool::default(),
             dns_queries: Vec::new(),
         }
     }
@@ -232,21 +217,22 @@ impl Tcp {
 
     #[cfg(test)]
     pub(crate) fn check_bounds(&self) {
+        use crate::config::{MAX_DNS_CONNECTIONS, MAX_DNS_PIPELINE, MAX_HALF_OPEN, MAX_TCP_FLOWS, RING_POOL};
         assert!(self.flows.len() <= MAX_TCP_FLOWS && self.by_key.len() == self.flows.len());
         let dns = self.flows.iter().filter(|(_, flow)| matches!(flow.far, Far::Dns(_))).count();
         assert!(self.dns_flows == dns && dns <= MAX_DNS_CONNECTIONS);
         assert!(self.pool.len() <= RING_POOL && self.connecting.len() <= 2 * MAX_HALF_OPEN);
         assert!(self.arriving.len() <= 2 * MAX_TCP_FLOWS);
-        assert!(self.dns_bytes() <= self.dns_flows * (2 + crate::config::MAX_DNS_PIPELINE) * 65_537);
+        assert!(self.dns_bytes() <= self.dns_flows * (2 + MAX_DNS_PIPELINE) * 65_537);
         assert!(self.held_bytes() <= self.half_open() * 256);
     }
 
     /// Every host socket, by its flow, and what it is watched for.
     #[cfg(test)]
-    pub(crate) fn each_host(&self, mut each: impl FnMut(std::os::fd::BorrowedFd<'_>, FlowId, EpollFlags)) {
+    pub(crate) fn each_host(&self, mut each: impl FnMut(BorrowedFd<'_>, FlowId, EpollFlags)) {
         for (id, flow) in self.flows.iter() {
             if let Far::Host(host) = &flow.far {
-                each(host.fd.as_fd(), id, WATCHED);
+                each(host.fd.as_fd(), id, crate::side::WATCHED);
             }
         }
     }
@@ -373,172 +359,6 @@ impl Tcp {
         let _ = self.iface.poll_ingress_single(now, &mut device, &mut self.nobody);
     }
 
-    /// A SYN for a new flow.
-    fn outbound(&mut self, sh: &mut Shared, now: Instant, key: FlowKey, packet: &Packet<'_>) {
-        match sh.decide(Transport::Tcp, key.remote) {
-            Verdict::Gateway => self.outbound_dns(sh, now, key, packet),
-            Verdict::Allow(to) => self.outbound_host(sh, now, key, packet, to, false),
-            Verdict::Peek(to) => self.outbound_host(sh, now, key, packet, to, true),
-            Verdict::Refuse(reason) => {
-                // Not by a RST, which would be the peer's own refusal.
-                if sh.refused(Transport::Tcp, key, reason) {
-                    udp::unreachable(sh, packet, Unreachable::Prohibited);
-                }
-            }
-        }
-    }
-
-    fn outbound_host(
-        &mut self,
-        sh: &mut Shared,
-        now: Instant,
-        key: FlowKey,
-        packet: &Packet<'_>,
-        to: SocketAddr,
-        peek: bool,
-    ) {
-        // Joined ones never have all of it.
-        if sh.half_open >= sh.most_half_open() {
-            self.evict_half_open(sh, Duration::ZERO);
-        }
-        if sh.tcp_flows >= MAX_TCP_FLOWS {
-            sh.refused_by_limit(Transport::Tcp, key);
-            return self.refuse(sh, now, packet);
-        }
-        let mut opened = host::tcp_connect(&sh.budget, to, sh.budget.reserve());
-        if matches!(opened, Err(Errno::EMFILE | Errno::ENFILE)) && self.spare(sh) {
-            opened = host::tcp_connect(&sh.budget, to, sh.budget.reserve());
-        }
-        let (fd, connected) = match opened {
-            Ok(opened) => opened,
-            Err(errno) => {
-                if is_want(errno) {
-                    sh.refused_by_limit(Transport::Tcp, key);
-                } else {
-                    sh.tell(Transport::Tcp, false, key, FlowEventKind::Opened);
-                    let closed = Account::new(now).closed(now, failure_word(errno));
-                    sh.tell(Transport::Tcp, false, key, closed);
-                }
-                return self.fail_syn(sh, now, packet, errno);
-            }
-        };
-        let syn = held_syn(packet);
-        let far = Side { writable: connected, ..Side::new(fd) };
-        sh.half_open += 1;
-        let id = self.insert(sh, now, key, Phase::Connecting { syn }, Far::Host(far));
-        let Some(flow) = self.flows.get_mut(id) else { return };
-        let Far::Host(host) = &flow.far else { return };
-        flow.peek = peek;
-        flow.name = sh.name_for(key.remote.ip);
-        if let Err(errno) = sh.watch(host.fd.as_fd(), Token::Tcp(id), WATCHED) {
-            self.remove(sh, id, true);
-            sh.refused_by_limit(Transport::Tcp, key);
-            return self.fail_syn(sh, now, packet, errno);
-        }
-        sh.stats.tcp_out.one();
-        flow.entry.tell_begin(sh);
-        if connected {
-            return self.establish(sh, now, id);
-        }
-        if self.connecting.len() >= 2 * MAX_HALF_OPEN {
-            let flows = &self.flows;
-            self.connecting.retain(|&id| is_connecting(flows, id));
-        }
-        self.connecting.push_back(id);
-    }
-
-    /// Forgets the flow that has been connecting for longest, and for `least`, without a word: if the guest still wants it,
-    /// it repeats its SYN. So a guest that tries thousands of hosts that do not answer does not keep itself from reaching
-    /// others. Whether there was one.
-    fn evict_half_open(&mut self, sh: &mut Shared, least: Duration) -> bool {
-        while let Some(&id) = self.connecting.front() {
-            if is_connecting(&self.flows, id) {
-                let lasted = self.flows.get(id).map(|flow| flow.entry.account.lasted(sh.now));
-                if lasted.is_none_or(|lasted| lasted < least.into()) {
-                    return false;
-                }
-                self.connecting.pop_front();
-                sh.stats.evicted.one();
-                self.give_reason(id, "evicted");
-                self.remove(sh, id, true);
-                return true;
-            }
-            self.connecting.pop_front();
-        }
-        false
-    }
-
-    /// Ends a connection of either direction that nobody has taken for long enough, so that another gets its descriptor;
-    /// whether there was one. Those to outside that have waited for longest come first.
-    pub(crate) fn spare(&mut self, sh: &mut Shared) -> bool {
-        if self.evict_half_open(sh, HALF_OPEN_SPARE) {
-            return true;
-        }
-        for _ in 0..self.arriving.len().min(SPARE_TURN) {
-            let Some(id) = self.arriving.pop_front() else { break };
-            let Some(flow) = self.flows.get(id).filter(|flow| !flow.numbers.is_taken()) else { continue };
-            let since = match flow.inbound_until {
-                Some(_) => Some(flow.entry.account.opened),
-                None => flow.silence.owed_since(),
-            };
-            if since.is_none_or(|since| sh.now < since + HALF_OPEN_SPARE) {
-                self.arriving.push_back(id);
-                continue;
-            }
-            sh.stats.evicted.one();
-            self.give_reason(id, "evicted");
-            self.remove(sh, id, true);
-            return true;
-        }
-        false
-    }
-
-    fn outbound_dns(&mut self, sh: &mut Shared, now: Instant, key: FlowKey, packet: &Packet<'_>) {
-        if sh.tcp_flows >= MAX_TCP_FLOWS || self.dns_flows >= MAX_DNS_CONNECTIONS {
-            sh.stats.refused_by_limit.one();
-            return self.refuse(sh, now, packet);
-        }
-        let syn = held_syn(packet);
-        sh.half_open += 1;
-        self.dns_flows += 1;
-        let id = self.insert(sh, now, key, Phase::Connecting { syn }, Far::Dns(Stream::default()));
-        self.establish(sh, now, id);
-    }
-
-    /// A connection to a published port has been accepted. The server inside may be reached in two ways, which are tried
-    /// one after the other.
-    pub(crate) fn inbound(&mut self, sh: &mut Shared, now: Instant, fd: HostFd, ways: [FlowKey; 2]) {
-        let refuse = |sh: &mut Shared, fd: HostFd| {
-            sh.stats.refused_by_limit.one();
-            host::reset_on_close(fd.as_fd());
-        };
-        let [way, other] = ways;
-        if sh.tcp_flows >= MAX_TCP_FLOWS {
-            return refuse(sh, fd);
-        }
-        let others = self.flows.len();
-        let Some((key, socket)) = self.connect_inside(sh, way, others) else { return refuse(sh, fd) };
-        host::tune_tcp(fd.as_fd());
-        let far = Far::Host(Side::connected(fd));
-        let id = self.insert(sh, now, key, Phase::Open(Box::new(socket)), far);
-        sh.stats.tcp_in.one();
-        if self.arriving.len() >= 2 * MAX_TCP_FLOWS {
-            let flows = &self.flows;
-            self.arriving.retain(|&id| flows.get(id).is_some_and(|flow| !flow.numbers.is_taken()));
-        }
-        self.arriving.push_back(id);
-        let Some(flow) = self.flows.get_mut(id) else { return };
-        flow.entry.inbound = true;
-        flow.inbound_until = Some(now + INBOUND_CONNECT);
-        flow.other_way = (other != way).then_some(other);
-        let Far::Host(host) = &flow.far else { return };
-        if sh.watch(host.fd.as_fd(), Token::Tcp(id), WATCHED).is_err() {
-            return self.remove(sh, id, true);
-        }
-        flow.entry.tell_begin(sh);
-        self.flows.mark(id);
-    }
-
     fn give_reason(&mut self, id: FlowId, why: &'static str) {
         if let Some(flow) = self.flows.get_mut(id) {
             flow.why = Some(why);
@@ -585,148 +405,6 @@ impl Tcp {
             }
             self.remove(sh, id, true);
         }
-    }
-
-    /// A socket that connects to a server inside. The peer's port is its own where that is free, else any.
-    fn connect_inside(
-        &mut self,
-        sh: &mut Shared,
-        mut key: FlowKey,
-        others: usize,
-    ) -> Option<(FlowKey, RingSocket)> {
-        for _ in 0..64 {
-            if !self.by_key.contains_key(&key) {
-                break;
-            }
-            let [a, b, ..] = sh.random.next().to_ne_bytes();
-            key.remote.port = u16::from_ne_bytes([a, b]) | 0x8000;
-        }
-        if self.by_key.contains_key(&key) {
-            return None;
-        }
-        let mut socket = self.new_socket(others)?;
-        socket.connect(&mut self.iface, key.guest.into(), key.remote.into()).ok()?;
-        Some((key, socket))
-    }
-
-    /// The server inside does not listen where it was looked for first.
-    fn try_other_way(&mut self, sh: &mut Shared, now: Instant, id: FlowId, way: FlowKey) {
-        let others = self.flows.len().saturating_sub(1);
-        let Some((key, socket)) = self.connect_inside(sh, way, others) else {
-            return self.remove(sh, id, true);
-        };
-        let Some(flow) = self.flows.get_mut(id) else { return };
-        // By another name it is another flow.
-        let why = if flow.inbound_until.is_some_and(|until| now >= until) {
-            "not-answered"
-        } else {
-            "refused-inside"
-        };
-        flow.entry.tell_end(sh, now, why);
-        self.by_key.remove(&std::mem::replace(&mut flow.entry.key, key));
-        self.by_key.insert(key, id);
-        flow.entry.tell_begin(sh);
-        (flow.entry.account.sent, flow.entry.account.received) = Default::default();
-        let before = std::mem::replace(&mut flow.phase, Phase::Open(Box::new(socket)));
-        flow.inbound_until = Some(now + INBOUND_CONNECT);
-        flow.silence = Silence::new(now);
-        flow.numbers = Numbers::default();
-        if let Phase::Open(socket) = before {
-            self.recycle(socket.into_rings(), 0);
-        }
-        self.flows.mark(id);
-    }
-
-    fn insert(&mut self, sh: &mut Shared, now: Instant, key: FlowKey, phase: Phase, far: Far) -> FlowId {
-        let flow = Flow {
-            entry: Entry::new(key, false, now),
-            phase,
-            far,
-            mss: 536,
-            numbers: Numbers::default(),
-            closed: false,
-            finished: false,
-            inbound_until: None,
-            other_way: None,
-            peek: false,
-            hello: None,
-            name: None,
-            why: None,
-            silence: Silence::new(now),
-            timer: None,
-            rested: false,
-            moved: 0,
-            released: 0,
-        };
-        let id = self.flows.insert(sh, flow);
-        self.by_key.insert(key, id);
-        id
-    }
-
-    /// A socket for a flow beside so many others.
-    fn new_socket(&mut self, others: usize) -> Option<RingSocket> {
-        let (_, ring) = RINGS.into_iter().find(|(most, _)| others <= *most)?;
-        let pooled = if ring == LARGEST_RING { self.pool.pop() } else { None };
-        let rings = match pooled {
-            Some(rings) => rings,
-            None => Rings::map(ring)
-                .inspect_err(|error| tracing::warn!(%error, "no memory for a TCP connection"))
-                .ok()?,
-        };
-        let mut socket = RingSocket::new(rings);
-        socket.configure(timestamp_clock);
-        Some(socket)
-    }
-
-    /// Keeps the rings of a flow that moved so many bytes for the next one, if they are good enough.
-    fn recycle(&mut self, mut rings: Rings, moved: usize) {
-        if self.pool.len() < RING_POOL && rings.capacity() == LARGEST_RING {
-            if moved > KEEP_WARM {
-                rings.release_pages();
-            }
-            self.pool.push(rings);
-        }
-    }
-
-    /// The other side is there: lets smoltcp answer the held SYN.
-    fn establish(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
-        let others = self.flows.len().saturating_sub(1);
-        let opened = self.new_socket(others);
-        let Some(flow) = self.flows.get_mut(id) else { return };
-        let Phase::Connecting { syn } = &mut flow.phase else { return };
-        let Some(mut socket) = opened else {
-            let syn = std::mem::take(syn);
-            self.remove(sh, id, true);
-            if let Ok(packet) = ingress::parse_ip(&syn, true) {
-                self.fail_syn(sh, now, &packet, Errno::ENOMEM);
-            }
-            return;
-        };
-        let is_v6 = flow.entry.key.remote.ip.is_ipv6();
-        flow.mss = sh.tap.widen_syn(syn, if is_v6 { 40 } else { 20 }, is_v6);
-        let mut device = FlowDevice { tap: &mut sh.tap, rx: Some(syn), mss: flow.mss };
-        if socket.listen(flow.entry.key.remote.into()).is_err() {
-            return self.remove(sh, id, true);
-        }
-        socket.poll_ingress(&mut self.iface, now, &mut device);
-        flow.phase = Phase::Open(Box::new(socket));
-        sh.half_open -= 1;
-        self.flows.mark(id);
-    }
-
-    /// Tells the guest why its SYN led nowhere.
-    fn fail_syn(&mut self, sh: &mut Shared, now: Instant, packet: &Packet<'_>, errno: Errno) {
-        tracing::debug!(%errno, to = %packet.dst, "TCP connection failed");
-        let Some(what) = Unreachable::from_errno(errno) else {
-            // The guest's own timer has run out, too.
-            if errno != Errno::ETIMEDOUT {
-                self.refuse(sh, now, packet);
-            }
-            return;
-        };
-        let error = IcmpError::unreachable(packet.is_v6(), what);
-        let from = sh.spec.gateway.ip_like(packet.dst);
-        emit::icmp_error(&mut sh.tap, from, packet.src, error, packet.bytes);
     }
 
     /// Something happened to a host socket.
@@ -981,7 +659,7 @@ impl Tcp {
         match flow.phase {
             Phase::Connecting { .. } => sh.half_open -= 1,
             Phase::Open(socket) => {
-                self.recycle(socket.into_rings(), flow.moved);
+                self.pool.give_back(socket.into_rings(), flow.moved);
             }
         }
         match &flow.far {
@@ -992,85 +670,8 @@ impl Tcp {
     }
 }
 
-/// Whether the host lacks something, rather than the way to the peer.
-fn is_want(errno: Errno) -> bool {
-    matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM)
-}
-
-/// Why a connection to the host's world did not come about, in a word.
-fn failure_word(errno: Errno) -> &'static str {
-    match errno {
-        Errno::ECONNREFUSED => "refused-by-peer",
-        Errno::ECONNRESET => "reset-by-peer",
-        Errno::ETIMEDOUT => "timed-out",
-        Errno::EHOSTUNREACH | Errno::ENETUNREACH => "unreachable",
-        _ => "failed",
-    }
-}
-
-/// A SYN as it is kept: no options of IP, no data.
-fn held_syn(packet: &Packet<'_>) -> Vec<u8> {
-    let segment = packet.payload();
-    let header_len = segment.get(12).map_or(0, |offset| usize::from(offset >> 4) * 4);
-    let header = segment.get(..header_len).unwrap_or(segment);
-    ingress::rebuild(packet.src, packet.dst, ingress::TCP, packet.hop_limit, header)
-}
-
-/// A segment of data with a FIN, as one of the data and one of the FIN. smoltcp 0.14 cuts off what lies behind the end of
-/// its window and takes the FIN that follows all the same: the cut would be lost, and nobody would know. A FIN alone it
-/// takes only where its data ends.
-fn fin_apart(packet: &Packet<'_>, segment: &TcpPacket<&[u8]>) -> [Vec<u8>; 2] {
-    let rebuild =
-        |segment: &[u8]| ingress::rebuild(packet.src, packet.dst, ingress::TCP, packet.hop_limit, segment);
-    let whole = packet.payload();
-    let mut data = whole.to_vec();
-    TcpPacket::new_unchecked(&mut data[..]).set_fin(false);
-    let mut fin = whole.get(..usize::from(segment.header_len())).unwrap_or(whole).to_vec();
-    TcpPacket::new_unchecked(&mut fin[..]).set_seq_number(segment.seq_number() + segment.payload().len());
-    [rebuild(&data), rebuild(&fin)]
-}
-
-/// What makes smoltcp 0.14 go on where data waits and no timer runs: acknowledgements of the guest's, which say again what
-/// it has acknowledged, and that its window is closed.
-///
-/// There is no timer after one for retransmission that found the window closed: then they start that for window probes.
-/// Nor is there one for data under way after one for window probes that found the window open again: then they are the
-/// three that say that something was lost, after which it is sent, whatever the window is. The first one is for nothing
-/// but to differ from the next, as only what is the same counts. The guest's answer tells what its window really is.
-fn reminder(key: FlowKey, numbers: &Numbers) -> Option<[Vec<u8>; 5]> {
-    let (seq, ack) = numbers.of_guest()?;
-    let say = |window| emit::bare_segment(key.guest, key.remote, seq, ack, window);
-    Some([1, 0, 0, 0, 0].map(say))
-}
-
 fn is_connecting(flows: &Flows<Flow>, id: FlowId) -> bool {
     flows.get(id).is_some_and(|flow| matches!(flow.phase, Phase::Connecting { .. }))
-}
-
-/// Sends what a socket has to send; how many segments that were.
-fn send_segments(
-    socket: &mut RingSocket,
-    iface: &mut Interface,
-    now: Instant,
-    device: &mut FlowDevice<'_>,
-) -> usize {
-    // In FIN-WAIT-2 there is nothing to send but an acknowledgement. smoltcp sends it without end if the window was closed
-    // when the FIN was acknowledged, since that does not stop its timer for window probes.
-    let most = if socket.state() == State::FinWait2 { 1 } else { TURN_SEGMENTS };
-    (0..most).take_while(|_| socket.poll_egress(iface, now, device)).count()
-}
-
-/// Whether `segment` says nothing but that it still waits for our FIN, if its acknowledgement is neither a new one nor that
-/// of the FIN. After three of them smoltcp 0.14 looks for the first data to send again. There is none, and the timer that
-/// would have brought the FIN again has been stopped: it would never come. Without them, it comes when its time is up.
-///
-/// That of the FIN may have been heard and still be news to smoltcp: the first may have come with the guest's own FIN when
-/// that came again, in which smoltcp looks at nothing.
-fn only_fin_is_missing(socket: &RingSocket, segment: &TcpPacket<&[u8]>) -> bool {
-    matches!(socket.state(), State::FinWait1 | State::Closing | State::LastAck)
-        && socket.send_queue() == 0
-        && segment.payload().is_empty()
-        && !(segment.syn() || segment.fin() || segment.rst())
 }
 
 /// Whether something of ours is on its way to the guest, which it has to acknowledge.
@@ -1080,90 +681,4 @@ fn awaits_guest(socket: &RingSocket) -> bool {
             socket.state(),
             State::SynSent | State::SynReceived | State::FinWait1 | State::Closing | State::LastAck
         )
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fate {
-    Goes,
-    /// The host's side is gone, and the guest must know.
-    Broken,
-}
-
-/// What the guest's first bytes say, if that can be said yet. They stay where they are.
-fn first_bytes(socket: &mut RingSocket, is_all: bool) -> Option<Hello> {
-    let hello = socket.recv(|data| (0, (hello::read(data), data.len())));
-    match hello {
-        Ok((Hello::More, 0)) | Err(_) => is_all.then_some(Hello::Nameless),
-        // Beyond that it is no honest one, however it is cut into records. The smallest ring holds more.
-        Ok((Hello::More, len)) if is_all || len >= MAX_HELLO => Some(Hello::Broken),
-        Ok((Hello::More, _)) => None,
-        Ok((hello, _)) => Some(hello),
-    }
-}
-
-/// Moves data between the rings and a host socket, as much as both sides take.
-fn move_host(
-    socket: &mut RingSocket,
-    host: &mut Side,
-    moved: &mut usize,
-    account: &mut Account,
-    allowance: &mut Allowance,
-    closed: bool,
-    hold: bool,
-) -> Fate {
-    let raw = host.fd.as_raw_fd();
-    while host.writable && !hold && socket.can_recv() {
-        if allowance.sent == 0 {
-            allowance.wanted[0] = true;
-            break;
-        }
-        let sent = socket.recv(|data| {
-            let data = &data[..data.len().min(allowance.sent)];
-            let sent = retry(|| send(raw, data, MsgFlags::MSG_NOSIGNAL));
-            (sent.unwrap_or(0), (sent, data.len()))
-        });
-        match sent {
-            Ok((Ok(n), len)) => {
-                *moved += n;
-                account.sent.add_bytes(n);
-                allowance.sent -= n;
-                host.writable = n == len;
-            }
-            Ok((Err(Errno::EAGAIN), _)) => host.writable = false,
-            // The guest may still read what the peer sent before it went away, as it could without us: below.
-            Ok((Err(_), _)) => {
-                host.failed = true;
-                break;
-            }
-            Err(_) => break,
-        }
-    }
-    let limit = *moved + TURN_BUDGET;
-    while host.readable && !closed && !host.eof && socket.can_send() && *moved < limit {
-        if allowance.received == 0 {
-            allowance.wanted[1] = true;
-            break;
-        }
-        let got = socket.send(|room| {
-            let most = room.len().min(allowance.received);
-            let room = &mut room[..most];
-            let got = retry(|| recv(raw, room, MsgFlags::empty()));
-            (got.unwrap_or(0), (got, room.len()))
-        });
-        match got {
-            Ok((Ok(0), _)) if host.failed => return Fate::Broken,
-            Ok((Ok(0), _)) => host.eof = true,
-            Ok((Ok(n), room)) => {
-                *moved += n;
-                account.received.add_bytes(n);
-                allowance.received -= n;
-                host.readable = n == room || host.more_behind;
-            }
-            Ok((Err(Errno::EAGAIN), _)) => host.readable = false,
-            Ok((Err(_), _)) => return Fate::Broken,
-            Err(_) => break,
-        }
-    }
-    // Nothing more will be read, or there never will be room for it.
-    if host.is_over() { Fate::Broken } else { Fate::Goes }
 }

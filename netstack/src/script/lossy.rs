@@ -454,9 +454,9 @@ impl Lossy {
     }
 
     /// What smoltcp 0.14 makes the wrong thing of: acknowledgements that stop it from repeating a FIN (see
-    /// `tcp::only_fin_is_missing`, by which the stack keeps them from its own), a FIN behind data that ends outside its
-    /// window, which it takes without the end of the data (`tcp::fin_apart`), and what was said long ago about a window that
-    /// was closed then, after which it stops all timers (`tcp::reminder`).
+    /// `tcp::quirks::only_fin_is_missing`, by which the stack keeps them from its own), a FIN behind data that ends outside its
+    /// window, which it takes without the end of the data (`fin_apart` there), and what was said long ago about a window that
+    /// was closed then, after which it stops all timers (`reminder`).
     fn is_misunderstood(&mut self, packet: &[u8]) -> bool {
         let Ok(packet) = ingress::parse_ip(packet, true) else { return false };
         let Ok(segment) = TcpPacket::new_checked(packet.payload()) else { return false };
