@@ -3,7 +3,7 @@
     soak.py serve PORT ADDRESS…                          TCP, and UDP at these addresses
     soak.py load SECONDS SEED WORKERS PORT ADDRESS…      asks them; from inside also names, pings and what fails
 
-Ends with a line of JSON: how often each thing was done, and what went wrong. What is done with an address that
+Ends with a line of JSON: how often each thing was done, how much went wrong, and what. `load` then fails. What is done with an address that
 begins with `~` may fail at any time, since rules come and go; if it succeeds it must be right, too.
 """
 
@@ -239,7 +239,8 @@ async def load(seconds, seed, workers, port, addresses, inside):
     doing = Load(seed, port, addresses, inside)
     until = time.monotonic() + seconds
     await asyncio.gather(*(doing.worker(number, until) for number in range(workers)))
-    print(json.dumps({"done": doing.done, "cut off by rules": doing.lax, "wrong": doing.wrong[:20]}), flush=True)
+    print(json.dumps({"done": doing.done, "cut off by rules": doing.lax, "count": len(doing.wrong), "wrong": doing.wrong[:20]}), flush=True)
+    return not doing.wrong
 
 
 async def inside(seconds, seed, workers, port, addresses):
@@ -257,6 +258,6 @@ match sys.argv[1:]:
     case ["serve", port, *addresses]:
         asyncio.run(serve(int(port), addresses))
     case ["load", seconds, seed, workers, port, *addresses]:
-        asyncio.run(load(float(seconds), seed, int(workers), int(port), addresses, False))
+        sys.exit(not asyncio.run(load(float(seconds), seed, int(workers), int(port), addresses, False)))
     case ["inside", seconds, seed, workers, port, *addresses]:
         asyncio.run(inside(float(seconds), seed, int(workers), int(port), addresses))
