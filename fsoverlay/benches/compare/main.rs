@@ -9,6 +9,7 @@
 //! --layers 1,10,100      numbers of layers (1)
 //! --rounds N             5
 //! --scale PERCENT        smaller trees, for a quick look (100)
+//! --uppers disk|tmpfs    where uppers are: in $TMPDIR as the trees (disk), or in memory; see below
 //! --real-root            no user namespace: for root, who may do more. `through` is ours with FUSE passthrough
 //! --keep                 leaves the trees in $TMPDIR, and uses them again
 //! ```
@@ -19,6 +20,14 @@
 //! first pass over a fresh mount, `again` the same once more. What is below has been read before.
 //! `FSOVERLAY_RECORDED` keeps owners as `rootlet run` does rather than as `rootlet overlay` does;
 //! `FSOVERLAY_WORKERS` is the number of threads.
+//!
+//! An ext4 without a journal (which some virtual machines have) does not give out again the numbers of files that
+//! were deleted within the last one to five minutes, and looks at all of those before the first free one for each
+//! new file: where many were deleted in earlier rounds, whoever comes next takes twenty times as long and more to
+//! create or unpack files. So there, unless `--uppers` says otherwise, each measurement has its upper (and the bare
+//! directory its files) on a tmpfs of its own, where nobody has deleted anything. The line above the table says
+//! where it was.
+//!
 //! Medians are printed: ours in milliseconds, and ours ÷ each of the others. `bare` is the directory itself.
 #![allow(
     clippy::unwrap_used,
@@ -27,6 +36,7 @@
     reason = "a program of our own, for people to read"
 )]
 
+mod place;
 mod trees;
 mod works;
 
@@ -86,6 +96,12 @@ fn main() -> ExitCode {
         scale: number("--scale", 100),
         rounds: number("--rounds", 5),
         real_root: args.iter().any(|arg| arg == "--real-root"),
+        tmpfs: match value("--uppers").as_deref() {
+            Some("disk") => false,
+            Some("tmpfs") => true,
+            Some(other) => panic!("--uppers is disk or tmpfs, not {other}"),
+            None => place::avoids_deleted(&std::env::temp_dir()),
+        },
     };
     let only: Option<Vec<String>> = value("--work").map(|l| l.split(',').map(str::to_owned).collect());
     let layers: Vec<usize> =
@@ -112,6 +128,7 @@ fn main() -> ExitCode {
     let base =
         if keep { "fsoverlay-bench".to_owned() } else { format!("fsoverlay-bench-{}", std::process::id()) };
     let base = std::env::temp_dir().join(base);
+    println!("{}", place::describe(&std::env::temp_dir(), options.tmpfs));
     let mut head = format!("{:<15} {:>6} {:<12} {:>9}", "work", "layers", "part", "ours ms");
     for (name, _) in contenders.iter().filter(|(name, _)| name != "ours") {
         head.push_str(&format!(" {:>10}", format!("÷{name}")));
@@ -140,6 +157,8 @@ struct Options {
     scale: usize,
     rounds: usize,
     real_root: bool,
+    /// Uppers are in memory.
+    tmpfs: bool,
 }
 
 /// Measures one kind of work for all and prints its lines. False if somebody has not done it.
@@ -211,9 +230,7 @@ fn measure(
 ) -> Option<String> {
     let run = base.join("run");
     let _ = std::fs::remove_dir_all(&run);
-    for dir in ["upper", "work", "at"] {
-        std::fs::create_dir_all(run.join(dir)).unwrap();
-    }
+    std::fs::create_dir_all(&run).unwrap();
     let how = match how {
         How::Bare => "bare",
         How::Kernel => "kernel",
@@ -224,6 +241,7 @@ fn measure(
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["inside", how, work.name, &layers.to_string(), &options.scale.to_string()])
         .arg(if options.real_root { "root" } else { "namespace" })
+        .arg(if options.tmpfs { "tmpfs" } else { "disk" })
         .args([tree, &run])
         .stderr(Stdio::inherit())
         .output()
@@ -235,7 +253,7 @@ fn measure(
 
 /// The child: makes the namespaces and the mount, then works and prints times.
 fn inside(args: &[String]) {
-    let [how, work, layers, scale, who, tree, run] = args else { panic!("seven arguments") };
+    let [how, work, layers, scale, who, uppers, tree, run] = args else { panic!("eight arguments") };
     let (uid, gid) = (nix::unistd::getuid(), nix::unistd::getgid());
     if who == "root" {
         unshare(CloneFlags::CLONE_NEWNS).unwrap();
@@ -248,6 +266,14 @@ fn inside(args: &[String]) {
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
     let (tree, run) = (Path::new(tree), Path::new(run));
+    // The last to go: all else is on it.
+    let memory = (uppers == "tmpfs").then(|| {
+        mount(Some("tmpfs"), run, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        Mounted(run)
+    });
+    for dir in ["upper", "work", "at"] {
+        std::fs::create_dir_all(run.join(dir)).unwrap();
+    }
     let layers: usize = layers.parse().unwrap();
     let dirs = Dirs {
         lowers: (0..layers).rev().map(|i| tree.join(i.to_string())).collect(),
@@ -302,6 +328,7 @@ fn inside(args: &[String]) {
     std::env::set_current_dir("/").unwrap();
     drop(mounted);
     drop(server);
+    drop(memory);
     std::io::stdout().write_all(out.as_bytes()).unwrap();
 }
 
