@@ -10,9 +10,11 @@
 //! has its number taken over by a process of the caller's, all before we accept, passes for that one.
 //!
 //! An ordinary user may not look at root's processes so. What anybody may read is how ids are mapped where they are. The
-//! initial user namespace alone has all user, group and project ids, if root does not give all of them to another one;
-//! where that is ours, whoever has these maps and is root is obeyed. In other namespaces maps prove nothing, and of network
-//! namespaces nothing can be read: there such processes are sent away.
+//! initial user namespace alone has all user, group and project ids, if root does not give all of them to another one, as
+//! to a container. Such a container has mounts of its own, and which is at a process's root anybody may read, too. So where
+//! the initial namespace is ours, whoever has these maps and our root mount, and is root, is obeyed. (What is left is who
+//! root let keep root's ids and the host's own files: that one commands root's files anyway.) In other namespaces maps prove
+//! nothing, and of network namespaces nothing can be read: there such processes are sent away.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
@@ -96,11 +98,14 @@ impl Peers {
         if self.apart != Apart::User || !user_namespace {
             return Err(Stranger::Unknown);
         }
-        match maps_all(process) {
+        let told = |found: std::io::Result<bool>, namespace| match found {
             Ok(true) => Ok(()),
-            Ok(false) => Err(Stranger::OtherNamespace("user")),
+            Ok(false) => Err(Stranger::OtherNamespace(namespace)),
             Err(_) => Err(Stranger::Unknown),
-        }
+        };
+        told(maps_all(process), "user")?;
+        let ours = root_mounts("self").ok().filter(|ours| !ours.is_empty()).ok_or(Stranger::Unknown)?;
+        told(root_mounts(process).map(|theirs| theirs == ours), "mount")
     }
 }
 
@@ -121,6 +126,18 @@ fn maps_all(process: &str) -> std::io::Result<bool> {
         }
     }
     Ok(true)
+}
+
+/// The numbers of the mounts at the root of a process: no two mounts have the same, in whatever namespace they are.
+fn root_mounts(process: &str) -> std::io::Result<Vec<String>> {
+    let mounts = std::fs::read(format!("/proc/{process}/mountinfo"))?;
+    let number = |line: &[u8]| {
+        let mut fields = line.split(|byte| *byte == b' ');
+        let number = fields.next()?;
+        // Behind the parent's number, the device and the directory of the file system (proc_pid_mountinfo(5)).
+        (fields.nth(3)? == b"/").then(|| String::from_utf8_lossy(number).into_owned())
+    };
+    Ok(mounts.split(|byte| *byte == b'\n').filter_map(number).collect())
 }
 
 fn is_denied(error: &std::io::Error) -> bool {
@@ -164,6 +181,13 @@ mod tests {
         let ours = UnixStream::connect(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         (listener.accept().unwrap().0, ours)
+    }
+
+    #[test]
+    fn a_process_has_a_mount_at_its_root() {
+        let ours = root_mounts("self").unwrap();
+        assert!(ours.iter().all(|number| number.parse::<u64>().is_ok()) && !ours.is_empty(), "{ours:?}");
+        assert!(root_mounts("0").is_err());
     }
 
     #[test]

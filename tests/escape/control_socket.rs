@@ -48,6 +48,28 @@ print(len(answers), *answers, flush=True)
 sys.stdin.read()
 "#;
 
+/// Runs its arguments in a mount namespace of a user namespace that root has given all ids, as it may to a container.
+const CONTAINER: &str = r#"
+import ctypes, os, sys
+def unshare(flags):
+    assert ctypes.CDLL(None, use_errno=True).unshare(flags) == 0, os.strerror(ctypes.get_errno())
+made, make = os.pipe()
+mapped, map = os.pipe()
+child = os.fork()
+if child == 0:
+    unshare(0x10000000)
+    os.write(make, b"x")
+    os.read(mapped, 1)
+    unshare(0x20000)
+    os.execvp(sys.argv[1], sys.argv[1:])
+os.read(made, 1)
+for ids in ("uid", "gid", "projid"):
+    with open(f"/proc/{child}/{ids}_map", "w") as file:
+        file.write("0 0 4294967295")
+os.write(map, b"x")
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"#;
+
 fn rules_at(path: &Path) -> String {
     let mut stream = UnixStream::connect(path).unwrap();
     stream.write_all(b"{\"request\":\"rules\"}\n").unwrap();
@@ -166,6 +188,8 @@ fn roots_elsewhere_are_sent_away() {
         let told = ask(unshare);
         assert!(told.contains("not-allowed") && told.contains("another user namespace"), "{told}");
     }
+    let told = ask(&["python3", "-c", CONTAINER]);
+    assert!(told.contains("not-allowed") && told.contains("another mount namespace"), "{told}");
     assert!(ask(&["env"]).starts_with("result"), "root is obeyed");
     running.signal(Signal::SIGTERM);
     running.finish().exits(143);
