@@ -198,7 +198,8 @@ fn serve(args: &Args, mut inside: Command) -> Outcome<ExitCode> {
     let overlay = overlay.with_hooks(hooks);
     ours.write_all(b"m")?;
     let fuse = receive_fd(&ours)?;
-    let server = overlay.serve(fuse)?;
+    let proc = std::fs::File::open("/proc")?;
+    let server = overlay.with_proc(proc.into()).serve(fuse)?;
     ours.write_all(b"s")?;
     let status = child.wait()?;
     if args.report {

@@ -17,13 +17,14 @@
 //! A handler that panics is caught wherever it runs, logged, and answers `EIO` to its one request: the reply
 //! object does that when it is dropped.
 
+use std::cell::Cell;
 use std::ffi::OsStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
-use fuser::{INodeNo, Notifier, ReplyLseek};
+use fuser::{INodeNo, Notifier, ReplyLseek, Request};
 
 use crate::attr::Kind;
 use crate::engine::Engine;
@@ -34,6 +35,7 @@ use crate::hooks::{Direction, Opcode};
 use crate::inode::{Link, Node};
 use crate::journal::path_of;
 use crate::later::Later;
+use crate::near::Near;
 use crate::sync::{Mutex, start};
 
 /// What the file system shares with the [`crate::Server`].
@@ -41,6 +43,8 @@ use crate::sync::{Mutex, start};
 pub(crate) struct Shared {
     pub(crate) engine: Engine,
     pub(crate) notifier: OnceLock<Notifier>,
+    /// Where somebody can be served on his own processor.
+    near: OnceLock<Arc<Near>>,
     waiter: Mutex<Option<mpsc::Sender<Task>>>,
     /// Names that wait for the kernel to forget them.
     forgetting: AtomicUsize,
@@ -84,6 +88,7 @@ impl Shared {
         Arc::new(Self {
             engine,
             notifier: OnceLock::new(),
+            near: OnceLock::new(),
             waiter: Mutex::new(None),
             forgetting: AtomicUsize::new(0),
             aside: Mutex::default(),
@@ -101,6 +106,15 @@ impl Shared {
 
     pub(crate) fn set_notifier(&self, notifier: Notifier) {
         let _ = self.notifier.set(notifier);
+    }
+
+    pub(crate) fn set_near(&self, near: Arc<Near>) {
+        let _ = self.near.set(near);
+    }
+
+    /// How many requests were served on the processor of who asked.
+    pub(crate) fn served_near(&self) -> u64 {
+        self.near.get().map_or(0, |near| near.served())
     }
 
     /// Ends the threads beside the workers, once the mount is gone: the one that waits for the kernel
@@ -200,11 +214,25 @@ impl<R: Send, F: Fn(R) + Send + Sync> GiveUp for Waiting<R, F> {
     }
 }
 
+thread_local! {
+    /// The thread whose request this worker serves.
+    static ASKER: Cell<u32> = const { Cell::new(0) };
+}
+
+/// To be called before [`FuseFs::run`], and what comes to it.
+pub(crate) fn asked_by(request: &Request) {
+    ASKER.set(request.pid());
+}
+
 impl FuseFs {
-    /// Runs the handler of a request.
+    /// Runs the handler of a request, on a worker, which may then be kept from the next one ([`crate::near`]).
     pub(crate) fn run(&self, what: Opcode, ino: INodeNo, handler: impl FnOnce()) {
         self.engine().counts.request(what);
         self.guarded(what, ino, handler);
+        let asker = ASKER.take();
+        if let Some(near) = self.shared.near.get() {
+            near.after(asker);
+        }
     }
 
     /// Runs a handler, or what is left of it, on whatever thread; see the module about panics.

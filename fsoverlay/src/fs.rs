@@ -40,7 +40,7 @@ use crate::ahead::Begun;
 use crate::attr::{Attr, Kind, Time};
 use crate::create::NewObject;
 use crate::data::bytes_of;
-use crate::dispatch::{Seek, Shared};
+use crate::dispatch::{Seek, Shared, asked_by};
 use crate::engine::Engine;
 use crate::errno::{Errno, FAR, LONG, Res, hurried};
 use crate::hooks::{Direction, Opcode, add};
@@ -424,7 +424,8 @@ impl Filesystem for FuseFs {
         Ok(())
     }
 
-    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        asked_by(req);
         self.look(parent, name, reply, reply_found);
     }
 
@@ -432,7 +433,8 @@ impl Filesystem for FuseFs {
         self.run(Opcode::Forget, ino, || self.engine().table.forget(ino.0, nlookup));
     }
 
-    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+    fn getattr(&self, req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        asked_by(req);
         let ask = move |fs: &Self| {
             fs.on(ino, |node| Ok((file_attr(&fs.engine().attr_now(node)?), fs.attr_ttl(node))))
         };
@@ -461,6 +463,7 @@ impl Filesystem for FuseFs {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
+        asked_by(req);
         let set = SetAttr {
             perm: mode,
             uid,
@@ -487,7 +490,8 @@ impl Filesystem for FuseFs {
         });
     }
 
-    fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
+    fn readlink(&self, req: &Request, ino: INodeNo, reply: ReplyData) {
+        asked_by(req);
         let read = move |fs: &Self| fs.on(ino, |n| fs.engine().read_link(n));
         self.serve(Opcode::ReadLink, ino, reply, reply_data, read, || read);
     }
@@ -502,6 +506,7 @@ impl Filesystem for FuseFs {
         rdev: u32,
         reply: ReplyEntry,
     ) {
+        asked_by(req);
         let owner = (req.uid(), req.gid());
         let make = move |fs: &Self, name: &OsStr| {
             let kind =
@@ -513,6 +518,7 @@ impl Filesystem for FuseFs {
     }
 
     fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
+        asked_by(req);
         let owner = (req.uid(), req.gid());
         let make = move |fs: &Self, name: &OsStr| {
             let new = NewObject { kind: Kind::Dir, perm: mode, umask, rdev: (0, 0), target: b"", owner };
@@ -521,14 +527,16 @@ impl Filesystem for FuseFs {
         self.serve_named(Opcode::MkDir, parent, name, reply, reply_found, make);
     }
 
-    fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    fn unlink(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        asked_by(req);
         let unlink = move |fs: &Self, name: &OsStr| {
             fs.engine().node(parent.0).and_then(|p| fs.engine().unlink(&p, bytes_of(name)))
         };
         self.serve_named(Opcode::Unlink, parent, name, reply, done, unlink);
     }
 
-    fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    fn rmdir(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        asked_by(req);
         let rmdir = move |fs: &Self, name: &OsStr| {
             fs.engine().node(parent.0).and_then(|p| fs.engine().rmdir(&p, bytes_of(name)))
         };
@@ -536,6 +544,7 @@ impl Filesystem for FuseFs {
     }
 
     fn symlink(&self, req: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        asked_by(req);
         let owner = (req.uid(), req.gid());
         let make = move |fs: &Self, name: &OsStr, target: &Path| {
             let target = bytes_of(target.as_os_str());
@@ -551,7 +560,7 @@ impl Filesystem for FuseFs {
 
     fn rename(
         &self,
-        _req: &Request,
+        req: &Request,
         parent: INodeNo,
         name: &OsStr,
         newparent: INodeNo,
@@ -559,6 +568,7 @@ impl Filesystem for FuseFs {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
+        asked_by(req);
         let how = if flags == RenameFlags::empty() {
             How::Replace
         } else if flags == RenameFlags::RENAME_NOREPLACE {
@@ -575,7 +585,8 @@ impl Filesystem for FuseFs {
         });
     }
 
-    fn link(&self, _req: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
+    fn link(&self, req: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
+        asked_by(req);
         let newname = newname.to_owned();
         self.answer(Opcode::Link, ino, reply, reply_found, move |fs| {
             fs.on(ino, |node| {
@@ -588,6 +599,7 @@ impl Filesystem for FuseFs {
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        asked_by(req);
         self.serve_open(ino, wanted(req, flags.0), reply);
     }
 
@@ -601,6 +613,7 @@ impl Filesystem for FuseFs {
         flags: i32,
         reply: ReplyCreate,
     ) {
+        asked_by(req);
         let new = NewObject {
             kind: Kind::File,
             perm: mode,
@@ -614,7 +627,7 @@ impl Filesystem for FuseFs {
 
     fn release(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         fh: FileHandle,
         _flags: OpenFlags,
@@ -622,21 +635,24 @@ impl Filesystem for FuseFs {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
+        asked_by(req);
         self.serve_release(ino, fh, reply);
     }
 
     fn flush(
         &self,
-        _req: &Request,
+        req: &Request,
         _ino: INodeNo,
         _fh: FileHandle,
         _lock_owner: LockOwner,
         reply: ReplyEmpty,
     ) {
+        asked_by(req);
         reply.error(fuser::Errno::ENOSYS);
     }
 
-    fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn opendir(&self, req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        asked_by(req);
         if self.engine().live.is_none() {
             return reply.error(fuser::Errno::ENOSYS);
         }
@@ -653,7 +669,7 @@ impl Filesystem for FuseFs {
 
     fn read(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -662,6 +678,7 @@ impl Filesystem for FuseFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        asked_by(req);
         self.serve_read(ino, offset, size, reply, reply_read);
     }
 
@@ -677,6 +694,7 @@ impl Filesystem for FuseFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        asked_by(req);
         // Pages that are written back come without the flag and in nobody's name.
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) && takes_set_ids(req);
         let write = move |fs: &Self, data: &[u8]| {
@@ -685,7 +703,8 @@ impl Filesystem for FuseFs {
         self.serve_write(ino, data, reply, reply_written, write);
     }
 
-    fn fsync(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
+    fn fsync(&self, req: &Request, ino: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
+        asked_by(req);
         if self.engine().is_volatile() {
             // Once said, it is for ever.
             return reply.error(fuser::Errno::ENOSYS);
@@ -693,7 +712,8 @@ impl Filesystem for FuseFs {
         self.answer(Opcode::Fsync, ino, reply, done, move |fs| fs.on(ino, |n| fs.engine().sync(n, datasync)));
     }
 
-    fn fsyncdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
+    fn fsyncdir(&self, req: &Request, ino: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
+        asked_by(req);
         if self.engine().is_volatile() {
             return reply.error(fuser::Errno::ENOSYS);
         }
@@ -702,7 +722,8 @@ impl Filesystem for FuseFs {
         });
     }
 
-    fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+    fn readdir(&self, req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        asked_by(req);
         self.run(Opcode::ReadDir, ino, || {
             if self.is_far(ino) {
                 let list = move |fs: &Self| fs.engine().read_dir(&fs.engine().node(ino.0)?, offset, 256);
@@ -745,12 +766,13 @@ impl Filesystem for FuseFs {
 
     fn readdirplus(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
+        asked_by(req);
         self.run(Opcode::ReadDirPlus, ino, || {
             if self.is_far(ino) {
                 let send = |batch: Res<Batch>, mut reply: ReplyDirectoryPlus| match batch {
@@ -779,7 +801,8 @@ impl Filesystem for FuseFs {
         });
     }
 
-    fn statfs(&self, _req: &Request, ino: INodeNo, reply: ReplyStatfs) {
+    fn statfs(&self, req: &Request, ino: INodeNo, reply: ReplyStatfs) {
+        asked_by(req);
         self.run(Opcode::StatFs, ino, || match self.engine().stat_fs() {
             Ok(st) => {
                 let small = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
@@ -808,6 +831,7 @@ impl Filesystem for FuseFs {
         _position: u32,
         reply: ReplyEmpty,
     ) {
+        asked_by(req);
         let flags = XattrFlags::from_bits_truncate(flags.cast_unsigned());
         let caller = (req.uid(), req.gid());
         let (name, value) = (name.to_owned(), value.to_vec());
@@ -822,19 +846,22 @@ impl Filesystem for FuseFs {
         });
     }
 
-    fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+    fn getxattr(&self, req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        asked_by(req);
         let get = move |fs: &Self, name: &OsStr| {
             fs.on(ino, |n| Ok((fs.engine().get_xattr(n, bytes_of(name))?, size)))
         };
         self.serve_named(Opcode::GetXattr, ino, name, reply, reply_xattr, get);
     }
 
-    fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+    fn listxattr(&self, req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        asked_by(req);
         let list = move |fs: &Self| fs.on(ino, |n| Ok((fs.engine().list_xattr(n)?, size)));
         self.serve(Opcode::ListXattr, ino, reply, reply_xattr, list, || list);
     }
 
-    fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    fn removexattr(&self, req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        asked_by(req);
         let name = name.to_owned();
         self.answer(Opcode::RemoveXattr, ino, reply, done, move |fs| {
             fs.on(ino, |n| fs.engine().remove_xattr(n, bytes_of(&name)))
@@ -851,6 +878,7 @@ impl Filesystem for FuseFs {
         mode: i32,
         reply: ReplyEmpty,
     ) {
+        asked_by(req);
         let (mode, kill) = (mode.cast_unsigned(), takes_set_ids(req));
         self.answer(Opcode::Fallocate, ino, reply, done, move |fs| {
             fs.change_content(ino, kill, |n| fs.engine().fallocate(n, mode, offset, length, kill))
@@ -859,13 +887,14 @@ impl Filesystem for FuseFs {
 
     fn lseek(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: i64,
         whence: i32,
         reply: ReplyLseek,
     ) {
+        asked_by(req);
         self.run(Opcode::Lseek, ino, || {
             let hole = match whence {
                 libc::SEEK_DATA => false,
@@ -893,6 +922,7 @@ impl Filesystem for FuseFs {
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
+        asked_by(req);
         let kill = takes_set_ids(req);
         let copy = move |fs: &Self| {
             fs.on(ino_in, |from| {

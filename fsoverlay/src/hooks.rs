@@ -176,6 +176,8 @@ pub struct Counters {
     pub told_ahead: u64,
     /// Internal errors, each answered with `EIO`.
     pub panics: u64,
+    /// Requests of all these that were served on the processor of who asked ([`crate::Overlay::with_proc`]).
+    pub near: u64,
 }
 
 /// What the kernel asks for, as the counts and the log tell requests apart.
@@ -281,6 +283,8 @@ impl Counts {
             looked_ahead: get(&self.looked_ahead),
             told_ahead: get(&self.told_ahead),
             panics: get(&self.panics),
+            // Counted elsewhere.
+            near: 0,
         }
     }
 }

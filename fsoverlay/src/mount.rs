@@ -127,7 +127,12 @@ impl Overlay {
             .and_then(mount_id)
             .map_err(|err| Error::Serve { source: err.into() })?;
         let mounted = Mounted { at: at.to_owned(), below: Arc::new(below), id, by_helper };
-        match self.serve_with(fuse, true) {
+        // It was mounted in our process-ID namespace, by whomever.
+        let overlay = match rustix::fs::open("/proc", flags, Mode::empty()) {
+            Ok(proc) => self.with_proc(proc),
+            Err(_) => self,
+        };
+        match overlay.serve_with(fuse, true) {
             Ok(server) => Ok((server, mounted)),
             Err(err) => {
                 if let Err(err) = mounted.undo() {

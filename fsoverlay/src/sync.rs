@@ -6,9 +6,10 @@
 //!
 //! And threads that cannot be had: whoever wants one has to go on without.
 
+use std::cell::RefCell;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{MutexGuard, PoisonError, RwLockReadGuard, RwLockWriteGuard, TryLockError};
+use std::sync::{MutexGuard, PoisonError, RwLockReadGuard, RwLockWriteGuard, TryLockError, mpsc};
 use std::thread::{Builder, JoinHandle};
 
 /// A mutex whose `lock` always succeeds.
@@ -94,7 +95,39 @@ pub(crate) fn start(name: &str, main: impl FnOnce() + Send + 'static) -> io::Res
     if tests::THREADLESS.get() {
         return Err(io::ErrorKind::WouldBlock.into());
     }
-    Builder::new().name(name.to_owned()).spawn(main)
+    STARTER.with_borrow(|starter| {
+        let Some(starter) = starter else { return Builder::new().name(name.to_owned()).spawn(main) };
+        let (answer, started) = mpsc::channel();
+        let ended = |_| io::Error::from(io::ErrorKind::WouldBlock);
+        let order = Order { name: name.to_owned(), main: Box::new(main), answer };
+        starter.send(order).map_err(|_| io::Error::from(io::ErrorKind::WouldBlock))?;
+        started.recv().map_err(ended)?
+    })
+}
+
+/// A thread that somebody wants to have started.
+struct Order {
+    name: String,
+    main: Box<dyn FnOnce() + Send>,
+    answer: mpsc::Sender<io::Result<JoinHandle<()>>>,
+}
+
+thread_local! {
+    static STARTER: RefCell<Option<mpsc::Sender<Order>>> = const { RefCell::new(None) };
+}
+
+/// What this thread starts from now on is started by another one, and so does not inherit what this one makes of
+/// itself.
+pub(crate) fn start_elsewhere() -> io::Result<()> {
+    let (orders, ordered) = mpsc::channel::<Order>();
+    start("fsoverlay-start", move || {
+        for Order { name, main, answer } in ordered {
+            // Who ordered it waits for the answer.
+            let _ = answer.send(Builder::new().name(name).spawn(main));
+        }
+    })?;
+    STARTER.set(Some(orders));
+    Ok(())
 }
 
 #[cfg(test)]

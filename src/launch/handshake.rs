@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! supervisor -> setup      : MapsWritten         unless setup maps its own id; now setup may setresuid
+//! setup      -> supervisor : Proc + fd           the sandbox's procfs, before what needs it
 //! setup      -> supervisor : Fuse + fd           mounted; the kernel's INIT waits on it
 //! setup      -> supervisor : Tap + fd            only with the stack
 //! setup      -> supervisor : Terminal + fd       only with a terminal of its own
@@ -33,6 +34,8 @@ const OBJECT_MAX: usize = 2048;
 /// What the setup process, later init, says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromSetup {
+    /// The root of the sandbox's procfs comes with this message.
+    Proc,
     /// The descriptor of the mounted overlay comes with this message.
     Fuse,
     /// The TAP comes with this message.

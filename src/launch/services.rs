@@ -101,6 +101,11 @@ impl Services {
         self.maker.take()
     }
 
+    /// Lets the overlay see where the threads run that ask it.
+    pub(crate) fn know_askers(&mut self, proc: OwnedFd) {
+        self.overlay = self.overlay.take().map(|overlay| overlay.with_proc(proc));
+    }
+
     /// Serves the overlay on its mounted descriptor.
     pub(crate) fn serve_overlay(&mut self, fuse: OwnedFd) -> Result<(), LaunchError> {
         if let Some(overlay) = self.overlay.take() {

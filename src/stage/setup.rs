@@ -72,14 +72,16 @@ pub(super) fn run(plan: &Plan, inherited: &Inherited) -> Result<Ready> {
     set_up_network(&plan.net, channel)?;
     map_ids(&plan.ids, channel)?;
 
-    let overlay = mount_overlay(channel)?;
+    let proc = plan.mounts.contains(&MountStep::Proc).then(new_proc).transpose()?;
+    let overlay = mount_overlay(channel, proc.as_ref())?;
     if let Some(offsets) = plan.time {
         unshare(CLONE_NEWTIME).during(Step::Time, "unshare")?;
         let text = format!("monotonic {} 0\nboottime {} 0\n", offsets.monotonic, offsets.boottime);
         std::fs::write("/proc/self/timens_offsets", text).during(Step::Time, "/proc/self/timens_offsets")?;
     }
     let program = read_only_program()?;
-    let prepared = plan.mounts.iter().map(prepare).collect::<Result<Vec<_>>>()?;
+    let mut proc = proc;
+    let prepared = plan.mounts.iter().map(|step| prepare(step, &mut proc)).collect::<Result<Vec<_>>>()?;
 
     // From here on the overlay is used: its server answers by now, or we wait for it.
     let root = attach_root(&overlay)?;
@@ -165,9 +167,15 @@ fn map_lines(extents: &[IdExtent]) -> String {
     extents.iter().map(|e| format!("{} {} {}\n", e.inside, e.outside, e.count)).collect()
 }
 
-/// Mounts the overlay, detached, and hands its descriptor to the supervisor. /dev/fuse must be
-/// opened here: the kernel wants the opener in the user namespace that mounts.
-fn mount_overlay(channel: &Channel) -> Result<OwnedFd> {
+/// The sandbox's procfs, detached.
+fn new_proc() -> Result<OwnedFd> {
+    new_mount("proc", "", PRIVATE_MOUNT | MountAttrFlags::MOUNT_ATTR_NOEXEC).during(Step::Mount, "/proc")
+}
+
+/// Mounts the overlay, detached, and hands its descriptor to the supervisor, after the procfs that knows
+/// the processes which its requests name. /dev/fuse must be opened here: the kernel wants the opener in
+/// the user namespace that mounts.
+fn mount_overlay(channel: &Channel, proc: Option<&OwnedFd>) -> Result<OwnedFd> {
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
     let fuse = openat(CWD, "/dev/fuse", flags, Mode::empty()).during(Step::FuseOpen, "/dev/fuse")?;
     let mount = || -> rustix::io::Result<OwnedFd> {
@@ -178,6 +186,9 @@ fn mount_overlay(channel: &Channel) -> Result<OwnedFd> {
         fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, PRIVATE_MOUNT)
     };
     let overlay = mount().during(Step::FuseMount, "")?;
+    if let Some(proc) = proc {
+        channel.send(&FromSetup::Proc, Some(proc.as_fd())).during(Step::Handshake, "")?;
+    }
     channel.send(&FromSetup::Fuse, Some(fuse.as_fd())).during(Step::Handshake, "")?;
     Ok(overlay)
 }
@@ -296,10 +307,10 @@ fn clone_of_source(path: &Path) -> Result<OwnedFd> {
     open_tree(&source, "", flags).during(Step::VolumeSource, path)
 }
 
-fn prepare(step: &MountStep) -> Result<Prepared> {
+fn prepare(step: &MountStep, proc: &mut Option<OwnedFd>) -> Result<Prepared> {
     let no_exec = PRIVATE_MOUNT | MountAttrFlags::MOUNT_ATTR_NOEXEC;
     Ok(match step {
-        MountStep::Proc => Prepared::Mount(new_mount("proc", "", no_exec).during(Step::Mount, "/proc")?),
+        MountStep::Proc => Prepared::Mount(proc.take().map_or_else(new_proc, Ok)?),
         MountStep::Sys => Prepared::Mount(prepare_sys(no_exec)?),
         MountStep::Dev { nodes } => {
             let no_exec_dev = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;

@@ -176,6 +176,9 @@ impl Loop<'_> {
         };
         let with_fd = |fd: Option<OwnedFd>| fd.ok_or_else(|| lost("a descriptor is missing"));
         match message {
+            FromSetup::Proc => {
+                self.services.know_askers(with_fd(fd)?);
+            }
             FromSetup::Fuse => {
                 let served = self.services.serve_overlay(with_fd(fd)?);
                 served.map_err(|error| self.sandbox.blame_setup(error))?;
