@@ -246,6 +246,7 @@ fn fill(stream: &mut TcpStream) -> usize {
         match stream.write(&block[..]) {
             Ok(n) => all += n,
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => return all,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => panic!("{error}"),
         }
     }

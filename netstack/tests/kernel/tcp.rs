@@ -184,6 +184,8 @@ fn fill(stream: &mut TcpStream) -> usize {
         match stream.write(&data[sent..(sent + 65536).min(data.len())]) {
             Ok(n) => sent += n,
             Err(error) if error.kind() == ErrorKind::WouldBlock => return sent,
+            // A process that was stopped and goes on hears that of a call with a time limit (signal(7)).
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => panic!("{error}"),
         }
     }
