@@ -16,9 +16,10 @@ use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 use crate::Error;
 use crate::attr::Kind;
 use crate::config::UpperSpec;
-use crate::engine::{Upper, open_error};
+use crate::engine::open_error;
 use crate::errno::{Errno, Res, missing_ok};
 use crate::layer::stat_at;
+use crate::upper::Upper;
 
 /// The way to the mark, in the work directory.
 const MARK: [&str; 3] = ["work", "incompat", "volatile"];

@@ -22,13 +22,15 @@ use std::sync::atomic::Ordering;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, Timespec, Timestamps, XattrFlags};
 
 use crate::attr::{Kind, Stat, Time};
-use crate::engine::{Content, Engine, Upper};
+use crate::engine::Engine;
 use crate::errno::{Errno, LONG, Res, is_hurried};
 use crate::handle::{Fd, Holder};
 use crate::hooks::{blocks, most_of_copy};
 use crate::inode::{Link, Node, Place, ROOT};
 use crate::layer::{RealDir, stat_at, stat_fd};
+use crate::object::Content;
 use crate::sys::{self, At};
+use crate::upper::Upper;
 use crate::xattr::{IMPURE, ORIGIN};
 
 /// Copying this many bytes is more than others are made to wait for.

@@ -8,12 +8,13 @@ use rustix::fs::{AtFlags, OFlags, RenameFlags, XattrFlags};
 use crate::acl::Acl;
 use crate::attr::{Attr, Kind, Meta, Stat};
 use crate::copyup::link_fd;
-use crate::engine::{Content, Engine};
+use crate::engine::Engine;
 use crate::errno::{Errno, Res, missing_ok};
 use crate::handle::{Fd, Holder};
 use crate::hooks::{blocks, released};
 use crate::inode::{DirState, Inner, Link, NewNode, Node, Parked, Place};
 use crate::layer::{RealDir, stat_at, stat_fd};
+use crate::object::Content;
 use crate::sys::{self, At};
 use crate::xattr::{NUMBER, OPAQUE};
 
@@ -427,7 +428,7 @@ impl Engine {
     }
 
     /// A file that has (also) this name in the work directory.
-    pub(crate) fn parked(&self, upper: &crate::engine::Upper, name: Box<[u8]>) -> Parked {
+    pub(crate) fn parked(&self, upper: &crate::upper::Upper, name: Box<[u8]>) -> Parked {
         Parked { work: upper.work.clone(), name, temporary: true, quota: self.hooks.quota.clone() }
     }
 
@@ -534,7 +535,7 @@ impl Engine {
     /// Removes an upper directory that holds whiteouts at most.
     fn remove_upper_dir(
         &self,
-        upper: &crate::engine::Upper,
+        upper: &crate::upper::Upper,
         dir: &Arc<RealDir>,
         fd: &Fd,
         name: &[u8],
@@ -555,7 +556,7 @@ impl Engine {
     /// whiteout, if one is needed, in the same step.
     pub(crate) fn move_away(
         &self,
-        upper: &crate::engine::Upper,
+        upper: &crate::upper::Upper,
         dir: &Arc<RealDir>,
         fd: &Fd,
         name: &[u8],

@@ -11,12 +11,13 @@ use rustix::fs::FallocateFlags;
 
 use crate::attr::{Kind, Stat};
 use crate::copyup::{MUCH, write_all};
-use crate::engine::{Content, Engine, changed_below};
+use crate::engine::Engine;
 use crate::errno::{Errno, LONG, Res, is_hurried};
 use crate::handle::Fd;
 use crate::hooks::{Space, Usage, add, most_of_write};
 use crate::inode::{Node, Place};
 use crate::layer::stat_fd;
+use crate::object::{Content, changed_below};
 
 impl Engine {
     /// Reads up to `buf.len()` bytes; less only at the end of the file.

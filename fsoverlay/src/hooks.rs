@@ -28,10 +28,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::attr::{Kind, Stat};
-use crate::engine::{Content, Engine};
+use crate::engine::Engine;
 use crate::errno::{Errno, LONG, Res, is_hurried};
 use crate::inode::Node;
 use crate::layer::{RealDir, UPPER, stat_fd};
+use crate::object::Content;
 
 /// What the embedder of an overlay takes part in; see [`crate::Overlay::with_hooks`].
 #[derive(Debug, Clone, Default)]

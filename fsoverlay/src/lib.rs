@@ -94,6 +94,7 @@ mod lookup;
 mod mount;
 mod near;
 mod numbers;
+mod object;
 mod oci;
 mod open;
 mod ownership;
@@ -105,6 +106,7 @@ mod setattr;
 mod sidecar;
 mod sync;
 mod sys;
+mod upper;
 mod whiteout;
 mod xattr;
 

@@ -38,7 +38,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, XattrFlags};
 
 use crate::attr::{Stat, Time};
 use crate::copyup::{Temp, make_placeholder};
-use crate::engine::{Engine, Upper};
+use crate::engine::Engine;
 use crate::errno::{Errno, Res, missing_ok};
 use crate::handle::Fd;
 use crate::inode::{Inner, Node, Parked, Place};
@@ -48,6 +48,7 @@ use crate::numbers::{InodeNumbers, Origin};
 use crate::readdir::for_each_entry;
 use crate::sidecar::is_needed;
 use crate::sys::{self, At};
+use crate::upper::Upper;
 use crate::xattr::{LINKS, ORIGIN};
 
 const NAME: &str = "links";

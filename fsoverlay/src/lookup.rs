@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, RwLockReadGuard};
 
 use crate::attr::{Attr, Key, Kind, Meta, Stat};
-use crate::engine::{Engine, changed_below, gone_below};
+use crate::engine::Engine;
 use crate::errno::{Errno, Res};
 use crate::far::Far;
 use crate::generated::GenBody;
@@ -22,6 +22,7 @@ use crate::inode::{DirState, Inner, Link, Named, NewNode, Node, Parked, Place};
 use crate::layer::{RealDir, UPPER, stat_at};
 use crate::live::Fresh;
 use crate::numbers::InodeNumbers;
+use crate::object::{changed_below, gone_below};
 use crate::oci::{Said, is_opaque_below, said};
 use crate::redirect::{Descent, InMemory, Step};
 use crate::sys::At;

@@ -17,9 +17,10 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, XattrFlags};
 
 use crate::Error;
 use crate::attr::Kind;
-use crate::engine::{Engine, gone_below};
+use crate::engine::Engine;
 use crate::errno::{Errno, Res, missing_ok};
 use crate::layer::{RealDir, UPPER, open_for_reading, open_root, stat_at, stat_fd};
+use crate::object::gone_below;
 use crate::readdir::for_each_entry;
 use crate::sys::{self, At};
 use crate::xattr::{OPAQUE, OWNERS};

@@ -34,9 +34,10 @@ use fuser::{BackingId, FileHandle, FopenFlags};
 
 use crate::attr::Kind;
 use crate::copyup::Temp;
-use crate::engine::{Content, Engine};
+use crate::engine::Engine;
 use crate::errno::{Errno, Res};
 use crate::inode::Node;
+use crate::object::Content;
 use crate::sync::Mutex;
 use crate::sys;
 

@@ -16,13 +16,14 @@ use std::sync::{Arc, Weak};
 use rustix::fs::{IFlags, RawDir};
 
 use crate::attr::{Key, Kind};
-use crate::engine::{Engine, gone_below};
+use crate::engine::Engine;
 use crate::errno::{Errno, Res};
 use crate::hooks::AccessKind;
 use crate::inode::{DirState, Node, ROOT};
 use crate::layer::{RealDir, UPPER, open_for_reading, stat_at};
 use crate::listing::{Builder, Entry, Listing};
 use crate::numbers::InodeNumbers;
+use crate::object::gone_below;
 use crate::oci::{Said, said};
 use crate::sync::Mutex;
 

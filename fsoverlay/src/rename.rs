@@ -23,11 +23,12 @@ use rustix::fs::{AtFlags, RenameFlags};
 
 use crate::attr::{Kind, Stat};
 use crate::create::{Held, check_name};
-use crate::engine::{Engine, Upper};
+use crate::engine::Engine;
 use crate::errno::{Errno, Res, missing_ok};
 use crate::handle::Fd;
 use crate::inode::{DirState, Link, Node, ROOT};
 use crate::layer::{RealDir, stat_at};
+use crate::upper::Upper;
 
 /// What kind of rename is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -9,9 +9,10 @@ use std::sync::atomic::Ordering;
 use rustix::fs::{AtFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
 
 use crate::attr::{Attr, Kind, Time};
-use crate::engine::{Content, Engine};
+use crate::engine::Engine;
 use crate::errno::{Errno, Res};
 use crate::inode::Node;
+use crate::object::Content;
 use crate::xattr::Target;
 
 /// A time to set.

@@ -44,7 +44,7 @@ use crate::sync::Mutex;
 
 const NAME: &str = "owners";
 /// The file while it is written anew. No other temporary name has so small a number
-/// ([`crate::engine::Upper::temp_name`]).
+/// ([`crate::upper::Upper::temp_name`]).
 const NEW_NAME: &str = "#0";
 /// A file larger than this is not used.
 const MAX_SIZE: u64 = 128 << 20;

@@ -12,11 +12,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, XattrFlags};
 
 use crate::attr::Kind;
-use crate::engine::{Engine, Upper};
+use crate::engine::Engine;
 use crate::errno::{Errno, Res};
 use crate::layer::{RealDir, open_for_reading, stat_at, stat_fd};
 use crate::sidecar::is_needed;
 use crate::sys::{self, At};
+use crate::upper::Upper;
 use crate::xattr::{OPAQUE, WHITEOUT, WHITEOUTS};
 
 /// Which form this upper takes.

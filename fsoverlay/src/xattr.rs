@@ -23,12 +23,13 @@ use rustix::fs::{Mode, OFlags, XattrFlags};
 
 use crate::acl::Acl;
 use crate::attr::{Key, Kind};
-use crate::engine::{Content, Engine};
+use crate::engine::Engine;
 use crate::errno::{Errno, Res};
 use crate::handle::Fd;
 use crate::inode::{Node, Place};
 use crate::layer::{LayerIdx, RealDir, UPPER, stat_at, stat_fd};
 use crate::numbers::Origin;
+use crate::object::Content;
 use crate::ownership::{chmod, stat_of};
 use crate::sys::{self, At};
 
