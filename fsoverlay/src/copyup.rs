@@ -23,7 +23,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, Timespec, Timesta
 
 use crate::attr::{Kind, Stat, Time};
 use crate::engine::Engine;
-use crate::errno::{Errno, LONG, Res, is_hurried};
+use crate::errno::{Errno, LONG, Res, is_hurried, much};
 use crate::handle::{Fd, Holder};
 use crate::hooks::{blocks, most_of_copy};
 use crate::inode::{Link, Node, Place, ROOT};
@@ -33,8 +33,6 @@ use crate::sys::{self, At};
 use crate::upper::Upper;
 use crate::xattr::{IMPURE, ORIGIN};
 
-/// Copying this many bytes is more than others are made to wait for.
-pub(crate) const MUCH: u64 = 4 << 20;
 /// How often an object is looked for that loses its names meanwhile.
 const MAX_LOOKS: u32 = 100;
 
@@ -139,7 +137,7 @@ impl Engine {
             return Ok(());
         }
         let stat = self.stat(node)?;
-        if is_hurried() && node.kind == Kind::File && stat.size.min(limit) >= MUCH {
+        if is_hurried() && node.kind == Kind::File && stat.size.min(limit) >= much() {
             return Err(LONG);
         }
         let meta = node.inner.lock().meta;

@@ -10,9 +10,9 @@ use std::sync::Arc;
 use rustix::fs::FallocateFlags;
 
 use crate::attr::{Kind, Stat};
-use crate::copyup::{MUCH, write_all};
+use crate::copyup::write_all;
 use crate::engine::Engine;
-use crate::errno::{Errno, LONG, Res, is_hurried};
+use crate::errno::{Errno, LONG, Res, is_hurried, much};
 use crate::handle::Fd;
 use crate::hooks::{Space, Usage, add, most_of_write};
 use crate::inode::{Node, Place};
@@ -113,7 +113,7 @@ impl Engine {
         kill: bool,
     ) -> Res<usize> {
         // Many ask for as much as there is.
-        if length >= MUCH && is_hurried() && self.stat(from.0)?.size.saturating_sub(from.1) >= MUCH {
+        if length >= much() && is_hurried() && self.stat(from.0)?.size.saturating_sub(from.1) >= much() {
             return Err(LONG);
         }
         let target = self.writable(to.0)?;

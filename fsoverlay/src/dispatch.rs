@@ -28,7 +28,7 @@ use fuser::{INodeNo, Notifier, ReplyLseek, Request};
 
 use crate::attr::Kind;
 use crate::engine::Engine;
-use crate::errno::{Errno, FAR, LONG, Res, far_mount, hurried};
+use crate::errno::{Errno, FAR, LONG, Res, far_mount, gives_way, hurried};
 use crate::far::{Far, GiveUp};
 use crate::fs::{FuseFs, TTL, errno};
 use crate::hooks::{Direction, Opcode};
@@ -229,9 +229,11 @@ impl FuseFs {
     pub(crate) fn run(&self, what: Opcode, ino: INodeNo, handler: impl FnOnce()) {
         self.engine().counts.request(what);
         self.guarded(what, ino, handler);
-        let asker = ASKER.take();
-        if let Some(near) = self.shared.near.get() {
-            near.after(asker);
+        // Nobody waits for names to be forgotten, of which there may be many at once.
+        if what != Opcode::Forget
+            && let Some(near) = self.shared.near.get()
+        {
+            near.after(ASKER.take());
         }
     }
 
@@ -284,7 +286,7 @@ impl FuseFs {
         again: impl FnOnce() -> O,
     ) {
         self.run(what, ino, || {
-            if self.engine().far.is_empty() {
+            if self.engine().far.is_empty() && !gives_way() {
                 return send(now(self), reply);
             }
             match hurried(|| now(self)) {

@@ -59,6 +59,27 @@ pub(crate) fn hurried<T>(operation: impl FnOnce() -> T) -> T {
     operation()
 }
 
+thread_local! {
+    /// See [`gives_way`].
+    static GIVES_WAY: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this thread gives way to all others ([`crate::near`]): on a busy machine what takes some milliseconds takes it
+/// seconds, and whoever waits for its locks. So in a hurry it leaves more to others.
+pub(crate) fn gives_way() -> bool {
+    GIVES_WAY.get()
+}
+
+/// From now on this thread does.
+pub(crate) fn set_gives_way() {
+    GIVES_WAY.set(true);
+}
+
+/// Copying this many bytes is more than others are made to wait for.
+pub(crate) fn much() -> u64 {
+    if gives_way() { 64 << 10 } else { 4 << 20 }
+}
+
 pub(crate) fn is_hurried() -> bool {
     HURRIED.get()
 }

@@ -42,10 +42,11 @@ use crate::create::NewObject;
 use crate::data::bytes_of;
 use crate::dispatch::{Seek, Shared, asked_by};
 use crate::engine::Engine;
-use crate::errno::{Errno, FAR, LONG, Res, hurried};
+use crate::errno::{Errno, FAR, LONG, Res, gives_way, hurried};
 use crate::hooks::{Direction, Opcode, add};
 use crate::inode::Node;
 use crate::listing::Entry;
+use crate::near::LARGE;
 use crate::open::wanted;
 use crate::passthrough::{CAPABILITY, Privilege};
 use crate::rename::How;
@@ -258,6 +259,9 @@ impl FuseFs {
         send: impl Fn(Res<&[u8]>, R) + Copy + Send + Sync + 'static,
     ) {
         self.run(Opcode::Read, ino, || match self.delay(Direction::Read, |_| size.into()) {
+            None if gives_way() && u64::from(size) > LARGE => {
+                self.aside(Opcode::Read, ino, move |fs| fs.read_now(ino, offset, size, reply, send));
+            }
             None => self.read_now(ino, offset, size, reply, send),
             Some(delay) => {
                 let read = move |fs: &Self| fs.read_now(ino, offset, size, reply, send);
@@ -303,12 +307,16 @@ impl FuseFs {
         write: impl Fn(&Self, &[u8]) -> Res<usize> + Send + 'static,
     ) {
         self.run(Opcode::Write, ino, || {
-            let Some(delay) = self.delay(Direction::Write, |_| data.len() as u64) else {
+            let delay = self.delay(Direction::Write, |_| data.len() as u64);
+            if delay.is_none() && !(gives_way() && data.len() as u64 > LARGE) {
                 return self.write_now(ino, data.into(), reply, send, write);
-            };
+            }
             let data = data.to_vec();
             let write = move |fs: &Self| fs.write_now(ino, data.into(), reply, send, write);
-            self.delayed(Opcode::Write, ino, delay, write);
+            match delay {
+                Some(delay) => self.delayed(Opcode::Write, ino, delay, write),
+                None => self.aside(Opcode::Write, ino, write),
+            }
         });
     }
 
@@ -641,13 +649,12 @@ impl Filesystem for FuseFs {
 
     fn flush(
         &self,
-        req: &Request,
+        _req: &Request,
         _ino: INodeNo,
         _fh: FileHandle,
         _lock_owner: LockOwner,
         reply: ReplyEmpty,
     ) {
-        asked_by(req);
         reply.error(fuser::Errno::ENOSYS);
     }
 
@@ -722,10 +729,10 @@ impl Filesystem for FuseFs {
         });
     }
 
-    fn readdir(&self, req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+    fn readdir(&self, req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectory) {
         asked_by(req);
-        self.run(Opcode::ReadDir, ino, || {
-            if self.is_far(ino) {
+        self.run_listing(Opcode::ReadDir, ino, reply, move |fs, mut reply| {
+            if fs.is_far(ino) {
                 let list = move |fs: &Self| fs.engine().read_dir(&fs.engine().node(ino.0)?, offset, 256);
                 let send = |batch: Res<Vec<_>>, mut reply: ReplyDirectory| match batch {
                     Ok(batch) => {
@@ -740,12 +747,11 @@ impl Filesystem for FuseFs {
                     }
                     Err(err) => reply.error(errno(err)),
                 };
-                return self.afar(Opcode::ReadDir, ino, Some(self.engine().patience), reply, send, list);
+                return fs.afar(Opcode::ReadDir, ino, Some(fs.engine().patience), reply, send, list);
             }
             let mut at = offset;
             loop {
-                let batch = match self.engine().node(ino.0).and_then(|n| self.engine().read_dir(&n, at, 256))
-                {
+                let batch = match fs.engine().node(ino.0).and_then(|n| fs.engine().read_dir(&n, at, 256)) {
                     Ok(batch) => batch,
                     Err(err) => return reply.error(errno(err)),
                 };
@@ -770,11 +776,11 @@ impl Filesystem for FuseFs {
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
-        mut reply: ReplyDirectoryPlus,
+        reply: ReplyDirectoryPlus,
     ) {
         asked_by(req);
-        self.run(Opcode::ReadDirPlus, ino, || {
-            if self.is_far(ino) {
+        self.run_listing(Opcode::ReadDirPlus, ino, reply, move |fs, mut reply| {
+            if fs.is_far(ino) {
                 let send = |batch: Res<Batch>, mut reply: ReplyDirectoryPlus| match batch {
                     Ok(batch) => {
                         batch.add_to(&mut reply);
@@ -783,20 +789,20 @@ impl Filesystem for FuseFs {
                     Err(err) => reply.error(errno(err)),
                 };
                 let list = move |fs: &Self| fs.list_plus(ino, offset);
-                return self.afar(Opcode::ReadDirPlus, ino, Some(self.engine().patience), reply, send, list);
+                return fs.afar(Opcode::ReadDirPlus, ino, Some(fs.engine().patience), reply, send, list);
             }
-            let dir = match self.engine().node(ino.0) {
+            let dir = match fs.engine().node(ino.0) {
                 Ok(dir) => dir,
                 Err(err) => return reply.error(errno(err)),
             };
-            let mut begun = self.engine().begin_listing(&dir);
-            if let Err(err) = self.fill_plus(&dir, offset, &mut begun, &mut reply) {
+            let mut begun = fs.engine().begin_listing(&dir);
+            if let Err(err) = fs.fill_plus(&dir, offset, &mut begun, &mut reply) {
                 return reply.error(errno(err));
             }
-            self.engine().pause_listing(&dir, &mut begun);
+            fs.engine().pause_listing(&dir, &mut begun);
             reply.ok();
             if offset == 0 {
-                self.engine().look_ahead(&dir, &begun);
+                fs.engine().look_ahead(&dir, &begun);
             }
         });
     }
@@ -946,6 +952,22 @@ impl Filesystem for FuseFs {
 }
 
 impl FuseFs {
+    /// Answers with a piece of a directory, which may first have to be read as a whole, and which looks ahead.
+    fn run_listing<R: Send + 'static>(
+        &self,
+        what: Opcode,
+        ino: INodeNo,
+        reply: R,
+        list: impl FnOnce(&Self, R) + Send + 'static,
+    ) {
+        self.run(what, ino, || {
+            if gives_way() {
+                return self.aside(what, ino, move |fs| list(fs, reply));
+            }
+            list(self, reply);
+        });
+    }
+
     /// A few entries with their attributes.
     fn list_plus(&self, ino: INodeNo, offset: u64) -> Res<Batch> {
         let dir = self.engine().node(ino.0)?;
@@ -1121,6 +1143,7 @@ mod tests {
     use crate::config::{LayerSpec, OverlaySpec};
     use crate::dispatch::MAX_ASIDE;
     use crate::engine::tests::Scratch;
+    use crate::errno::set_gives_way;
     use crate::far::{Far, MAX_THREADS, MountTable};
     use crate::hooks::{Access, Hooks, RateLimit, Trace};
     use crate::passthrough::Wanted;
@@ -1214,6 +1237,52 @@ mod tests {
         let engine = beside.fs.engine();
         let ino = engine.lookup(&beside.dir, b"file").expect("found").ino;
         assert!(engine.table.get(ino).is_none(), "nobody would ever forget it");
+    }
+
+    #[test]
+    fn who_gives_way_leaves_what_takes_long_to_others() {
+        let scratch = Scratch::new("gives-way");
+        let lower = scratch.dir.join("lower");
+        for (name, size) in [("small", 1 << 10), ("large", 100 << 10)] {
+            std::fs::write(lower.join(name), vec![1; size]).expect("written");
+        }
+        let engine = Engine::open(&scratch.spec()).expect("an overlay");
+        let fs = FuseFs { shared: Shared::new(engine) };
+        let worker = std::thread::spawn(move || {
+            set_gives_way();
+            let me = std::thread::current().id();
+            let (engine, root) = (fs.engine(), fs.engine().root());
+            assert_eq!(hurried(|| engine.read_dir(root, 0, 9)).map(drop), Err(LONG));
+            assert!(engine.read_dir(root, 0, 9).is_ok(), "it has time");
+            let file = |name| engine.lookup(root, name).expect("found");
+            assert_eq!(hurried(|| engine.copy_up(&file(b"small"))), Ok(()));
+            assert_eq!(hurried(|| engine.copy_up(&file(b"large"))), Err(LONG));
+            let (done, by) = channel();
+            let answered = || by.recv_timeout(HOUR).expect("an answer");
+            fs.run_listing(Opcode::ReadDir, INodeNo(root.ino), done.clone(), |_, done| {
+                let _ = done.send(std::thread::current().id());
+            });
+            assert_ne!(answered(), me, "a listing");
+            let ino = INodeNo(file(b"large").ino);
+            let send =
+                |_: Res<&[u8]>, done: Sender<_>| done.send(std::thread::current().id()).expect("asked");
+            let read =
+                |size: u64| fs.serve_read(ino, 0, u32::try_from(size).expect("small"), done.clone(), send);
+            read(LARGE);
+            assert_eq!(answered(), me);
+            read(LARGE + 1);
+            assert_ne!(answered(), me, "much to read");
+            let send =
+                |_: Res<usize>, done: Sender<_>| done.send(std::thread::current().id()).expect("asked");
+            let data = vec![0; usize::try_from(LARGE).expect("small") + 1];
+            let write = |data: &[u8]| fs.serve_write(ino, data, done.clone(), send, |_, data| Ok(data.len()));
+            write(&data[1..]);
+            assert_eq!(answered(), me);
+            write(&data);
+            assert_ne!(answered(), me, "much to write");
+            fs.shared.stop();
+        });
+        worker.join().expect("no panic");
     }
 
     #[test]

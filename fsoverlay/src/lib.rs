@@ -266,7 +266,8 @@ impl Overlay {
     /// With the root of a procfs of the process-ID namespace that the overlay is mounted in, a program that asks one
     /// thing after another can be served on the processor that it runs on, several times as fast where waking a
     /// processor takes long. One more worker is started for it, which gives way to all other threads
-    /// (`SCHED_IDLE`). Nothing changes with one worker, on one processor, and before Linux 6.12.
+    /// (`SCHED_IDLE`). Nothing changes with one worker, on one processor, and before Linux 6.12. In another
+    /// namespace's procfs the wrong threads would be found, and nothing gained.
     #[must_use]
     pub fn with_proc(mut self, proc: OwnedFd) -> Self {
         self.proc = Some(proc);
@@ -301,7 +302,7 @@ impl Overlay {
         config.clone_fd = clone_fd;
         let error = |source| Error::Serve { source };
         let near = match self.proc {
-            Some(proc) => near::Near::new(fuse.try_clone().map_err(error)?, proc, self.workers),
+            Some(proc) => fuse.try_clone().ok().and_then(|fuse| near::Near::new(fuse, proc, self.workers)),
             None => None,
         };
         config.n_threads = Some(self.workers + near.as_ref().map_or(0, |_| near::Near::WORKERS));

@@ -129,8 +129,8 @@ impl Overlay {
         let mounted = Mounted { at: at.to_owned(), below: Arc::new(below), id, by_helper };
         // It was mounted in our process-ID namespace, by whomever.
         let overlay = match rustix::fs::open("/proc", flags, Mode::empty()) {
-            Ok(proc) => self.with_proc(proc),
-            Err(_) => self,
+            Ok(proc) if knows_us(&proc) => self.with_proc(proc),
+            Ok(_) | Err(_) => self,
         };
         match overlay.serve_with(fuse, true) {
             Ok(server) => Ok((server, mounted)),
@@ -146,6 +146,12 @@ impl Overlay {
 
 fn proc_path(fd: impl AsFd) -> String {
     format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
+}
+
+/// Whether a procfs is of our process-ID namespace.
+fn knows_us(proc: &OwnedFd) -> bool {
+    let id = rustix::process::getpid().as_raw_nonzero().to_string();
+    rustix::fs::readlinkat(proc, "self", Vec::new()).is_ok_and(|own| own.as_bytes() == id.as_bytes())
 }
 
 /// Opens the root of what is mounted on a directory (or the directory itself). From the one above and

@@ -10,32 +10,36 @@
 //! *companion*, gives way to everybody and follows the asker from processor to processor. All others sleep while it
 //! works, because the kernel gives a request to whoever has waited longest.
 //!
-//! A thread that gives way gets little where others have much to compute, and nobody may wait for that. So
+//! A thread that gives way gets little where others have much to compute: after 10 us of work it may wait for its next
+//! turn for 70 ms, after 2 ms for seconds. Nobody may wait for that. So
 //!
 //! - it works only while one thread asks, at once and again and again ([`STREAK`]), and only where that turns out to
 //!   be faster than before ([`Companion::look`]);
-//! - one of the other workers stays awake and looks every [`TICK`] whether a request waits while nothing is done.
-//!   If so, all work again, and for some time there is no companion ([`Pause`]);
-//! - its turns are short ([`SLICE`]), so that the next one comes soon although it has little weight: with four
-//!   threads that compute on its processor within 70 ms, else within a second. Where the kernel has no turns of a
-//!   length of one's own (before Linux 6.12) there is no companion.
+//! - it does what is short, and nothing else: directories are listed, much is copied, and large pieces are read and written
+//!   by other threads ([`crate::errno::gives_way`]);
+//! - another worker looks every [`TICK`] whether a request waits while nothing is done, from the same processor; all
+//!   others do every [`LONG_TICK`], from any. If so, all work again, and for some time there is no companion
+//!   ([`Pause`]). The companion takes no lock that they need;
+//! - its turns are short ([`SLICE`]), so that the next one comes soon. Where the kernel has no turns of a length of
+//!   one's own (before Linux 6.12) there is no companion.
 //!
-//! A companion cannot become an ordinary thread again (that takes CAP_SYS_NICE), so between its times it sleeps, and
-//! threads that it starts are started for it by an ordinary one ([`crate::sync::start_elsewhere`]).
+//! A companion cannot become an ordinary thread again (that takes CAP_SYS_NICE, or RLIMIT_NICE), so between its times it
+//! sleeps, and threads that it starts are started for it by an ordinary one ([`crate::sync::start_elsewhere`]).
 
 use std::cell::RefCell;
-use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, MutexGuard, PoisonError, Weak};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, PoisonError, Weak};
+use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Mode, OFlags, openat};
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use rustix::thread::{CpuSet, Pid, gettid, sched_getaffinity, sched_setaffinity};
 
-use crate::errno::Res;
-use crate::sync::{Mutex, start_elsewhere};
-use crate::sys::give_way;
+use crate::errno::{Errno, Res, set_gives_way};
+use crate::sync::{Mutex, start_elsewhere, start_here};
+use crate::sys::{give_way, has_turns};
 
 /// So many requests of one thread, none of another between, and the companion takes over.
 const STREAK: u32 = 32;
@@ -58,11 +62,17 @@ const PATIENCE: u32 = 8;
 /// How often somebody looks whether the companion gets along. Each time may cost the asker its processor.
 const TICK: Duration = Duration::from_millis(4);
 
+/// How often all others do, in case even that is kept from running.
+const LONG_TICK: Duration = Duration::from_millis(50);
+
 /// After so many ticks without a request all is as before.
 const QUIET: u32 = 4;
 
 /// The length of the companion's turns: the shortest that sched(7) has.
 const SLICE: Duration = Duration::from_micros(100);
+
+/// Reading and writing more than so many bytes at once is not short.
+pub(crate) const LARGE: u64 = 128 << 10;
 
 /// What the workers share about it.
 #[derive(Debug)]
@@ -78,37 +88,40 @@ pub(crate) struct Near {
     streak: AtomicU64,
     /// When that began, in nanoseconds since `began`.
     streak_began: AtomicU64,
-    /// Whether the companion works, and the others sleep.
+    /// Whether the companion works, and the others sleep. Changes under the lock of `state`.
     on: AtomicBool,
+    /// There will be no companion any more.
+    ended: AtomicBool,
+    /// It is not worth it, the companion found.
+    in_vain: AtomicBool,
+    /// The companion sleeps until it is wanted.
+    waits: AtomicBool,
+    /// Whom it serves, and where; how long a request took before, in nanoseconds.
+    asker: AtomicU32,
+    processor: AtomicUsize,
+    before: AtomicU64,
     /// How many requests the companion has served.
     served: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
 }
 
+/// Nothing of it is for the companion: it may be kept from running, and whoever has to see that must not wait for a lock
+/// that it holds.
 #[derive(Debug, Default)]
 struct State {
-    on: bool,
-    /// There will be no companion any more: the mount is gone, or none can be had.
-    ended: bool,
     ordinary: usize,
     companion: Option<Seat>,
-    /// Where the companion begins.
-    asker: u32,
-    processor: usize,
-    /// How long a request took before it.
-    pace: Duration,
     pause: Pause,
 }
 
 /// The companion as others see it.
 #[derive(Debug)]
 struct Seat {
-    thread: Pid,
+    thread: Thread,
+    id: Pid,
     /// Where it may run when it follows nobody.
     anywhere: CpuSet,
-    /// It sleeps until it is wanted.
-    waits: bool,
 }
 
 /// When the next companion may begin: the sooner the better the last ones got along.
@@ -160,17 +173,79 @@ struct Leaving(Weak<Near>);
 
 impl Drop for Leaving {
     fn drop(&mut self) {
-        if let Some(near) = self.0.upgrade() {
+        let Some(near) = self.0.upgrade() else { return };
+        let left = {
+            let mut state = near.state.lock();
+            state.ordinary -= 1;
+            state.ordinary
+        };
+        if left == 0 || near.waiting() == Waiting::Gone {
             near.end();
         }
     }
 }
 
+/// A thread that is bound to a processor; afterwards it may run where it could before, unless somebody has chosen for it
+/// meanwhile.
+#[derive(Debug)]
+struct Bound {
+    before: CpuSet,
+    now: Option<usize>,
+}
+
+impl Bound {
+    fn new() -> Res<Self> {
+        Ok(Self { before: sched_getaffinity(None)?, now: None })
+    }
+
+    /// Binds the calling thread; leaves it where it is if it may not run there.
+    fn bind(&mut self, processor: usize) {
+        if self.now.is_none()
+            && let Ok(set) = sched_getaffinity(None)
+        {
+            self.before = set;
+        }
+        if self.now != Some(processor)
+            && self.before.is_set(processor)
+            && sched_setaffinity(None, &only(processor)).is_ok()
+        {
+            self.now = Some(processor);
+        }
+    }
+
+    fn release(&mut self) {
+        if let Some(processor) = self.now.take() {
+            unbind(None, processor, &self.before);
+        }
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+fn unbind(thread: Option<Pid>, processor: usize, before: &CpuSet) {
+    if sched_getaffinity(thread).is_ok_and(|set| set == only(processor)) {
+        let _ = sched_setaffinity(thread, before);
+    }
+}
+
+/// What the connection says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Waiting {
+    Nothing,
+    Request,
+    /// The mount is gone.
+    Gone,
+}
+
 /// What the companion keeps to itself.
 #[derive(Debug)]
 struct Companion {
+    bound: Bound,
     asker: u32,
-    processor: usize,
     /// How long a request took before.
     before: Duration,
     /// Since the last look: requests, and how often somebody else asked.
@@ -215,14 +290,14 @@ impl Near {
     /// How many workers more than otherwise there are to be: the companion.
     pub(crate) const WORKERS: usize = 1;
 
-    /// With a procfs of the process-ID namespace that the overlay is mounted in. `None` where nothing is gained: with
-    /// one worker, or one processor.
+    /// With a procfs of the process-ID namespace that the overlay is mounted in. `None` where nothing is gained, with
+    /// one worker or one processor, and where the kernel cannot do it.
     pub(crate) fn new(fuse: OwnedFd, proc: OwnedFd, workers: usize) -> Option<Arc<Self>> {
         let processors = sched_getaffinity(None).ok()?.count();
         // Of anything else, opening a file might take for ever.
         let is_proc =
             rustix::fs::fstatfs(&proc).is_ok_and(|stat| stat.f_type == rustix::fs::PROC_SUPER_MAGIC);
-        (is_proc && workers > 1 && processors > 1).then(|| Self::with(fuse, proc, SLOW))
+        (is_proc && workers > 1 && processors > 1 && has_turns()).then(|| Self::with(fuse, proc, SLOW))
     }
 
     fn with(fuse: OwnedFd, proc: OwnedFd, slow: Duration) -> Arc<Self> {
@@ -234,6 +309,12 @@ impl Near {
             streak: AtomicU64::new(0),
             streak_began: AtomicU64::new(0),
             on: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            in_vain: AtomicBool::new(false),
+            waits: AtomicBool::new(false),
+            asker: AtomicU32::new(0),
+            processor: AtomicUsize::new(0),
+            before: AtomicU64::new(0),
             served: AtomicU64::new(0),
             state: Mutex::default(),
             changed: Condvar::new(),
@@ -243,6 +324,14 @@ impl Near {
     /// How many requests were served so.
     pub(crate) fn served(&self) -> u64 {
         self.served.load(Ordering::Relaxed)
+    }
+
+    fn is_on(&self) -> bool {
+        self.on.load(Ordering::Acquire)
+    }
+
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
     }
 
     /// To be called by each worker when it has answered a request of the thread `asker` (0 for one of nobody's). It
@@ -257,28 +346,16 @@ impl Near {
     /// The first worker is an ordinary one, for it to see when the mount is gone; the second is the companion.
     fn take_role(self: &Arc<Self>) -> Role {
         let mut state = self.state.lock();
-        if state.ordinary > 0 && state.companion.is_none() && !state.ended {
-            // Before it gives way, so that what it starts does not.
-            let able = start_elsewhere().and_then(|()| Ok(sched_getaffinity(None)?)).and_then(|anywhere| {
-                give_way(SLICE)?;
-                Ok(anywhere)
-            });
-            match able {
-                Ok(anywhere) => {
-                    state.companion = Some(Seat { thread: gettid(), anywhere, waits: false });
-                    return Role::Companion(Companion {
-                        asker: 0,
-                        processor: 0,
-                        before: Duration::ZERO,
-                        requests: 0,
-                        others: 0,
-                        looked: self.began,
-                        in_vain: 0,
-                    });
+        if state.ordinary > 0 && state.companion.is_none() && !self.has_ended() {
+            match become_companion() {
+                Ok(companion) => {
+                    let anywhere = companion.bound.before;
+                    state.companion = Some(Seat { thread: std::thread::current(), id: gettid(), anywhere });
+                    return Role::Companion(companion);
                 }
                 Err(err) => {
                     tracing::debug!(%err, "nobody is served on his own processor");
-                    state.ended = true;
+                    self.ended.store(true, Ordering::Release);
                 }
             }
         }
@@ -287,12 +364,15 @@ impl Near {
     }
 
     fn after_ordinary(&self, asker: u32) {
-        if self.on.load(Ordering::Acquire) {
-            drop(self.wait_while(self.state.lock(), |state| state.on && !state.ended));
+        if self.is_on() {
+            // Many do this, and in no hurry.
+            self.look_after(LONG_TICK, None);
         } else if asker != 0
             && let Some(pace) = self.streak(asker)
+            && self.accompany(asker, pace)
+            && let Ok(mut bound) = Bound::new()
         {
-            self.accompany(asker, pace);
+            self.look_after(TICK, Some(&mut bound));
         }
     }
 
@@ -320,76 +400,92 @@ impl Near {
         u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
-    /// Has the companion serve a thread, and looks after it.
-    fn accompany(&self, asker: u32, pace: Duration) {
-        let now = Instant::now();
-        {
-            let mut state = self.state.lock();
-            let Some(seat) = &state.companion else { return };
-            if state.on || state.ended || !seat.waits || !state.pause.is_over(now) {
-                return;
-            }
-            let bound = self.processor_of(asker).and_then(|processor| {
-                sched_setaffinity(Some(seat.thread), &only(processor))?;
-                Ok(processor)
-            });
-            state.pause.began = now;
-            match bound {
-                Ok(processor) => (state.asker, state.processor, state.pace) = (asker, processor, pace),
-                Err(err) => {
-                    tracing::debug!(asker, %err, "a thread cannot be followed");
-                    return state.pause.begin(now);
-                }
-            }
-            state.on = true;
-            self.on.store(true, Ordering::Release);
-            tracing::debug!(asker, ?pace, processor = state.processor, "served on its own processor");
+    /// Has the companion serve a thread.
+    fn accompany(&self, asker: u32, pace: Duration) -> bool {
+        if !self.waits.load(Ordering::Acquire) {
+            return false;
         }
-        self.changed.notify_all();
-        self.look_after();
+        let found = self.processor_of(asker);
+        let now = Instant::now();
+        // Another one has it to do the same.
+        let Some(mut state) = self.state.try_lock() else { return false };
+        if self.is_on()
+            || self.has_ended()
+            || !self.waits.load(Ordering::Acquire)
+            || !state.pause.is_over(now)
+        {
+            return false;
+        }
+        state.pause.began = now;
+        let Some(seat) = &mut state.companion else { return false };
+        if let Ok(set) = sched_getaffinity(Some(seat.id)) {
+            seat.anywhere = set;
+        }
+        let processor = match found {
+            Ok(processor) if seat.anywhere.is_set(processor) => processor,
+            Ok(_) | Err(_) => {
+                state.pause.begin(now);
+                return false;
+            }
+        };
+        self.asker.store(asker, Ordering::Relaxed);
+        self.processor.store(processor, Ordering::Relaxed);
+        self.before.store(u64::try_from(pace.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.in_vain.store(false, Ordering::Relaxed);
+        self.on.store(true, Ordering::Release);
+        seat.thread.unpark();
+        drop(state);
+        tracing::debug!(asker, ?pace, processor, "served on its own processor");
+        true
     }
 
-    /// Stays until the companion has stopped; sees to it that it does when it does not get along.
-    fn look_after(&self) {
-        let (mut before, mut quiet, mut processor) = (self.served(), 0, CpuSet::MAX_CPU);
+    /// Stays until the companion has stopped, and sees to it that it does when it does not get along. It looks at every
+    /// `tick`, from where the companion is if that is asked for: another processor that awoke for this would look for
+    /// something to do, and take the asker away.
+    fn look_after(&self, tick: Duration, mut bound: Option<&mut Bound>) {
+        let (mut before, mut quiet) = (self.served(), 0);
         loop {
-            let state = self.state.lock();
-            // Where the companion is: another processor that awoke for this would look for something to do, and take
-            // the asker away.
-            if processor != state.processor && sched_setaffinity(None, &only(state.processor)).is_ok() {
-                processor = state.processor;
+            if let Some(bound) = &mut bound {
+                bound.bind(self.processor.load(Ordering::Relaxed));
             }
-            let wait = self.changed.wait_timeout_while(state, TICK, |state| state.on && !state.ended);
-            let (state, _) = wait.unwrap_or_else(PoisonError::into_inner);
-            if !state.on || state.ended {
-                if let Some(seat) = &state.companion {
-                    let _ = sched_setaffinity(None, &seat.anywhere);
-                }
+            let state = self.state.lock();
+            let wait = self.changed.wait_timeout_while(state, tick, |_| self.is_on());
+            drop(wait.unwrap_or_else(PoisonError::into_inner));
+            if !self.is_on() {
                 return;
             }
-            drop(state);
             let served = self.served();
-            if served != std::mem::replace(&mut before, served) {
+            let waiting = self.waiting();
+            if waiting == Waiting::Gone {
+                self.end();
+            } else if self.in_vain.load(Ordering::Relaxed) {
+                self.stop(Some("it was not worth it"));
+            } else if served != std::mem::replace(&mut before, served) {
                 quiet = 0;
-                continue;
-            }
-            let mut waiting = [PollFd::new(&self.fuse, PollFlags::IN)];
-            let gone = PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL;
-            match poll(&mut waiting, Some(&Timespec::default())).map(|_| waiting[0].revents()) {
-                Ok(events) if events.intersects(gone) => self.end(),
-                Ok(events) if events.is_empty() => {
-                    quiet += 1;
-                    if quiet == QUIET {
-                        self.stop(None);
-                    }
+            } else if waiting == Waiting::Request {
+                self.stop(Some("a request waited"));
+            } else {
+                quiet += 1;
+                if quiet == QUIET {
+                    self.stop(None);
                 }
-                Ok(_) | Err(_) => self.stop(Some("a request waited")),
             }
+        }
+    }
+
+    fn waiting(&self) -> Waiting {
+        let mut waiting = [PollFd::new(&self.fuse, PollFlags::IN)];
+        match poll(&mut waiting, Some(&Timespec::default())).map(|_| waiting[0].revents()) {
+            Ok(events) if events.is_empty() => Waiting::Nothing,
+            Ok(events) if events.intersects(PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL) => {
+                Waiting::Gone
+            }
+            Ok(_) | Err(_) => Waiting::Request,
         }
     }
 
     fn after_companion(&self, companion: &mut Companion, asker: u32) {
-        if self.on.load(Ordering::Acquire) {
+        if self.is_on() {
             self.served.fetch_add(1, Ordering::Relaxed);
             companion.requests += 1;
             if asker != 0 && asker != std::mem::replace(&mut companion.asker, asker) {
@@ -398,87 +494,94 @@ impl Near {
             if companion.requests >= LOOK {
                 self.follow(companion);
             }
-        }
-        let mut state = self.state.lock();
-        if state.on || state.ended {
             return;
         }
-        if let Some(seat) = &mut state.companion {
-            seat.waits = true;
+        companion.bound.release();
+        self.waits.store(true, Ordering::Release);
+        while !self.is_on() && !self.has_ended() {
+            std::thread::park();
         }
-        state = self.wait_while(state, |state| !state.on && !state.ended);
-        if let Some(seat) = &mut state.companion {
-            seat.waits = false;
-        }
-        companion.asker = state.asker;
-        companion.processor = state.processor;
-        companion.before = state.pace;
+        self.waits.store(false, Ordering::Release);
+        companion.bound.bind(self.processor.load(Ordering::Relaxed));
+        companion.asker = self.asker.load(Ordering::Relaxed);
+        companion.before = Duration::from_nanos(self.before.load(Ordering::Relaxed));
         companion.looked = Instant::now();
         (companion.requests, companion.others, companion.in_vain) = (0, 0, 0);
     }
 
-    /// Goes where the asker is; stops where that is not worth it.
+    /// Goes where the asker is; says so where that is not worth it.
     fn follow(&self, companion: &mut Companion) {
         let now = Instant::now();
         let pace = now.saturating_duration_since(std::mem::replace(&mut companion.looked, now)) / LOOK;
         match companion.look(pace) {
-            Worth::GoOn => return,
-            Worth::Stop => return self.stop(Some("it was not worth it")),
-            Worth::Follow => {}
-        }
-        let Ok(processor) = self.processor_of(companion.asker) else { return };
-        if processor != companion.processor && sched_setaffinity(None, &only(processor)).is_ok() {
-            companion.processor = processor;
-            self.state.lock().processor = processor;
+            Worth::GoOn => {}
+            Worth::Stop => self.in_vain.store(true, Ordering::Relaxed),
+            Worth::Follow => {
+                if let Ok(processor) = self.processor_of(companion.asker) {
+                    companion.bound.bind(processor);
+                    self.processor.store(companion.bound.now.unwrap_or(processor), Ordering::Relaxed);
+                }
+            }
         }
     }
 
     /// All is as before; for some time, if there is something to be said against it.
     fn stop(&self, why: Option<&'static str>) {
-        let mut state = self.state.lock();
-        if !state.on {
-            return;
+        {
+            let mut state = self.state.lock();
+            if !self.is_on() {
+                return;
+            }
+            if why.is_some() {
+                state.pause.begin(Instant::now());
+            }
+            if let Some(seat) = &state.companion {
+                // It may be in the middle of a request, and go on where there is room.
+                unbind(Some(seat.id), self.processor.load(Ordering::Relaxed), &seat.anywhere);
+            }
+            self.on.store(false, Ordering::Release);
         }
-        state.on = false;
-        self.on.store(false, Ordering::Release);
-        tracing::debug!(why, served = self.served(), "served on any processor");
-        if why.is_some() {
-            state.pause.begin(Instant::now());
-        }
-        if let Some(seat) = &state.companion {
-            // It may be in the middle of a request, and go on where there is room.
-            let _ = sched_setaffinity(Some(seat.thread), &seat.anywhere);
-        }
-        drop(state);
         self.changed.notify_all();
+        tracing::debug!(why, served = self.served(), "served on any processor");
     }
 
     /// The mount is gone.
     fn end(&self) {
-        let mut state = self.state.lock();
-        state.ended = true;
-        state.on = false;
-        self.on.store(false, Ordering::Release);
-        drop(state);
+        {
+            let state = self.state.lock();
+            self.ended.store(true, Ordering::Release);
+            self.on.store(false, Ordering::Release);
+            if let Some(seat) = &state.companion {
+                seat.thread.unpark();
+            }
+        }
         self.changed.notify_all();
-    }
-
-    fn wait_while<'a>(
-        &self,
-        state: MutexGuard<'a, State>,
-        condition: impl FnMut(&mut State) -> bool,
-    ) -> MutexGuard<'a, State> {
-        self.changed.wait_while(state, condition).unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The processor that a thread runs on, or ran on last.
     fn processor_of(&self, thread: u32) -> Res<usize> {
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let stat = openat(self.proc.as_fd(), format!("{thread}/stat"), flags, Mode::empty())?;
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let resolve = ResolveFlags::NO_XDEV | ResolveFlags::NO_SYMLINKS;
+        let path = format!("{thread}/task/{thread}/stat");
+        let stat = openat2(&self.proc, &path, flags, Mode::empty(), resolve)?;
         let mut text = [0; 1024];
         let n = rustix::io::read(&stat, &mut text)?;
-        processor_in(&text[..n]).ok_or(rustix::io::Errno::INVAL)
+        processor_in(&text[..n]).ok_or(Errno::INVAL)
     }
+}
+
+/// Makes the calling thread a companion.
+fn become_companion() -> Res<Companion> {
+    let bound = Bound::new()?;
+    // Before it gives way, so that what it starts does not.
+    start_elsewhere().map_err(|_| Errno::AGAIN)?;
+    if let Err(err) = give_way(SLICE) {
+        start_here();
+        return Err(err);
+    }
+    set_gives_way();
+    let looked = Instant::now();
+    Ok(Companion { bound, asker: 0, before: Duration::ZERO, requests: 0, others: 0, looked, in_vain: 0 })
 }
 
 /// The 39th field of `/proc/PID/stat` (proc_pid_stat(5)). The second, in parentheses, may hold anything.
@@ -526,7 +629,8 @@ mod tests {
 
     fn companion(before: Duration) -> Companion {
         let looked = Instant::now();
-        Companion { asker: 1, processor: 0, before, requests: LOOK, others: 0, looked, in_vain: 0 }
+        let bound = Bound::new().expect("own affinity");
+        Companion { bound, asker: 1, before, requests: LOOK, others: 0, looked, in_vain: 0 }
     }
 
     #[test]
@@ -646,10 +750,10 @@ mod tests {
             in_time(|| {
                 self.ask(b'a');
                 assert_eq!(self.answer(), b'a');
-                if self.near.state.lock().ended {
+                if self.near.has_ended() {
                     return Some(false);
                 }
-                self.near.on.load(Ordering::SeqCst).then_some(true)
+                self.near.is_on().then_some(true)
             })
         }
 
@@ -673,7 +777,7 @@ mod tests {
                 (bench.near.served() > 1).then_some(())
             });
             // Nobody asks any more.
-            in_time(|| (!bench.near.on.load(Ordering::SeqCst)).then_some(()));
+            in_time(|| (!bench.near.is_on()).then_some(()));
             bench.ask(b'a');
             assert_eq!(bench.answer(), b'a');
         }
@@ -683,9 +787,9 @@ mod tests {
     #[test]
     fn nobody_waits_for_a_companion_that_does_not_get_along() {
         let mut bench = Bench::new();
-        bench.hold.store(1, Ordering::SeqCst);
-        let mut open = 0;
         if bench.begin() {
+            bench.hold.store(1, Ordering::SeqCst);
+            let mut open = 0;
             in_time(|| {
                 bench.ask(b'a');
                 open += 1;
@@ -697,7 +801,9 @@ mod tests {
             // It has one request. The others are for the others.
             for _ in 0..100 {
                 bench.ask(b'b');
-                assert_eq!(bench.answer(), b'b');
+                while bench.answer() == b'a' {
+                    open -= 1;
+                }
             }
             assert_eq!(open, 1, "the one that is held");
             drop(bench.held.take());

@@ -130,6 +130,11 @@ pub(crate) fn start_elsewhere() -> io::Result<()> {
     Ok(())
 }
 
+/// What this thread starts it starts itself again.
+pub(crate) fn start_here() {
+    STARTER.set(None);
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use std::cell::Cell;

@@ -261,35 +261,40 @@ pub(crate) fn close_backing(fuse: BorrowedFd<'_>, id: u32) -> Res<()> {
     unsafe { rustix::ioctl::ioctl(fuse, rustix::ioctl::Setter::<CLOSE, u32>::new(id)) }
 }
 
-/// The calling thread gives way to every other one (`SCHED_IDLE`, sched(7)), for ever, with turns of the given length. It
-/// has to be an ordinary one (`SCHED_OTHER`).
-///
-/// # Errors
-/// `NOTSUP` where the kernel has no turns of a length of one's own (before Linux 6.12).
-pub(crate) fn give_way(slice: std::time::Duration) -> Res<()> {
+fn scheduling() -> Res<libc::sched_attr> {
     let size = u32::try_from(size_of::<libc::sched_attr>()).map_err(|_| Errno::INVAL)?;
     // SAFETY: all fields are numbers, for which zero is a value.
     let mut attr: libc::sched_attr = unsafe { std::mem::zeroed() };
     // SAFETY: the kernel writes at most `size` bytes to what the pointer leads to.
-    let get = |attr: &mut libc::sched_attr| unsafe {
-        libc::syscall(libc::SYS_sched_getattr, 0, std::ptr::from_mut(attr), size, 0)
-    };
+    result(unsafe { libc::syscall(libc::SYS_sched_getattr, 0, std::ptr::from_mut(&mut attr), size, 0) })?;
+    attr.size = size;
+    Ok(attr)
+}
+
+fn set_scheduling(attr: &libc::sched_attr) -> Res<()> {
     // SAFETY: the kernel reads as many bytes as `size`, which is in it, says.
-    let set = |attr: &libc::sched_attr| unsafe {
-        libc::syscall(libc::SYS_sched_setattr, 0, std::ptr::from_ref(attr), 0)
-    };
-    result(get(&mut attr))?;
-    if attr.sched_policy != libc::SCHED_OTHER.cast_unsigned() {
+    result(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, std::ptr::from_ref(attr), 0) }).map(drop)
+}
+
+/// Whether the calling thread is an ordinary one (`SCHED_OTHER`, sched(7)), and the kernel knows the length of its
+/// turns: since Linux 6.12.
+pub(crate) fn has_turns() -> bool {
+    scheduling()
+        .is_ok_and(|attr| attr.sched_policy == libc::SCHED_OTHER.cast_unsigned() && attr.sched_runtime != 0)
+}
+
+/// The calling thread gives way to every other one (`SCHED_IDLE`, sched(7)), for ever, with turns of the given length. It
+/// has to be an ordinary one.
+///
+/// # Errors
+/// `NOTSUP` where [`has_turns`] is false.
+pub(crate) fn give_way(slice: std::time::Duration) -> Res<()> {
+    if !has_turns() {
         return Err(Errno::NOTSUP);
     }
-    let nanos = u64::try_from(slice.as_nanos()).map_err(|_| Errno::INVAL)?;
-    (attr.size, attr.sched_runtime) = (size, nanos);
-    result(set(&attr))?;
-    // A kernel that does not know it takes it, and forgets it.
-    result(get(&mut attr))?;
-    if attr.sched_runtime != nanos {
-        return Err(Errno::NOTSUP);
-    }
-    (attr.size, attr.sched_policy) = (size, libc::SCHED_IDLE.cast_unsigned());
-    result(set(&attr)).map(drop)
+    let mut attr = scheduling()?;
+    attr.sched_runtime = u64::try_from(slice.as_nanos()).map_err(|_| Errno::INVAL)?;
+    set_scheduling(&attr)?;
+    attr.sched_policy = libc::SCHED_IDLE.cast_unsigned();
+    set_scheduling(&attr)
 }

@@ -19,6 +19,7 @@ mod layers;
 mod limits;
 #[path = "../../examples/mount.rs"]
 mod mount;
+mod near;
 mod numbers;
 mod operation;
 mod owners;
@@ -41,6 +42,7 @@ fn cases() -> Vec<Case> {
     cases.extend(disk::CASES);
     cases.extend(layers::CASES);
     cases.extend(ahead::CASES);
+    cases.extend(near::CASES);
     cases.extend(limits::CASES);
     cases.extend(steps::CASES);
     cases.extend(upper::CASES);
