@@ -4,7 +4,7 @@
 //! leaves its worker, with its reply, when
 //!
 //! - it *takes long* ([`LONG`]: a copy-up of a large file or of a tree, a copy_file_range, a sync while another
-//!   one is under way): it goes on *aside*, on a thread of its own, of which there are up to [`MAX_ASIDE`];
+//!   one is under way): it goes on *aside*, on a thread of its own, of which there are about [`MAX_ASIDE`];
 //! - it touches what *may never answer* ([`FAR`]): it goes on *afar*, on one of that mount's threads
 //!   ([`crate::far`]), and is given up when that takes too long, unless it may have much to copy;
 //! - a limit on rates holds it back: it waits *without a thread* ([`crate::later`]), and goes on aside, however
@@ -61,6 +61,9 @@ const MAX_FORGETTING: usize = 1024;
 /// How many requests that take long have a thread of their own; those beyond take a worker, or, if no
 /// worker may wait for them, one thread for all.
 pub(crate) const MAX_ASIDE: usize = 64;
+
+/// What may take long without saying so first; see [`gives_way`].
+const TAKE_LONG: [Opcode; 4] = [Opcode::RmDir, Opcode::Fsync, Opcode::FsyncDir, Opcode::Fallocate];
 
 /// When somebody for whom no thread was free asks again.
 const AGAIN: Duration = Duration::from_millis(10);
@@ -228,6 +231,11 @@ impl FuseFs {
     /// Runs the handler of a request, on a worker, which may then be kept from the next one ([`crate::near`]).
     pub(crate) fn run(&self, what: Opcode, ino: INodeNo, handler: impl FnOnce()) {
         self.engine().counts.request(what);
+        if gives_way()
+            && let Some(near) = self.shared.near.get()
+        {
+            near.begin();
+        }
         self.guarded(what, ino, handler);
         // Nobody waits for names to be forgotten, of which there may be many at once.
         if what != Opcode::Forget
@@ -266,11 +274,16 @@ impl FuseFs {
         send: impl Fn(Res<T>, R) + Copy + Send + Sync + 'static,
         operation: impl Fn(&Self) -> Res<T> + Send + 'static,
     ) {
-        self.run(what, ino, || match hurried(|| operation(self)) {
-            Err(LONG) => self.aside(what, ino, move |fs| send(operation(fs), reply)),
-            // Copying may take its time.
-            Err(FAR) => self.afar(what, ino, None, reply, send, operation),
-            done => send(done, reply),
+        self.run(what, ino, || {
+            if gives_way() && TAKE_LONG.contains(&what) {
+                return self.aside(what, ino, move |fs| send(operation(fs), reply));
+            }
+            match hurried(|| operation(self)) {
+                Err(LONG) => self.aside(what, ino, move |fs| send(operation(fs), reply)),
+                // Copying may take its time.
+                Err(FAR) => self.afar(what, ino, None, reply, send, operation),
+                done => send(done, reply),
+            }
         });
     }
 
@@ -380,9 +393,13 @@ impl FuseFs {
         !self.engine().far.is_empty() && matches!(hurried(|| self.engine().node(ino.0)), Err(FAR))
     }
 
-    /// Runs a handler on a thread of its own, or here if there are too many.
+    /// Runs a handler on a thread of its own; if there are too many, here, or later if this thread is not to do what takes
+    /// long.
     pub(crate) fn aside(&self, what: Opcode, ino: INodeNo, handler: impl FnOnce(&Self) + Send + 'static) {
         if let Err(handler) = self.start_aside(what, ino, handler, |fs, handler| handler(fs)) {
+            if gives_way() && self.shared.later.ready() {
+                return self.aside_at(what, ino, AGAIN, handler);
+            }
             handler(self);
         }
     }
@@ -395,10 +412,12 @@ impl FuseFs {
         task: T,
         perform: fn(&Self, T),
     ) -> Result<(), T> {
-        let mut threads = self.shared.aside.lock();
-        threads.retain(|thread| !thread.is_finished());
-        if threads.len() >= MAX_ASIDE {
-            return Err(task);
+        {
+            let mut threads = self.shared.aside.lock();
+            threads.retain(|thread| !thread.is_finished());
+            if threads.len() >= MAX_ASIDE {
+                return Err(task);
+            }
         }
         // What a thread that cannot be started was to do comes back.
         let task = Arc::new(Mutex::new(Some(task)));
@@ -409,8 +428,9 @@ impl FuseFs {
                 fs.guarded(what, ino, || perform(&fs, task));
             }
         };
+        // Not under the lock: who gives way may wait long for whoever starts it.
         match start("fsoverlay-long", main) {
-            Ok(thread) => threads.push(thread),
+            Ok(thread) => self.shared.aside.lock().push(thread),
             Err(_) => {
                 let task = task.lock().take();
                 return task.map_or(Ok(()), Err);

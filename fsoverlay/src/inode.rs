@@ -25,7 +25,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use rustix::fs::AtFlags;
 
 use crate::attr::{Key, Kind, Meta, Stat};
-use crate::errno::{Errno, Res};
+use crate::errno::{Errno, Res, gives_way};
 use crate::far::Far;
 use crate::handle::{Fd, FdSlot, Pinned};
 use crate::hooks::Quota;
@@ -541,6 +541,10 @@ impl Table {
     /// Gives memory back when most of all that was known is gone; with no lock held, since it takes some
     /// milliseconds. The allocator would keep what is free between the few objects that are left.
     fn give_back(&self) {
+        // It takes milliseconds, with the heap locked. The next one does it.
+        if gives_way() {
+            return;
+        }
         if self.shrunk.load(Ordering::Relaxed) >= SHARDS / 2 && self.shrunk.swap(0, Ordering::Relaxed) > 0 {
             crate::sys::give_memory_back();
         }

@@ -15,11 +15,12 @@
 //!
 //! - it works only while one thread asks, at once and again and again ([`STREAK`]), and only where that turns out to
 //!   be faster than before ([`Companion::look`]);
-//! - it does what is short, and nothing else: directories are listed, much is copied, and large pieces are read and written
-//!   by other threads ([`crate::errno::gives_way`]);
+//! - what may take long it leaves to other threads: directories are listed and removed, much is copied, and large pieces are
+//!   read and written by those ([`crate::errno::gives_way`]);
 //! - another worker looks every [`TICK`] whether a request waits while nothing is done, from the same processor; all
 //!   others do every [`LONG_TICK`], from any. If so, all work again, and for some time there is no companion
-//!   ([`Pause`]). The companion takes no lock that they need;
+//!   ([`Pause`]). To see that, nobody needs a lock that the companion may hold;
+//! - who has stopped it sees it off ([`Near::see_off`]), because it is still the first to get a request;
 //! - its turns are short ([`SLICE`]), so that the next one comes soon. Where the kernel has no turns of a length of
 //!   one's own (before Linux 6.12) there is no companion.
 //!
@@ -50,8 +51,8 @@ const SLOW: Duration = Duration::from_micros(150);
 /// After so many requests the companion looks whether it is worth it, and, if it is not, where the asker is now.
 const LOOK: u32 = 8;
 
-/// How many of these, at most, came from another thread than the one before.
-const OTHERS: u32 = 1;
+/// How many of these, at most, came from another thread than the one before: one between makes two.
+const OTHERS: u32 = 2;
 
 /// It is worth it while requests take less than so many percent of the time that they took before.
 const WORTH: u32 = 80;
@@ -70,6 +71,9 @@ const QUIET: u32 = 4;
 
 /// The length of the companion's turns: the shortest that sched(7) has.
 const SLICE: Duration = Duration::from_micros(100);
+
+/// Who served as many requests got along.
+const MANY: u64 = 1000;
 
 /// Reading and writing more than so many bytes at once is not short.
 pub(crate) const LARGE: u64 = 128 << 10;
@@ -94,6 +98,8 @@ pub(crate) struct Near {
     ended: AtomicBool,
     /// It is not worth it, the companion found.
     in_vain: AtomicBool,
+    /// The companion is in the middle of a request.
+    busy: AtomicBool,
     /// The companion sleeps until it is wanted.
     waits: AtomicBool,
     /// Whom it serves, and where; how long a request took before, in nanoseconds.
@@ -113,6 +119,8 @@ struct State {
     ordinary: usize,
     companion: Option<Seat>,
     pause: Pause,
+    /// How many requests had been served so when the companion began.
+    served: u64,
 }
 
 /// The companion as others see it.
@@ -311,6 +319,7 @@ impl Near {
             on: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             in_vain: AtomicBool::new(false),
+            busy: AtomicBool::new(false),
             waits: AtomicBool::new(false),
             asker: AtomicU32::new(0),
             processor: AtomicUsize::new(0),
@@ -334,6 +343,11 @@ impl Near {
         self.ended.load(Ordering::Acquire)
     }
 
+    /// To be called by the companion when it has a request.
+    pub(crate) fn begin(&self) {
+        self.busy.store(true, Ordering::Relaxed);
+    }
+
     /// To be called by each worker when it has answered a request of the thread `asker` (0 for one of nobody's). It
     /// comes back when the worker is to read the next one.
     pub(crate) fn after(self: &Arc<Self>, asker: u32) {
@@ -346,18 +360,22 @@ impl Near {
     /// The first worker is an ordinary one, for it to see when the mount is gone; the second is the companion.
     fn take_role(self: &Arc<Self>) -> Role {
         let mut state = self.state.lock();
-        if state.ordinary > 0 && state.companion.is_none() && !self.has_ended() {
-            match become_companion() {
-                Ok(companion) => {
-                    let anywhere = companion.bound.before;
-                    state.companion = Some(Seat { thread: std::thread::current(), id: gettid(), anywhere });
-                    return Role::Companion(companion);
-                }
-                Err(err) => {
-                    tracing::debug!(%err, "nobody is served on his own processor");
-                    self.ended.store(true, Ordering::Release);
-                }
+        if state.ordinary > 0
+            && state.companion.is_none()
+            && !self.has_ended()
+            && let Ok(bound) = Bound::new()
+        {
+            let anywhere = bound.before;
+            state.companion = Some(Seat { thread: std::thread::current(), id: gettid(), anywhere });
+            // From here on it may be kept from running.
+            drop(state);
+            match become_companion(bound) {
+                Ok(companion) => return Role::Companion(companion),
+                Err(err) => tracing::debug!(%err, "nobody is served on his own processor"),
             }
+            self.ended.store(true, Ordering::Release);
+            state = self.state.lock();
+            state.companion = None;
         }
         state.ordinary += 1;
         Role::Ordinary { _leaving: Leaving(Arc::downgrade(self)) }
@@ -405,9 +423,12 @@ impl Near {
         if !self.waits.load(Ordering::Acquire) {
             return false;
         }
-        let found = self.processor_of(asker);
         let now = Instant::now();
         // Another one has it to do the same.
+        if !self.state.try_lock().is_some_and(|state| state.pause.is_over(now)) {
+            return false;
+        }
+        let found = self.processor_of(asker);
         let Some(mut state) = self.state.try_lock() else { return false };
         if self.is_on()
             || self.has_ended()
@@ -417,6 +438,7 @@ impl Near {
             return false;
         }
         state.pause.began = now;
+        state.served = self.served();
         let Some(seat) = &mut state.companion else { return false };
         if let Ok(set) = sched_getaffinity(Some(seat.id)) {
             seat.anywhere = set;
@@ -464,11 +486,34 @@ impl Near {
                 quiet = 0;
             } else if waiting == Waiting::Request {
                 self.stop(Some("a request waited"));
+            } else if self.busy.load(Ordering::Relaxed) {
+                self.stop(Some("it was kept from a request"));
             } else {
                 quiet += 1;
-                if quiet == QUIET {
-                    self.stop(None);
+                if quiet == QUIET && self.stop(None) {
+                    return self.see_off();
                 }
+            }
+        }
+    }
+
+    /// The companion still waits for a request, before all others. Stays until it has had it, and sees to it that it does
+    /// not keep it waiting.
+    fn see_off(&self) {
+        while !self.waits.load(Ordering::Acquire) && !self.has_ended() && !self.is_on() {
+            let mut waiting = [PollFd::new(&self.fuse, PollFlags::IN)];
+            // Not one who reads, so the kernel wakes the companion as well.
+            if poll(&mut waiting, None).is_err() {
+                return;
+            }
+            let state = self.state.lock();
+            let wait = self.changed.wait_timeout_while(state, TICK, |_| !self.waits.load(Ordering::Acquire));
+            drop(wait.unwrap_or_else(PoisonError::into_inner));
+            match self.waiting() {
+                Waiting::Nothing => {}
+                // It is for this worker now.
+                Waiting::Request => return,
+                Waiting::Gone => return self.end(),
             }
         }
     }
@@ -485,6 +530,7 @@ impl Near {
     }
 
     fn after_companion(&self, companion: &mut Companion, asker: u32) {
+        self.busy.store(false, Ordering::Relaxed);
         if self.is_on() {
             self.served.fetch_add(1, Ordering::Relaxed);
             companion.requests += 1;
@@ -503,6 +549,9 @@ impl Near {
         }
         self.waits.store(false, Ordering::Release);
         companion.bound.bind(self.processor.load(Ordering::Relaxed));
+        if !self.is_on() {
+            companion.bound.release();
+        }
         companion.asker = self.asker.load(Ordering::Relaxed);
         companion.before = Duration::from_nanos(self.before.load(Ordering::Relaxed));
         companion.looked = Instant::now();
@@ -520,29 +569,38 @@ impl Near {
                 if let Ok(processor) = self.processor_of(companion.asker) {
                     companion.bound.bind(processor);
                     self.processor.store(companion.bound.now.unwrap_or(processor), Ordering::Relaxed);
+                    // Who stopped it meanwhile has seen it bound elsewhere.
+                    if !self.is_on() {
+                        companion.bound.release();
+                    }
                 }
             }
         }
     }
 
     /// All is as before; for some time, if there is something to be said against it.
-    fn stop(&self, why: Option<&'static str>) {
+    /// False if somebody else has brought it about.
+    fn stop(&self, why: Option<&'static str>) -> bool {
         {
             let mut state = self.state.lock();
             if !self.is_on() {
-                return;
+                return false;
             }
-            if why.is_some() {
-                state.pause.begin(Instant::now());
+            self.on.store(false, Ordering::Release);
+            let many = self.served() - state.served >= MANY;
+            match why {
+                Some(_) => state.pause.begin(Instant::now()),
+                None if many => state.pause.next = Pause::SHORTEST,
+                None => {}
             }
             if let Some(seat) = &state.companion {
                 // It may be in the middle of a request, and go on where there is room.
                 unbind(Some(seat.id), self.processor.load(Ordering::Relaxed), &seat.anywhere);
             }
-            self.on.store(false, Ordering::Release);
         }
         self.changed.notify_all();
         tracing::debug!(why, served = self.served(), "served on any processor");
+        true
     }
 
     /// The mount is gone.
@@ -571,8 +629,7 @@ impl Near {
 }
 
 /// Makes the calling thread a companion.
-fn become_companion() -> Res<Companion> {
-    let bound = Bound::new()?;
+fn become_companion(bound: Bound) -> Res<Companion> {
     // Before it gives way, so that what it starts does not.
     start_elsewhere().map_err(|_| Errno::AGAIN)?;
     if let Err(err) = give_way(SLICE) {

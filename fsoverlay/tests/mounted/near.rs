@@ -35,11 +35,12 @@ fn worked() -> Result<u64, Failure> {
     let mut sum = 0;
     for task in fs::read_dir(format!("/proc/{}/task", nix::unistd::getppid()))? {
         let task = task?.path();
-        let stat = fs::read_to_string(task.join("stat"))?;
+        // (One that has ended meanwhile has neither.)
+        let stat = fs::read_to_string(task.join("stat")).unwrap_or_default();
         let fields = stat.rsplit_once(')').map(|(_, fields)| fields).unwrap_or_default();
         // SCHED_IDLE, proc_pid_stat(5).
         if fields.split_ascii_whitespace().nth(41 - 3) == Some("5") {
-            let times = fs::read_to_string(task.join("schedstat"))?;
+            let times = fs::read_to_string(task.join("schedstat")).unwrap_or_default();
             sum += times.split(' ').next().and_then(|time| time.parse::<u64>().ok()).unwrap_or(0);
         }
     }
@@ -50,7 +51,7 @@ fn ask_again_and_again(_: &[String]) -> Check {
     let end = Instant::now() + Duration::from_secs(60);
     let mut asked = 0_u64;
     // Elsewhere it has served one request at most.
-    while worked()? < 5_000_000 {
+    while worked()? < 1_000_000 {
         for _ in 0..500 {
             asked += 1;
             holds!(fs::symlink_metadata(format!("none{asked}")).is_err());
