@@ -32,7 +32,7 @@ pub(crate) struct Services {
     stack: Option<Stack>,
     capture_file: Option<File>,
     /// Removed again if the network does not start.
-    made_files: Vec<MadeFile>,
+    made_capture: Option<MadeFile>,
     capture: Option<Capture>,
     published: Vec<PublishedPort>,
     control: Option<ControlSocket>,
@@ -51,7 +51,7 @@ impl Services {
         let mut network = None;
         let mut maker = None;
         let mut capture_file = None;
-        let mut made_files = Vec::new();
+        let mut made_capture = None;
         let mut published = Vec::new();
         let mut control = None;
         if let NetPlan::Stack(stack) = &plan.net {
@@ -71,7 +71,7 @@ impl Services {
                 tracing::debug!(host = %port.host, inside = port.inside_port, udp = port.udp, "published");
             }
             capture_file = records.capture;
-            made_files = records.made;
+            made_capture = records.made;
             let flow_log = records.log.map(NetworkLog::flow_log);
             let what = "the socket pair to init";
             let (inside, theirs) = netstack::inside_sockets()
@@ -87,7 +87,7 @@ impl Services {
             maker,
             stack: None,
             capture_file,
-            made_files,
+            made_capture,
             capture: None,
             published,
             control,
@@ -133,7 +133,9 @@ impl Services {
                 self.controlled = Some(served);
             }
             self.stack = Some(stack);
-            self.made_files.drain(..).for_each(MadeFile::keep);
+            if let Some(made) = self.made_capture.take() {
+                made.keep();
+            }
         }
         Ok(())
     }

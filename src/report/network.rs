@@ -76,8 +76,9 @@ pub struct NetworkRecords {
     pub log: Option<NetworkLog>,
     /// Packets, as pcapng.
     pub capture: Option<File>,
-    /// Those of them that were not there before: to be kept once the network has started.
-    pub made: Vec<MadeFile>,
+    /// That of the capture, if it was not there before: to be kept once the network has started. A log stays: several runs
+    /// may share it, and another may have opened it since it was made.
+    pub made: Option<MadeFile>,
 }
 
 /// A file that cannot be one of them.
@@ -104,14 +105,12 @@ impl NetworkRecords {
         };
         let mut records = Self::default();
         if let Some(path) = log {
-            let (log, made) = NetworkLog::open(path).map_err(failed("network log", path))?;
-            records.log = Some(log);
-            records.made.extend(made);
+            records.log = Some(NetworkLog::open(path).map_err(failed("network log", path))?);
         }
         if let Some(path) = capture {
             let (capture, made) = open_capture(path).map_err(failed("network capture", path))?;
             records.capture = Some(capture);
-            records.made.extend(made);
+            records.made = made;
         }
         Ok(records)
     }
@@ -119,7 +118,7 @@ impl NetworkRecords {
 
 fn open_capture(path: &Path) -> io::Result<(File, Option<MadeFile>)> {
     // A fifo without a reader must not hold the run up; with one, it is the capture's own thread that waits.
-    let (file, made) = open(OpenOptions::new().write(true), path)?;
+    let (file, made) = open_or_make(OpenOptions::new().write(true), path)?;
     if rustix::termios::isatty(&file) {
         return Err(io::Error::other("it is a terminal, and packets are not text"));
     }
@@ -149,8 +148,8 @@ pub fn finish_capture(capture: &Capture) {
     }
 }
 
-/// Opens or makes a file of the caller's. Nothing is waited for.
-fn open(options: &mut OpenOptions, path: &Path) -> io::Result<(File, Option<MadeFile>)> {
+/// Opens or makes a file of the caller's, and says if it was made. Nothing is waited for.
+fn open_or_make(options: &mut OpenOptions, path: &Path) -> io::Result<(File, Option<MadeFile>)> {
     // It may be there, or be what is not made like this.
     match open_unlinked(options.create_new(true), libc::O_NONBLOCK, path) {
         Ok(file) => {
@@ -186,14 +185,14 @@ struct Sink {
 pub struct NetworkLog(Sink);
 
 impl NetworkLog {
-    fn open(path: &Path) -> io::Result<(Self, Option<MadeFile>)> {
-        let (file, made) = open(OpenOptions::new().append(true), path)?;
+    fn open(path: &Path) -> io::Result<Self> {
+        let file = open_unlinked(OpenOptions::new().append(true).create(true), libc::O_NONBLOCK, path)?;
         let there = file.metadata()?;
         if there.is_file() && there.len() + LAST_LINE >= LOG_LIMIT {
             return Err(io::Error::other("it has reached 1 GiB, which is the most: move it away"));
         }
         let is_file = there.is_file();
-        Ok((Self(Sink { file, is_file, lost: 0, full: false, rest: Vec::new(), broken: false }), made))
+        Ok(Self(Sink { file, is_file, lost: 0, full: false, rest: Vec::new(), broken: false }))
     }
 
     /// What the stack tells of flows, as lines.
@@ -385,29 +384,42 @@ mod tests {
     }
 
     #[test]
-    fn what_was_made_and_not_used_is_removed_again() {
-        let (log, capture) = (Place::new("made-log"), Place::new("made-capture"));
-        let open = || NetworkRecords::open(Some(&log.0), Some(&capture.0)).unwrap();
-        let are_there = || (log.0.exists(), capture.0.exists());
+    fn a_capture_that_was_made_and_not_used_is_removed_again() {
+        let capture = Place::new("made-capture");
+        let open = || NetworkRecords::open(None, Some(&capture.0)).unwrap();
         let records = open();
-        assert_eq!(are_there(), (true, true));
+        assert!(capture.0.exists());
         drop(records);
-        assert_eq!(are_there(), (false, false));
-        open().made.into_iter().for_each(MadeFile::keep);
-        assert_eq!(are_there(), (true, true));
-        assert!(open().made.is_empty(), "they were there");
-        assert_eq!(are_there(), (true, true));
+        assert!(!capture.0.exists());
+        open().made.unwrap().keep();
+        assert!(capture.0.exists());
+        assert!(open().made.is_none(), "it was there");
+        assert!(capture.0.exists());
         // What has been written, or put there by somebody else, is not ours to remove.
-        std::fs::remove_file(&log.0).unwrap();
         std::fs::remove_file(&capture.0).unwrap();
         let records = open();
-        std::fs::write(&log.0, "x").unwrap();
+        std::fs::write(&capture.0, "x").unwrap();
+        drop(records);
+        assert_eq!(capture.read(), "x");
+        std::fs::remove_file(&capture.0).unwrap();
+        let records = open();
         std::fs::remove_file(&capture.0).unwrap();
         // Its inode stays taken, as the file is open.
         File::create(&capture.0).unwrap();
         drop(records);
-        assert_eq!(are_there(), (true, true));
-        assert!(NetworkRecords::open(Some(Path::new("/dev/null")), None).unwrap().made.is_empty());
+        assert!(capture.0.exists());
+        assert!(NetworkRecords::open(None, Some(Path::new("/dev/null"))).unwrap().made.is_none());
+    }
+
+    #[test]
+    fn a_log_stays_for_those_who_have_opened_it_meanwhile() {
+        let place = Place::new("shared-log");
+        let open = || NetworkRecords::open(Some(&place.0), None).unwrap();
+        let failing = open();
+        let NetworkLog(mut sink) = open().log.unwrap();
+        drop(failing);
+        sink.put(&"line", LAST_LINE).unwrap();
+        assert_eq!(place.read(), "\"line\"\n");
     }
 
     #[test]
@@ -425,7 +437,7 @@ mod tests {
     fn a_log_has_an_end_and_says_so() {
         let place = Place::new("full");
         let other = File::create(&place.0).unwrap();
-        let (NetworkLog(mut sink), _made) = NetworkLog::open(&place.0).unwrap();
+        let NetworkLog(mut sink) = NetworkLog::open(&place.0).unwrap();
         let line = "x".repeat(100);
         other.set_len(LOG_LIMIT - LAST_LINE - 103).unwrap();
         sink.put(&line, LAST_LINE).unwrap();
@@ -470,14 +482,14 @@ mod tests {
     #[test]
     fn half_a_line_is_taken_back() {
         let place = Place::new("half");
-        let (NetworkLog(mut sink), _made) = NetworkLog::open(&place.0).unwrap();
+        let NetworkLog(mut sink) = NetworkLog::open(&place.0).unwrap();
         sink.put(&1, 0).unwrap();
         sink.file.write_all(b"ha").unwrap();
         sink.take_back(2);
         assert_eq!((place.read().as_str(), sink.broken), ("1\n", false));
         // Unless another run has written behind it.
         sink.file.write_all(b"ha").unwrap();
-        let (NetworkLog(mut other), _made) = NetworkLog::open(&place.0).unwrap();
+        let NetworkLog(mut other) = NetworkLog::open(&place.0).unwrap();
         other.put(&2, 0).unwrap();
         sink.take_back(2);
         sink.put(&3, 0).unwrap();

@@ -308,15 +308,15 @@ def tried(*options, of=str(target.pid), tap="tap0", capture="kept"):
     made = (told, inside("ip -o link | grep -vc ': lo:'; ip -o addr; ip route; ip -6 route | grep -v '^fe80::'"), os.listdir("."), open("kept").read())
     if status != 1 or made != before:
         print(options, of, tap, status, made, before)
-open("kept", "w").write("an old capture")
+open("kept", "w").write("an old capture"), open("log", "w").close()
 before = (b"", "0", os.listdir("."), "an old capture")
 for options in ("--mtu=99999", "--cidr=10.0.2.0", "--macaddress=1:2:3", "--outbound-addr=192.0.2.77", "--outbound-addr6=no-such-link", "--target-type=bess",
                 "--netns-type=path", "--exit-fd=77", "--exit-fd=1", "--userns-path=/etc/passwd", "--userns-path=/no/such", "--network-rate=fast", "--network-log=/no/such/log", "--no-such-option"):
     tried(options)
 tried(of="x"), tried(of="0"), tried(of=str(os.getpid())), tried(tap="lo"), tried(tap="a/b")
 for options in ({"of": str(os.getpid())}, {"tap": "lo"}):
-    tried("--network-log=new", capture="other", **options)
-tried("--network-log=new", capture="/no/such/capture")
+    tried("--network-log=log", capture="new", **options)
+tried("--network-log=log", capture="/no/such/capture")
 net = Net("-c", "-a", "made", "--network-capture=kept")
 print(net.end(), inside("ip -o link | wc -l"), os.path.lexists("made"), b"old" in open("kept", "rb").read())"#;
     python(&home, script).ok().prints("0 1 False False");

@@ -27,7 +27,7 @@ use crate::control::network::Network;
 use crate::control::{Apart, ControlSocket};
 use crate::error::errno_text;
 use crate::log;
-use crate::report::{MadeFile, NetworkLog, NetworkRecords, start_capture};
+use crate::report::{NetworkLog, NetworkRecords, start_capture};
 use crate::spec::slirp::{
     self as spec, Addresses, DEFAULT_CIDR, DEFAULT_MTU, GATEWAY_MAC, GATEWAY_V6, OptionError, Outbound,
     PREFIX_V6, RESOLVER_V6, Target,
@@ -198,8 +198,10 @@ pub(super) fn netstack(args: &NetstackArgs, inherited: Inherited) -> Result<u8, 
         ipv6: args.enable_ipv6,
     });
     let (tap, mac) = join::make_tap(&wanted.target, &wanted.tap, configure)?;
-    // What can still fail is no matter of the target, and happens where a file cannot be removed, perhaps.
-    records.made.into_iter().for_each(MadeFile::keep);
+    // What can still fail is no matter of the target, and happens where the capture cannot be removed, perhaps.
+    if let Some(made) = records.made {
+        made.keep();
+    }
     if args.enable_sandbox {
         confine::enter_sandbox()?;
     }
