@@ -241,7 +241,8 @@ pub(crate) const RING_POOL: usize = 32;
 /// TCP flows at once, whatever the descriptor limit.
 pub(crate) const MAX_TCP_FLOWS: usize = 16_384;
 /// TCP flows that the guest began, and joined ones, whose other end has not answered yet, at once (half of the descriptors
-/// if that is fewer). Joined ones, which have two descriptors each, are half of them at most.
+/// if that is fewer). Joined ones are half of them at most. As each of those has two descriptors, half-open flows have
+/// three quarters of the descriptors at worst.
 pub(crate) const MAX_HALF_OPEN: usize = 2_048;
 /// How long the other end must have been silent before its flow gives way to another, when descriptors run out.
 pub(crate) const HALF_OPEN_SPARE: Duration = Duration::from_secs(1);

@@ -247,10 +247,13 @@ impl Join {
         if self.inside.is_none() {
             return Err(fd);
         }
-        // Half of them at most: each has two descriptors, and the guest's own are not kept out.
+        // Across the TAP it is none of these, so no older one has to give way: the guest could have them all end like that.
         let most = sh.most_half_open();
-        let crowded = sh.half_open >= most || self.half_open() >= most / 2;
-        if crowded && !self.spare(sh) {
+        if sh.half_open >= most {
+            return Err(fd);
+        }
+        // Half of them at most: each has two descriptors, and the guest's own are not kept out.
+        if self.half_open() >= most / 2 && !self.spare(sh) {
             return Err(fd);
         }
         host::tune_tcp(fd.as_fd());

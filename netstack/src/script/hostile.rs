@@ -75,6 +75,38 @@ fn connections_that_nobody_answers_have_one_bound_whichever_way_they_go() {
 }
 
 #[test]
+fn connections_of_the_guests_that_nobody_answers_end_none_of_the_hosts() {
+    let name = "script::hostile::connections_of_the_guests_that_nobody_answers_end_none_of_the_hosts";
+    if !in_empty_namespace(name) {
+        return;
+    }
+    let busy = Busy::new();
+    let mut joining = Joining::new();
+    // The server's queue is full, too.
+    let backlog = nix::sys::socket::Backlog::new(0).expect("backlog");
+    nix::sys::socket::listen(&joining.inside, backlog).expect("listen");
+    let _queued = TcpStream::connect(("127.0.0.1", 80)).expect("connect");
+    let script = &mut joining.script;
+    script.engine.budget().limit = 128;
+    let _old = TcpStream::connect(script.published[0]).expect("connect");
+    script.wait_for("the connection", |script| script.stats().tcp_flows == 1);
+    assert!(joining.maker.answer());
+    script.settle();
+    script.advance(crate::config::HALF_OPEN_SPARE * 2);
+    assert_eq!((script.engine.half_open(), script.stats().tcp_in), (1, 0), "it waits for the server");
+    for port in 20_000..20_070 {
+        let mut peer = Peer::new(false, busy.port);
+        peer.guest.1 = port;
+        peer.send(script, TcpControl::Syn, b"");
+    }
+    assert_eq!((script.engine.half_open(), script.stats().evicted), (64, 70 - 63));
+    let _new = TcpStream::connect(script.published[0]).expect("connect");
+    script.wait_for("the other connection", |script| script.stats().tcp_flows == 65);
+    assert_eq!((script.stats().tcp_in, script.stats().evicted), (1, 70 - 63), "it crosses the TAP");
+    script.engine.check_bounds();
+}
+
+#[test]
 fn a_flood_of_mutilated_frames_harms_nobody() {
     if !in_empty_namespace("script::hostile::a_flood_of_mutilated_frames_harms_nobody") {
         return;
