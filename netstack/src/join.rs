@@ -518,8 +518,8 @@ impl Join {
     /// Looks after every flow that anything happened to, once.
     pub(crate) fn run(&mut self, sh: &mut Shared) {
         self.flows.resume(sh);
-        for _ in 0..self.flows.marked() {
-            let Some(id) = self.flows.next_marked() else { break };
+        let mut turn = self.flows.marked();
+        while let Some(id) = self.flows.next_marked(&mut turn) {
             sh.begin(At::Event(Token::Near(id)));
             self.service(sh, id);
         }

@@ -453,12 +453,11 @@ impl Tcp {
 
     /// Looks after every dirty flow once; whether some still have work to do.
     pub(crate) fn run(&mut self, sh: &mut Shared, now: Instant) -> bool {
-        for _ in 0..self.flows.marked() {
-            // While the TAP takes no frames flows rest.
-            if sh.tap.is_blocked() {
-                return false;
-            }
-            let Some(id) = self.flows.next_marked() else { break };
+        let mut turn = self.flows.marked();
+        // While the TAP takes no frames flows rest.
+        while !sh.tap.is_blocked()
+            && let Some(id) = self.flows.next_marked(&mut turn)
+        {
             sh.begin(At::Flow(id));
             self.service(sh, now, id);
         }
