@@ -324,6 +324,8 @@ pub(crate) const DNS_TCP_IDLE: Duration = Duration::from_secs(10);
 pub(crate) const MAX_PINS: usize = 4_096;
 /// Names of one address.
 pub(crate) const MAX_PIN_NAMES: usize = 16;
+/// Targets of services that are remembered of one answer. One of 64 KiB has thousands, which would drive out all others.
+pub(crate) const MAX_DNS_TARGETS: usize = 16;
 /// Names of one address, and those whose services lead to them.
 pub(crate) const MAX_KNOWN_NAMES: usize = 64;
 /// How much longer than its answer's time to live an address is known to be that of a name: programs keep addresses for

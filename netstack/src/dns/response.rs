@@ -19,7 +19,7 @@ use super::message::{
     AUTHENTIC, CHECKING_DISABLED, CODE, Code, HEADER, KEY_DNSSEC, OUR_DATAGRAM, Question, RECURSION_DESIRED,
     RESPONSE, Stored, TRUNCATED, TYPE_ANY, TYPE_CNAME, TYPE_OPT, TYPE_SOA, host_of, skip_name, word,
 };
-use crate::config::{MAX_DNS_NEGATIVE_TTL, MAX_DNS_TTL};
+use crate::config::{MAX_DNS_NEGATIVE_TTL, MAX_DNS_TARGETS, MAX_DNS_TTL};
 use crate::shared::Random;
 
 /// Aliases of one answer that are followed.
@@ -116,7 +116,7 @@ pub(crate) struct Answer {
     pub(crate) ttl: u32,
     /// The addresses that the question's name leads to.
     pub(crate) ips: Vec<IpAddr>,
-    /// The names that its services lead to, whose addresses are asked for by themselves.
+    /// The names that its services lead to, whose addresses are asked for by themselves: [`MAX_DNS_TARGETS`] at most.
     pub(crate) targets: BTreeSet<Arc<str>>,
 }
 
@@ -259,8 +259,11 @@ fn leads(message: &Message) -> (Vec<IpAddr>, BTreeSet<Arc<str>>) {
                 let target = if service.target_name.is_root() { name } else { &service.target_name };
                 let wire = wire_of(target);
                 // What is asked for next is either its addresses, or its services (an alias, section 2.4.2).
-                targets.insert(super::message::text(&wire).into());
-                targets.insert(super::message::text(host_of(&wire)).into());
+                for target in [&wire, host_of(&wire)] {
+                    if targets.len() < MAX_DNS_TARGETS {
+                        targets.insert(super::message::text(target).into());
+                    }
+                }
                 owners.insert(follow(&further, target));
             }
             _ => {}
@@ -565,6 +568,20 @@ pub(crate) mod tests {
         assert_eq!(targets, ["_2._https.c.example", "b.example", "c.example", "far.example"]);
         let ips = [IpAddr::from([192, 0, 2, 1]), IpAddr::from([0x20; 16])];
         assert_eq!(got.ips, ips);
+    }
+
+    #[test]
+    fn one_answer_has_so_many_targets_only() {
+        let ask = query(7, "a.example", TYPE_HTTPS, true);
+        let names: Vec<String> = (10..60).map(|i| format!("{i}.example")).collect();
+        let service = |name: &String| {
+            let hint = [0, 4, 0, 4, 192, 0, 2, name.as_bytes()[0]];
+            (0, "a.example", TYPE_HTTPS, 60, [&[0, 1], &cname(name)[..], &hint].concat())
+        };
+        let records: Vec<_> = names.iter().map(service).collect();
+        let got = answer(&ask, &response(&ask, 0, &records));
+        assert!(got.targets.iter().map(|name| &**name).eq(&names[..MAX_DNS_TARGETS]), "{:?}", got.targets);
+        assert_eq!(got.ips.len(), names.len(), "addresses are those of all");
     }
 
     #[test]
