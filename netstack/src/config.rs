@@ -244,6 +244,8 @@ pub(crate) const MAX_TCP_FLOWS: usize = 16_384;
 /// if that is fewer). Joined ones are half of them at most. As each of those has two descriptors, half-open flows have
 /// three quarters of the descriptors at worst.
 pub(crate) const MAX_HALF_OPEN: usize = 2_048;
+/// A queue of flows, or a table of peers, may have so much more than twice the entries that are alive.
+pub(crate) const QUEUE_SLACK: usize = 64;
 /// How long the other end must have been silent before its flow gives way to another, when descriptors run out.
 pub(crate) const HALF_OPEN_SPARE: Duration = Duration::from_secs(1);
 /// How long the guest may leave data or a FIN of ours unacknowledged before the flow is given up. Its kernel answers

@@ -57,7 +57,7 @@ pub(crate) struct Engine {
     sh: Shared,
     tcp: Tcp,
     join: Join,
-    udp: Udp,
+    pub(crate) udp: Udp,
     icmp: Icmp,
     dns: Dns,
     forward: Forward,

@@ -1,9 +1,11 @@
 //! What all kinds of flows share: their names, a table that notices stale names, and the queue of timers.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 
 use smoltcp::time::Instant;
+
+use crate::config::QUEUE_SLACK;
 
 /// An address and port, without the scope and flow label that `SocketAddr` carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -141,6 +143,15 @@ impl<T> Slab<T> {
     }
 }
 
+/// Puts one at the end of a queue whose members are not taken out when they need not be there any more. `live` of them
+/// at most are to be kept: what is too many for them goes, so that a queue costs what is alive and not what there has been.
+pub(crate) fn enqueue<T>(queue: &mut VecDeque<T>, value: T, live: usize, keep: impl Fn(&T) -> bool) {
+    if queue.len() >= 2 * live + QUEUE_SLACK {
+        queue.retain(keep);
+    }
+    queue.push_back(value);
+}
+
 /// What a timer belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum TimerKey {
@@ -255,6 +266,18 @@ mod tests {
         first.sort_unstable();
         assert_eq!(first, [0, 1, 2, 3]);
         assert!(Slab::<i32>::default().first_by(|value| *value).is_empty());
+    }
+
+    #[test]
+    fn a_queue_holds_what_is_alive_in_its_order_and_not_what_there_has_been() {
+        let mut queue = VecDeque::new();
+        let live = |value: &u32| value.is_multiple_of(1_000);
+        for value in 0..100_000 {
+            enqueue(&mut queue, value, 100, live);
+            assert!(queue.len() <= 2 * 100 + QUEUE_SLACK, "{}", queue.len());
+        }
+        queue.retain(live);
+        assert!(queue.into_iter().eq((0..100).map(|value| value * 1_000)));
     }
 
     #[test]

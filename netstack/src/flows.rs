@@ -10,7 +10,7 @@ use std::os::fd::BorrowedFd;
 
 use smoltcp::time::Instant;
 
-use crate::config::MAX_TCP_FLOWS;
+use crate::config::QUEUE_SLACK;
 use crate::flow::{FlowId, FlowKey, Slab};
 use crate::flowlog::{Account, EachFlow, FlowEventKind};
 use crate::host;
@@ -177,7 +177,7 @@ impl<F: TcpFlow> Flows<F> {
         if std::mem::replace(&mut flow.entry_mut().held[way], true) {
             return;
         }
-        if held.len() > 2 * MAX_TCP_FLOWS {
+        if held.len() >= 2 * slab.len() + QUEUE_SLACK {
             // Most of them are gone.
             held.hungry.retain(|&id| slab.get(id).is_some());
             held.served.retain(|&id| slab.get(id).is_some());

@@ -40,7 +40,7 @@ use smoltcp::time::Instant;
 use crate::calls::{connect, pipe2, recv, send, shutdown, splice};
 use crate::config::{HALF_OPEN_SPARE, INBOUND_CONNECT, INSIDE_SOCKET, JOIN_PIPE, MAX_PIPES, MAX_TCP_FLOWS};
 use crate::defect::At;
-use crate::flow::{Endpoint, FlowId, FlowKey, TimerKey};
+use crate::flow::{Endpoint, FlowId, FlowKey, TimerKey, enqueue};
 use crate::flowlog::Traffic;
 use crate::flows::{Entry, Flows, TcpFlow};
 use crate::host::{self, HostFd, Room};
@@ -302,13 +302,11 @@ impl Join {
 
     /// Wants a socket for a flow.
     fn want(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
-        if self.unasked.len() >= 2 * self.flows.len() + 64 {
-            let flows = &self.flows;
-            self.unasked.retain(|(id, _)| flows.get(*id).is_some());
-        }
         self.wait_until(sh, id, now + INSIDE_SOCKET);
-        let Some(flow) = self.flows.get(id) else { return };
-        self.unasked.push_back((id, Family::of(flow.ways[flow.way].guest.ip)));
+        let flows = &self.flows;
+        let Some(flow) = flows.get(id) else { return };
+        let wanted = (id, Family::of(flow.ways[flow.way].guest.ip));
+        enqueue(&mut self.unasked, wanted, flows.len(), |(id, _)| flows.get(*id).is_some());
         self.ask(now);
     }
 
@@ -585,9 +583,10 @@ impl Join {
 
     #[cfg(test)]
     pub(crate) fn check_bounds(&self) {
+        use crate::config::QUEUE_SLACK;
         let lent = self.flows.iter().flat_map(|(_, flow)| &flow.traffic).filter(|way| way.pipe.is_some());
         assert_eq!(self.pipes.lent, lent.count());
-        assert!(self.asked.len() <= MAX_ASKED && self.unasked.len() <= 2 * MAX_TCP_FLOWS + 64);
+        assert!(self.asked.len() <= MAX_ASKED && self.unasked.len() <= 2 * MAX_TCP_FLOWS + QUEUE_SLACK);
         assert!(self.pipes.lent <= MAX_PIPES && self.pipes.free.len() <= POOL);
         let waiting = self.flows.iter().filter(|(_, flow)| !matches!(flow.phase, Phase::Open)).count();
         assert!(self.flows.len() <= MAX_TCP_FLOWS && self.deadlines.len() == waiting);

@@ -894,6 +894,23 @@ fn udp_flows_end_by_idleness_only() {
 }
 
 #[test]
+fn what_many_peers_had_need_of_is_given_back() {
+    let mut script = Script::with(&spec(), false, &[forwarded(Protocol::Udp, 9_090)]);
+    let to = (ip("127.0.0.1"), script.published[0].port());
+    let peers: Vec<_> = (0..400).map(|_| UdpSocket::bind("127.0.0.1:0").expect("socket")).collect();
+    for peer in &peers {
+        peer.send_to(b"x", to).expect("send");
+        script.expect("the datagram", |_| true);
+    }
+    assert!(script.engine.udp.room_for_peers() >= peers.len());
+    script.advance(Duration::from_secs(100));
+    peers[0].send_to(b"x", to).expect("send");
+    script.expect("the datagram", |_| true);
+    script.advance(Duration::from_secs(100));
+    assert!((1..100).contains(&script.engine.udp.room_for_peers()), "{}", script.engine.udp.room_for_peers());
+}
+
+#[test]
 fn peers_that_look_alike_keep_a_port_each() {
     let publish = |host_ip| Publish { host_ip: Some(host_ip), ..forwarded(Protocol::Udp, 9_090) };
     let mut script = Script::with(

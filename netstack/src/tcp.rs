@@ -217,12 +217,14 @@ impl Tcp {
 
     #[cfg(test)]
     pub(crate) fn check_bounds(&self) {
-        use crate::config::{MAX_DNS_CONNECTIONS, MAX_DNS_PIPELINE, MAX_HALF_OPEN, MAX_TCP_FLOWS, RING_POOL};
+        use crate::config::{
+            MAX_DNS_CONNECTIONS, MAX_DNS_PIPELINE, MAX_HALF_OPEN, MAX_TCP_FLOWS, QUEUE_SLACK, RING_POOL,
+        };
         assert!(self.flows.len() <= MAX_TCP_FLOWS && self.by_key.len() == self.flows.len());
         let dns = self.flows.iter().filter(|(_, flow)| matches!(flow.far, Far::Dns(_))).count();
         assert!(self.dns_flows == dns && dns <= MAX_DNS_CONNECTIONS);
-        assert!(self.pool.len() <= RING_POOL && self.connecting.len() <= 2 * MAX_HALF_OPEN);
-        assert!(self.arriving.len() <= 2 * MAX_TCP_FLOWS);
+        assert!(self.pool.len() <= RING_POOL && self.connecting.len() <= 2 * MAX_HALF_OPEN + QUEUE_SLACK);
+        assert!(self.arriving.len() <= 2 * MAX_TCP_FLOWS + QUEUE_SLACK);
         assert!(self.dns_bytes() <= self.dns_flows * (2 + MAX_DNS_PIPELINE) * 65_537);
         assert!(self.held_bytes() <= self.half_open() * 256);
     }

@@ -39,8 +39,8 @@ use smoltcp::wire::UdpPacket;
 
 use crate::calls::{self, recvmsg, sendmsg};
 use crate::config::{
-    MAX_UDP_INBOUND, MAX_UDP_PEERS, MAX_UDP_SOCKETS, UDP_DNS_IDLE, UDP_IDLE, UDP_SPARE, UDP_UNANSWERED,
-    VERDICT_AGE,
+    MAX_UDP_INBOUND, MAX_UDP_PEERS, MAX_UDP_SOCKETS, QUEUE_SLACK, UDP_DNS_IDLE, UDP_IDLE, UDP_SPARE,
+    UDP_UNANSWERED, VERDICT_AGE,
 };
 use crate::device::{MAX_RUN, MAX_RUN_BYTES};
 use crate::emit::{self, IcmpError, Unreachable};
@@ -191,6 +191,12 @@ impl Udp {
         assert!(self.flows.iter().all(|(_, flow)| flow.peers.len() <= MAX_UDP_PEERS));
         assert!(self.outgoing.to.is_none() && self.outgoing.payload.capacity() <= 2 * MAX_RUN_BYTES);
         assert!(self.inbound.len() <= MAX_UDP_INBOUND && self.servers.len() <= 4);
+    }
+
+    /// For how many peers of published ports there is room.
+    #[cfg(test)]
+    pub(crate) fn room_for_peers(&self) -> usize {
+        self.inbound.capacity()
     }
 
     /// A whole datagram from the guest. The engine has given those for the forwarder to it before.
@@ -498,6 +504,11 @@ impl Udp {
             }
             kept
         });
+        // What a flood of peers had need of is given back.
+        let most = 4 * self.inbound.len() + QUEUE_SLACK;
+        if self.inbound.capacity() > most {
+            self.inbound.shrink_to(most / 2);
+        }
     }
 
     /// Closes what has been idle for too long.

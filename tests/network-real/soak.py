@@ -147,14 +147,13 @@ class Load:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with socket.socket(family, socket.SOCK_DGRAM) as asking:
             asking.setblocking(False)
-            if self.inside:
-                # Of few ports, or the flows of the last three minutes would be what is measured.
-                for _ in range(100):
-                    try:
-                        asking.bind(("", chance.randrange(30000, 30032)))
-                        break
-                    except OSError:
-                        await asyncio.sleep(0)
+            # Of few ports, or the flows of the last three minutes would be what is measured.
+            for _ in range(100):
+                try:
+                    asking.bind(("", chance.randrange(30000, 30032)))
+                    break
+                except OSError:
+                    await asyncio.sleep(0)
             asking.connect((address, self.port))
             for _ in range(chance.randrange(1, 10)):
                 data = struct.pack(">Q", chance.getrandbits(64)) + chance.randbytes(chance.choice([0, 100, 1400, 5000, 20000]))

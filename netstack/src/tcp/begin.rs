@@ -8,11 +8,11 @@ use smoltcp::time::{Duration, Instant};
 
 use super::guest::{Numbers, Silence};
 use super::{Far, Flow, Phase, Tcp, is_connecting};
-use crate::config::{HALF_OPEN_SPARE, INBOUND_CONNECT, MAX_DNS_CONNECTIONS, MAX_HALF_OPEN, MAX_TCP_FLOWS};
+use crate::config::{HALF_OPEN_SPARE, INBOUND_CONNECT, MAX_DNS_CONNECTIONS, MAX_TCP_FLOWS};
 use crate::device::FlowDevice;
 use crate::dns::stream::Stream;
 use crate::emit::{self, IcmpError, Unreachable};
-use crate::flow::{FlowId, FlowKey};
+use crate::flow::{FlowId, FlowKey, enqueue};
 use crate::flowlog::{Account, FlowEventKind};
 use crate::flows::Entry;
 use crate::host::{self, HostFd};
@@ -94,11 +94,8 @@ impl Tcp {
         if connected {
             return self.establish(sh, now, id);
         }
-        if self.connecting.len() >= 2 * MAX_HALF_OPEN {
-            let flows = &self.flows;
-            self.connecting.retain(|&id| is_connecting(flows, id));
-        }
-        self.connecting.push_back(id);
+        let flows = &self.flows;
+        enqueue(&mut self.connecting, id, sh.half_open, |&id| is_connecting(flows, id));
     }
 
     fn outbound_dns(&mut self, sh: &mut Shared, now: Instant, key: FlowKey, packet: &Packet<'_>) {
@@ -176,11 +173,10 @@ impl Tcp {
         let far = Far::Host(Side::connected(fd));
         let id = self.insert(sh, now, key, Phase::Open(Box::new(socket)), far);
         sh.stats.tcp_in.one();
-        if self.arriving.len() >= 2 * MAX_TCP_FLOWS {
-            let flows = &self.flows;
-            self.arriving.retain(|&id| flows.get(id).is_some_and(|flow| !flow.numbers.is_taken()));
-        }
-        self.arriving.push_back(id);
+        let flows = &self.flows;
+        enqueue(&mut self.arriving, id, flows.len(), |&id| {
+            flows.get(id).is_some_and(|flow| !flow.numbers.is_taken())
+        });
         let Some(flow) = self.flows.get_mut(id) else { return };
         flow.entry.inbound = true;
         flow.inbound_until = Some(now + INBOUND_CONNECT);
