@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::unistd::Pid;
 
 use crate::common::Net;
 use crate::contenders::{self, Route, Running, accept};
@@ -94,32 +96,69 @@ fn percentiles(mut times: Vec<Duration>) -> Vec<f64> {
     [50, 99].iter().map(|percent| times[times.len() * percent / 100].as_secs_f64() * 1e6).collect()
 }
 
-/// Microseconds of a small request and its answer, the median and the slowest hundredth, over one connection.
-pub(crate) fn tcp_ping_pong(route: &Route, time: Duration) -> Measured {
-    let (client, server) = pairs(route, 1)?.pop().unwrap();
-    ping_pong_over(client, server, time)
+/// Where the two ends of a ping-pong run. Left to the scheduler they are on one processor in one run and on two in the
+/// next, which is ten times as slow where waking a processor takes long: that would be what is measured.
+#[derive(Clone, Copy)]
+pub(crate) enum Ends {
+    /// Each on a processor of its own, as on two machines.
+    Apart,
+    /// Both on the same. Nobody has to be woken on another then.
+    Together,
 }
 
-fn ping_pong_over(mut client: TcpStream, mut server: TcpStream, time: Duration) -> Measured {
-    let echo = std::thread::spawn(move || {
+impl Ends {
+    /// The processors of client and server.
+    fn processors(self) -> [usize; 2] {
+        let all = sched_getaffinity(Pid::from_raw(0)).unwrap();
+        let all: Vec<usize> =
+            (0..CpuSet::count()).filter(|processor| all.is_set(*processor).unwrap()).collect();
+        match self {
+            Self::Apart => [all[0], all[all.len() - 1]],
+            Self::Together => [all[0]; 2],
+        }
+    }
+}
+
+/// Runs `end` in a thread on that processor.
+fn on_processor<T: Send + 'static>(
+    processor: usize,
+    end: impl FnOnce() -> T + Send + 'static,
+) -> JoinHandle<T> {
+    std::thread::spawn(move || {
+        let mut only = CpuSet::new();
+        only.set(processor).unwrap();
+        sched_setaffinity(Pid::from_raw(0), &only).unwrap();
+        end()
+    })
+}
+
+/// Microseconds of a small request and its answer, the median and the slowest hundredth, over one connection.
+pub(crate) fn tcp_ping_pong(route: &Route, ends: Ends, time: Duration) -> Measured {
+    let (mut client, mut server) = pairs(route, 1)?.pop().unwrap();
+    let [near, far] = ends.processors();
+    let echo = on_processor(far, move || {
         let mut ball = [0; BALL];
         while server.read_exact(&mut ball).is_ok() && server.write_all(&ball).is_ok() {}
     });
     client.set_read_timeout(Some(PATIENCE)).unwrap();
-    let mut times = Vec::new();
-    let mut ball = [1; BALL];
-    let begin = Instant::now();
-    while begin.elapsed() < time {
-        let sent = Instant::now();
-        client
-            .write_all(&ball)
-            .and_then(|()| client.read_exact(&mut ball))
-            .map_err(|e| format!("echo: {e}"))?;
-        times.push(sent.elapsed());
-    }
-    let _ = client.shutdown(Shutdown::Both);
+    let asking = on_processor(near, move || {
+        let mut times = Vec::new();
+        let mut ball = [1; BALL];
+        let begin = Instant::now();
+        while begin.elapsed() < time {
+            let sent = Instant::now();
+            client
+                .write_all(&ball)
+                .and_then(|()| client.read_exact(&mut ball))
+                .map_err(|e| format!("echo: {e}"))?;
+            times.push(sent.elapsed());
+        }
+        let _ = client.shutdown(Shutdown::Both);
+        Ok(percentiles(times))
+    });
+    let measured = asking.join().unwrap();
     echo.join().unwrap();
-    Ok(percentiles(times))
+    measured
 }
 
 /// Two sockets that know each other, the client's having spoken first.
@@ -140,12 +179,13 @@ fn datagram_pair(route: &Route) -> Result<(UdpSocket, UdpSocket), String> {
 }
 
 /// As [`tcp_ping_pong`], by datagrams.
-pub(crate) fn udp_ping_pong(route: &Route, time: Duration) -> Measured {
+pub(crate) fn udp_ping_pong(route: &Route, ends: Ends, time: Duration) -> Measured {
     let (client, server) = datagram_pair(route)?;
+    let [near, far] = ends.processors();
     let stop = Arc::new(AtomicBool::new(false));
     let stopped = Arc::clone(&stop);
     server.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
-    let echo = std::thread::spawn(move || {
+    let echo = on_processor(far, move || {
         let mut ball = [0; BALL];
         while !stopped.load(Ordering::Relaxed) {
             if server.recv(&mut ball).is_ok() {
@@ -154,17 +194,21 @@ pub(crate) fn udp_ping_pong(route: &Route, time: Duration) -> Measured {
         }
     });
     client.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
-    let mut times = Vec::new();
-    let mut lost = 0;
-    let begin = Instant::now();
-    while begin.elapsed() < time {
-        let sent = Instant::now();
-        let _ = client.send(&[1; BALL]);
-        match client.recv(&mut [0; BALL]) {
-            Ok(_) => times.push(sent.elapsed()),
-            Err(_) => lost += 1,
+    let asking = on_processor(near, move || {
+        let mut times = Vec::new();
+        let mut lost = 0;
+        let begin = Instant::now();
+        while begin.elapsed() < time {
+            let sent = Instant::now();
+            let _ = client.send(&[1; BALL]);
+            match client.recv(&mut [0; BALL]) {
+                Ok(_) => times.push(sent.elapsed()),
+                Err(_) => lost += 1,
+            }
         }
-    }
+        (times, lost)
+    });
+    let (times, lost) = asking.join().unwrap();
     stop.store(true, Ordering::Relaxed);
     echo.join().unwrap();
     if times.is_empty() { Err(format!("all {lost} datagrams were lost")) } else { Ok(percentiles(times)) }

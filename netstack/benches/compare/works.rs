@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::Options;
 use crate::common::{INTERNET_V4, World};
 use crate::contenders::Running;
-use crate::load::{self, Measured, Server};
+use crate::load::{self, Ends, Measured, Server};
 
 #[derive(Clone, Copy)]
 pub(crate) enum Better {
@@ -103,7 +103,7 @@ macro_rules! datagrams {
     };
 }
 
-/// `out`: the guest sends. `in`: the guest connects, its peer sends.
+/// `out`: the guest sends. `in`: the guest connects, its peer sends. `pingpong-1`: both ends on one processor.
 pub(crate) const WORKS: &[Work] = &[
     work("tcp-out-1", ONE, bulk!(1, false)),
     work("tcp-in-1", ONE, bulk!(1, true)),
@@ -118,10 +118,16 @@ pub(crate) const WORKS: &[Work] = &[
     work("pub-other-in", FROM_OUTSIDE, published!(false, false)),
     work("pub-other-out", FROM_OUTSIDE, published!(false, true)),
     work("tcp-pingpong", LATENCY, |world, guest, options| {
-        load::tcp_ping_pong(&guest.out(world), options.time)
+        load::tcp_ping_pong(&guest.out(world), Ends::Apart, options.time)
+    }),
+    work("tcp-pingpong-1", LATENCY, |world, guest, options| {
+        load::tcp_ping_pong(&guest.out(world), Ends::Together, options.time)
     }),
     work("udp-pingpong", LATENCY, |world, guest, options| {
-        load::udp_ping_pong(&guest.out(world), options.time)
+        load::udp_ping_pong(&guest.out(world), Ends::Apart, options.time)
+    }),
+    work("udp-pingpong-1", LATENCY, |world, guest, options| {
+        load::udp_ping_pong(&guest.out(world), Ends::Together, options.time)
     }),
     work("tcp-connect", CONNECTIONS, |world, guest, options| {
         load::connections(&guest.out(world), 16, options.time)
