@@ -37,7 +37,7 @@ use crate::ingress::{self, Drop as Dropped, ICMP, ICMPV6, Inbound, Packet, TCP, 
 use crate::join::Join;
 use crate::ndp;
 use crate::policy::{DNS_PORT, PolicySpec, Reason, Rules, Transport};
-use crate::rate::{Bucket, Rates};
+use crate::rate::Rates;
 use crate::shared::{Shared, Token};
 use crate::stats::Counters;
 use crate::tcp::Tcp;
@@ -160,10 +160,10 @@ impl Engine {
         let held = std::mem::replace(&mut self.sh.spec.rates, rates);
         // A way whose rate stays has no new burst, and its debt is not forgotten.
         if rates.sent != held.sent {
-            self.sh.sent = Bucket::new(rates.sent, now);
+            self.sh.sent.set_rate(rates.sent, now);
         }
         if rates.received != held.received {
-            self.sh.received = Bucket::new(rates.received, now);
+            self.sh.received.set_rate(rates.received, now);
         }
     }
 
@@ -342,7 +342,7 @@ impl Engine {
         }
         self.fire_timers(now);
         self.sh.begin(At::Housekeeping);
-        self.tcp.flows.resume(&self.sh);
+        self.resume(now);
         self.join.run(&mut self.sh);
         // A query may be answered at once, and the answer let its flow take the next query: thousands may wait.
         let mut queries_left = TURN_QUERIES;
@@ -373,6 +373,21 @@ impl Engine {
         self.await_tokens();
         self.tell_drained();
         Turn::Goes
+    }
+
+    /// Looks after the flows whose data may go on now, those that cross the TAP and those that do not in one line.
+    fn resume(&mut self, now: Instant) {
+        let mut line = Vec::new();
+        self.tcp.flows.release(&self.sh, &mut line, Token::Tcp);
+        self.join.flows.release(&self.sh, &mut line, Token::Near);
+        line.sort_unstable_by_key(|(place, _)| *place);
+        for (_, token) in line {
+            match token {
+                Token::Tcp(id) => self.tcp.look_after(&mut self.sh, now, id),
+                Token::Near(id) => self.join.look_after(&mut self.sh, id),
+                _ => {}
+            }
+        }
     }
 
     /// Lets go of `waiter` when all that the guest has sent has been passed on.
@@ -833,6 +848,11 @@ impl Engine {
         self.tcp.dns_bytes()
     }
 
+    /// Flows among which what may go is divided, each way.
+    pub(crate) fn sharers(&self) -> [usize; 2] {
+        [self.sh.sent.sharers(), self.sh.received.sharers()]
+    }
+
     pub(crate) fn half_open(&self) -> usize {
         self.sh.half_open
     }
@@ -843,6 +863,8 @@ impl Engine {
         self.tcp.check_bounds();
         self.join.check_bounds();
         assert_eq!(self.sh.tcp_flows, self.tcp.flows.len() + self.join.flows.len());
+        let (tcp, joined) = (self.tcp.flows.sharers(), self.join.flows.sharers());
+        assert_eq!(self.sharers(), [tcp[0] + joined[0], tcp[1] + joined[1]]);
         assert_eq!(self.sh.half_open, self.tcp.half_open() + self.join.half_open());
         assert!(self.sh.half_open <= MAX_HALF_OPEN && self.join.half_open() <= MAX_HALF_OPEN / 2);
         self.udp.check_bounds();

@@ -2,7 +2,9 @@
 //! TAP, `join.rs` one of those that do not.
 //!
 //! Flows are looked after when something has happened to them ([`Flows::mark`]), once per turn of the engine. Those with
-//! data that may not go yet ([`crate::rate`]) are held until their bucket has something again, and share it then.
+//! data that may not go yet ([`crate::rate`]) are held until their bucket has something again. Then those of both tables
+//! are looked after in one line, since the bucket is one: first who got nothing the last time, in the order in which they
+//! have waited.
 
 use std::collections::VecDeque;
 use std::ops::{Deref, DerefMut};
@@ -15,7 +17,7 @@ use crate::flow::{FlowId, FlowKey, Slab};
 use crate::flowlog::{Account, EachFlow, FlowEventKind};
 use crate::host;
 use crate::policy::Transport;
-use crate::shared::Shared;
+use crate::shared::{Shared, Token};
 
 /// What every flow has.
 #[derive(Debug)]
@@ -30,11 +32,21 @@ pub(crate) struct Entry {
     dirty: bool,
     /// In the lists of those that wait until more may go.
     held: [bool; 2],
+    /// Counted among those that share the buckets.
+    shares: [bool; 2],
 }
 
 impl Entry {
     pub(crate) fn new(key: FlowKey, inbound: bool, now: Instant) -> Self {
-        Self { key, inbound, account: Account::new(now), told: false, dirty: false, held: [false; 2] }
+        Self {
+            key,
+            inbound,
+            account: Account::new(now),
+            told: false,
+            dirty: false,
+            held: [false; 2],
+            shares: [false; 2],
+        }
     }
 
     /// Tells that the flow begins, by its present name, unless that was told.
@@ -70,11 +82,12 @@ pub(crate) trait TcpFlow {
 #[derive(Debug, Default)]
 struct Held {
     /// The last time it was not for them: they come first.
-    hungry: Vec<FlowId>,
-    served: Vec<FlowId>,
-    /// How many came back the last time, who share what there is.
-    sharers: usize,
+    hungry: Vec<(u64, FlowId)>,
+    served: Vec<(u64, FlowId)>,
 }
+
+/// Where a flow that was held stands in the line: whether it was served the last time, and when it began to wait.
+pub(crate) type Place = (bool, u64);
 
 impl Held {
     fn len(&self) -> usize {
@@ -120,6 +133,9 @@ impl<F: TcpFlow> Flows<F> {
     pub(crate) fn remove(&mut self, sh: &mut Shared, id: FlowId) -> Option<F> {
         let flow = self.slab.remove(id)?;
         sh.set_tcp_flows(sh.tcp_flows - 1);
+        let [sent, received] = flow.entry().shares;
+        sh.sent.count_sharer(sent, false);
+        sh.received.count_sharer(received, false);
         sh.descriptor_freed = true;
         Some(flow)
     }
@@ -152,17 +168,18 @@ impl<F: TcpFlow> Flows<F> {
     }
 
     /// What may go for one flow now, each way.
-    pub(crate) fn share(&self, sh: &Shared) -> [usize; 2] {
-        [sh.sent.share(self.held[0].sharers), sh.received.share(self.held[1].sharers)]
-    }
-
     /// A flow had more to move than it did, the ways that are `wanted`: it waits where the bucket is dry. Whether it need
     /// not. Who was `served` lets others go first the next time.
-    pub(crate) fn wait(&mut self, sh: &Shared, id: FlowId, wanted: [bool; 2], served: [bool; 2]) -> bool {
+    pub(crate) fn wait(&mut self, sh: &mut Shared, id: FlowId, wanted: [bool; 2], served: [bool; 2]) -> bool {
         let mut again = false;
-        for (way, bucket) in [&sh.sent, &sh.received].into_iter().enumerate() {
+        for way in 0..2 {
+            let Some(flow) = self.slab.get_mut(id) else { return false };
+            let before = std::mem::replace(&mut flow.entry_mut().shares[way], wanted[way]);
+            let bucket = if way == 0 { &mut sh.sent } else { &mut sh.received };
+            bucket.count_sharer(before, wanted[way]);
             if wanted[way] && bucket.is_dry() {
-                self.hold(id, way, served[way]);
+                sh.waits += 1;
+                self.hold(sh.waits, id, way, served[way]);
             } else {
                 again |= wanted[way];
             }
@@ -170,8 +187,8 @@ impl<F: TcpFlow> Flows<F> {
         again
     }
 
-    /// Lets a flow wait until more data may go.
-    fn hold(&mut self, id: FlowId, way: usize, served: bool) {
+    /// Lets a flow wait until more data may go. `since` grows from one to the next, of both tables.
+    fn hold(&mut self, since: u64, id: FlowId, way: usize, served: bool) {
         let Self { slab, held, .. } = self;
         let (Some(held), Some(flow)) = (held.get_mut(way), slab.get_mut(id)) else { return };
         if std::mem::replace(&mut flow.entry_mut().held[way], true) {
@@ -179,23 +196,28 @@ impl<F: TcpFlow> Flows<F> {
         }
         if held.len() >= 2 * slab.len() + QUEUE_SLACK {
             // Most of them are gone.
-            held.hungry.retain(|&id| slab.get(id).is_some());
-            held.served.retain(|&id| slab.get(id).is_some());
+            held.hungry.retain(|&(_, id)| slab.get(id).is_some());
+            held.served.retain(|&(_, id)| slab.get(id).is_some());
         }
-        if served { held.served.push(id) } else { held.hungry.push(id) }
+        if served { held.served.push((since, id)) } else { held.hungry.push((since, id)) }
     }
 
-    /// Marks the flows whose data may go on.
-    pub(crate) fn resume(&mut self, sh: &Shared) {
+    /// Puts the flows whose data may go on into `line`. The caller looks after them: [`Held`] forgets them.
+    pub(crate) fn release(
+        &mut self,
+        sh: &Shared,
+        line: &mut Vec<(Place, Token)>,
+        token: impl Fn(FlowId) -> Token,
+    ) {
         for (way, dry) in [sh.sent.is_dry(), sh.received.is_dry()].into_iter().enumerate() {
             let Some(held) = self.held.get_mut(way).filter(|held| !dry && held.len() > 0) else { continue };
-            let mut list = std::mem::take(&mut held.hungry);
-            list.append(&mut held.served);
-            held.sharers = list.len();
-            for id in list {
-                if let Some(flow) = self.slab.get_mut(id) {
-                    flow.entry_mut().held[way] = false;
-                    self.mark(id);
+            let Held { hungry, served } = std::mem::take(held);
+            for (list, was_served) in [(hungry, false), (served, true)] {
+                for (since, id) in list {
+                    if let Some(flow) = self.slab.get_mut(id) {
+                        flow.entry_mut().held[way] = false;
+                        line.push(((was_served, since), token(id)));
+                    }
                 }
             }
         }
@@ -204,6 +226,12 @@ impl<F: TcpFlow> Flows<F> {
     /// Whether some wait until more data may go, each way.
     pub(crate) fn wait_for_tokens(&self) -> [bool; 2] {
         self.held.each_ref().map(|held| held.len() > 0)
+    }
+
+    /// How many are counted among those that share the buckets.
+    #[cfg(test)]
+    pub(crate) fn sharers(&self) -> [usize; 2] {
+        [0, 1].map(|way| self.slab.iter().filter(|(_, flow)| flow.entry().shares[way]).count())
     }
 
     /// What the flow `id` is called.

@@ -515,16 +515,20 @@ impl Join {
 
     /// Looks after every flow that anything happened to, once.
     pub(crate) fn run(&mut self, sh: &mut Shared) {
-        self.flows.resume(sh);
         let mut turn = self.flows.marked();
         while let Some(id) = self.flows.next_marked(&mut turn) {
-            sh.begin(At::Event(Token::Near(id)));
-            self.service(sh, id);
+            self.look_after(sh, id);
         }
     }
 
+    /// Looks after one flow.
+    pub(crate) fn look_after(&mut self, sh: &mut Shared, id: FlowId) {
+        sh.begin(At::Event(Token::Near(id)));
+        self.service(sh, id);
+    }
+
     fn service(&mut self, sh: &mut Shared, id: FlowId) {
-        let before = self.flows.share(sh);
+        let before = [sh.sent.share(), sh.received.share()];
         let Some(flow) = self.flows.get_mut(id) else { return };
         let Joined { near, inner, phase, traffic: [out, to_guest], entry: Entry { account, .. }, .. } = flow;
         let (Phase::Open, Some(inner)) = (phase, inner) else {

@@ -6,6 +6,9 @@
 //! the bucket is in debt for them, and nothing is read from the TAP until that is paid, so that the guest's kernel finds
 //! its link busy.
 //!
+//! TCP flows that want more than may go share what there is in equal parts ([`Bucket::share`]), and take turns where that
+//! would be too little for each (`flows.rs`), whether they cross the TAP or not.
+//!
 //! What counts is what the flows carry: the payload of TCP, UDP and echo messages that leave for the world or come from
 //! it. What the stack answers itself is free.
 
@@ -17,6 +20,8 @@ const LEAST: u64 = 1_000;
 const MOST: u64 = 1 << 40;
 /// Shortest burst: a super-segment.
 const LEAST_BURST: u64 = 64 * 1024;
+/// The least that one flow gets while there is that much: else only small segments would go.
+const LEAST_PART: usize = 1_500;
 
 /// A rate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +53,10 @@ pub(crate) struct Bucket {
     filled: Instant,
     /// It was emptied, and has not got enough yet to be worth a turn.
     dry: bool,
+    /// Flows that wanted more than went when they were looked after last.
+    sharers: usize,
+    /// What each of them may take in one turn of the engine.
+    part: usize,
 }
 
 impl Bucket {
@@ -58,11 +67,30 @@ impl Bucket {
             (rate, burst.unwrap_or(rate / 10).clamp(LEAST_BURST, MOST))
         });
         let tokens = limit.map_or(0, |(_, burst)| signed(burst));
-        Self { limit, tokens, spare: 0, filled: now, dry: false }
+        Self { limit, tokens, spare: 0, filled: now, dry: false, sharers: 0, part: usize::MAX }
     }
 
-    /// Puts in what time has brought.
+    /// Becomes a full one with another rate. Who shares it does so still.
+    pub(crate) fn set_rate(&mut self, rate: Option<Rate>, now: Instant) {
+        *self = Self { sharers: self.sharers, ..Self::new(rate, now) };
+        self.divide();
+    }
+
+    /// Puts in what time has brought, and divides what there is for this turn.
     pub(crate) fn fill(&mut self, now: Instant) {
+        self.pour(now);
+        self.divide();
+    }
+
+    fn divide(&mut self) {
+        if self.limit.is_none() {
+            return;
+        }
+        // Rounded up: a rest would go as a segment of a few bytes.
+        self.part = self.left().div_ceil(self.sharers.max(1)).max(LEAST_PART);
+    }
+
+    fn pour(&mut self, now: Instant) {
         let Some((rate, burst)) = self.limit else { return };
         if now <= self.filled {
             return;
@@ -91,10 +119,19 @@ impl Bucket {
         }
     }
 
-    /// The part of one of `many` flows of that. Never so little that only small segments would go.
-    pub(crate) fn share(&self, many: usize) -> usize {
-        let left = self.left();
-        if left == usize::MAX { left } else { (left / many.max(1)).max(1_500).min(left) }
+    /// The part of one flow of that, in one turn.
+    pub(crate) fn share(&self) -> usize {
+        if self.limit.is_none() { usize::MAX } else { self.left().min(self.part) }
+    }
+
+    /// Whether a flow wants more than has gone of it, and whether it did before.
+    pub(crate) fn count_sharer(&mut self, before: bool, wants: bool) {
+        self.sharers = self.sharers.saturating_add(usize::from(wants)).saturating_sub(usize::from(before));
+    }
+
+    #[cfg(test)]
+    pub(crate) fn sharers(&self) -> usize {
+        self.sharers
     }
 
     pub(crate) fn take(&mut self, bytes: usize) {
@@ -149,7 +186,7 @@ mod tests {
         let mut bucket = Bucket::new(None, at(0));
         bucket.take(usize::MAX);
         bucket.fill(at(1));
-        assert_eq!((bucket.left(), bucket.share(9), bucket.ready_at()), (usize::MAX, usize::MAX, None));
+        assert_eq!((bucket.left(), bucket.share(), bucket.ready_at()), (usize::MAX, usize::MAX, None));
         assert!(!bucket.is_dry() && !bucket.is_in_debt());
     }
 
@@ -167,7 +204,30 @@ mod tests {
         assert_eq!(bucket.left(), 10_000);
         // However long it rests, no more than the burst.
         bucket.fill(at(90_000_000));
-        assert_eq!((bucket.left(), bucket.share(4), bucket.share(1_000)), (200_000, 50_000, 1_500));
+        assert_eq!((bucket.left(), bucket.share()), (200_000, 200_000));
+    }
+
+    #[test]
+    fn flows_that_want_more_have_equal_parts_of_a_turn() {
+        let mut bucket = bucket(1_000_000, Some(200_000));
+        let wants = |bucket: &mut Bucket, before: usize, now: usize| {
+            (0..before).for_each(|_| bucket.count_sharer(true, false));
+            (0..now).for_each(|_| bucket.count_sharer(false, true));
+            bucket.fill(at(1));
+            bucket.share()
+        };
+        assert_eq!(wants(&mut bucket, 0, 3), 66_667);
+        bucket.take(66_667);
+        assert_eq!(bucket.share(), 66_667, "what others took first is not theirs");
+        bucket.take(66_667);
+        assert_eq!((bucket.share(), bucket.left()), (66_666, 66_666));
+        bucket.take(66_666);
+        bucket.fill(at(1_000_000));
+        // Never so little that only small segments would go; alone again, everything.
+        assert_eq!(wants(&mut bucket, 3, 1_000), 1_500);
+        assert_eq!(wants(&mut bucket, 1_000, 1), 200_000);
+        bucket.set_rate(Some(Rate { bytes_per_second: 5_000, burst: Some(100_000) }), at(1_000_001));
+        assert_eq!((bucket.sharers(), bucket.share()), (1, 100_000));
     }
 
     #[test]

@@ -151,6 +151,8 @@ pub(crate) struct Shared {
     /// What may still go from the guest to the world, and the other way.
     pub(crate) sent: Bucket,
     pub(crate) received: Bucket,
+    /// How often a TCP flow had to wait until more may go.
+    pub(crate) waits: u64,
     pub(crate) at: At,
     /// What a test wants to fail.
     #[cfg(test)]
@@ -187,6 +189,7 @@ impl Shared {
             half_open: 0,
             sent: Bucket::new(spec.rates.sent, now),
             received: Bucket::new(spec.rates.received, now),
+            waits: 0,
             at: At::Housekeeping,
             #[cfg(test)]
             trap: None,

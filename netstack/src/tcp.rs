@@ -460,15 +460,23 @@ impl Tcp {
         while !sh.tap.is_blocked()
             && let Some(id) = self.flows.next_marked(&mut turn)
         {
-            sh.begin(At::Flow(id));
-            self.service(sh, now, id);
+            self.look_after(sh, now, id);
         }
         self.flows.marked() > 0 && !sh.tap.is_blocked()
     }
 
+    /// Looks after one flow, once the TAP takes frames.
+    pub(crate) fn look_after(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
+        if sh.tap.is_blocked() {
+            return self.flows.mark(id);
+        }
+        sh.begin(At::Flow(id));
+        self.service(sh, now, id);
+    }
+
     fn service(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
         let many = self.flows.len() > MANY;
-        let [sent, received] = self.flows.share(sh);
+        let [sent, received] = [sh.sent.share(), sh.received.share()];
         let share = Allowance { sent, received, wanted: [false; 2] };
         let Some(flow) = self.flows.get_mut(id) else { return };
         let Phase::Open(socket) = &mut flow.phase else { return };

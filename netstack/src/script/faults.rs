@@ -581,6 +581,10 @@ enum Ended {
 
 impl Joining {
     pub(super) fn new() -> Self {
+        Self::with(&spec())
+    }
+
+    pub(super) fn with(spec: &StackSpec) -> Self {
         let (sockets, maker) = crate::inside_sockets().expect("socket pair");
         let port = Publish {
             host_ip: Some(ip("127.0.0.1")),
@@ -590,7 +594,7 @@ impl Joining {
             protocol: crate::Protocol::Tcp,
         };
         let published = Published::bind(&[port]).expect("port").through(sockets);
-        let script = Script::of(&spec(), true, published);
+        let script = Script::of(spec, true, published);
         // Every address is the host's own here, the guest's too.
         let inside = TcpListener::bind("[::]:80").expect("listener");
         inside.set_nonblocking(true).expect("non-blocking");

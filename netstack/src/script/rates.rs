@@ -1,5 +1,7 @@
 //! Data that may not go as fast as it comes. Virtual time alone says how much may go.
 
+use super::faults::Joining;
+use super::hostile::in_empty_namespace;
 use super::*;
 use crate::rate::{Rate, Rates};
 
@@ -181,7 +183,7 @@ fn what_does_not_leave_for_the_world_is_free() {
 
 #[test]
 fn echo_requests_to_the_world_wait_in_the_tap() {
-    if !super::hostile::in_empty_namespace("script::rates::echo_requests_to_the_world_wait_in_the_tap") {
+    if !in_empty_namespace("script::rates::echo_requests_to_the_world_wait_in_the_tap") {
         return;
     }
     let mut script = script(LIMIT, None);
@@ -267,4 +269,126 @@ fn a_thousand_flows_that_come_and_go_leave_nothing_waiting() {
     assert_eq!(script.stats().tcp_flows, 0);
     script.advance_millis(3_600_000);
     assert_eq!(script.engine.timers(), 0);
+}
+
+/// Bytes that can be read now.
+fn drain(stream: &mut TcpStream) -> usize {
+    let mut buffer = vec![0; 100_000];
+    std::iter::from_fn(|| stream.read(&mut buffer).ok().filter(|len| *len > 0)).sum()
+}
+
+/// What `tap` connections of the guest's and `joined` ones get in `seconds` after the burst, all of which want all they can
+/// get one way.
+fn contest(rate: Option<Rate>, out: bool, [tap, joined]: [u16; 2], seconds: usize) -> [Vec<usize>; 2] {
+    let rates = if out { Rates { sent: rate, received: None } } else { Rates { sent: None, received: rate } };
+    let mut joining = Joining::with(&StackSpec { rates, ..spec() });
+    let (listener, port) = listener(false);
+    let mut over: Vec<(Peer, TcpStream)> = Vec::new();
+    for n in 0..tap {
+        let mut peer = Peer::new(false, port);
+        peer.guest.1 = 41_000 + n;
+        peer.open(&mut joining.script);
+        let server = accept(&listener);
+        server.set_nonblocking(true).expect("non-blocking");
+        over.push((peer, server));
+    }
+    let mut past: Vec<(TcpStream, TcpStream)> = Vec::new();
+    for n in 0..joined {
+        let client = TcpStream::connect(joining.script.published[0]).expect("connect");
+        client.set_nonblocking(true).expect("non-blocking");
+        joining
+            .script
+            .wait_for("the connection", |script| script.stats().tcp_flows == u64::from(tap + n) + 1);
+        assert!(joining.maker.answer());
+        joining.script.wait_for("it is joined", |script| script.stats().tcp_joined == u64::from(n) + 1);
+        let server = accept(&joining.inside);
+        server.set_nonblocking(true).expect("non-blocking");
+        past.push((client, server));
+    }
+    let script = &mut joining.script;
+    let mut got = [vec![0; usize::from(tap)], vec![0; usize::from(joined)]];
+    let chunk = vec![7; 20_000];
+    for step in 0..seconds * 100 + 10 {
+        // What the burst brought belongs to whoever came first.
+        if step == 10 {
+            got = [vec![0; usize::from(tap)], vec![0; usize::from(joined)]];
+        }
+        for (peer, server) in &mut over {
+            if out {
+                // Until its window closes.
+                if step < 200 {
+                    peer.send(script, TcpControl::Psh, &chunk[..1_000]);
+                    peer.send(script, TcpControl::Psh, &chunk[..1_000]);
+                }
+            } else {
+                let _ = server.write(&chunk);
+            }
+        }
+        for (client, server) in &mut past {
+            let _ = if out { server.write(&chunk) } else { client.write(&chunk) };
+        }
+        script.advance_millis(10);
+        while let Some(frame) = script.try_recv() {
+            let to = frame.tcp().dst_port();
+            let Some(at) = over.iter().position(|(peer, _)| peer.guest.1 == to) else { continue };
+            if !frame.tcp().payload().is_empty() {
+                got[0][at] += over[at].0.take(script, &frame);
+            }
+        }
+        for (at, (_, server)) in over.iter_mut().enumerate().filter(|_| out) {
+            got[0][at] += drain(server);
+        }
+        for (at, (client, server)) in past.iter_mut().enumerate() {
+            got[1][at] += drain(if out { client } else { server });
+        }
+    }
+    script.engine.check_bounds();
+    drop((over, past));
+    got
+}
+
+#[test]
+fn connections_that_cross_the_tap_and_those_that_do_not_share_alike() {
+    let name = "script::rates::connections_that_cross_the_tap_and_those_that_do_not_share_alike";
+    if !in_empty_namespace(name) {
+        return;
+    }
+    // One of each; more of one kind than of the other; and so many that only some of them can go each time.
+    for (rate, counts, out) in [
+        (RATE, [1, 1], true),
+        (RATE, [1, 1], false),
+        (10 * RATE, [1, 1], false),
+        (10 * RATE, [1, 3], false),
+        (RATE, [3, 1], false),
+        (RATE, [2, 10], false),
+    ] {
+        let rate = Some(Rate { bytes_per_second: rate, burst: Some(BURST as u64) });
+        let got = contest(rate, out, counts, 3);
+        let all: Vec<usize> = got.concat();
+        let fair = all.iter().sum::<usize>() / all.len();
+        assert!(fair > 10_000, "{got:?}");
+        assert!(
+            all.iter().all(|got| (fair * 9 / 10..=fair * 11 / 10).contains(got)),
+            "{counts:?} {out}: {got:?}"
+        );
+    }
+}
+
+#[test]
+fn who_has_gone_has_no_share() {
+    let mut script = script(None, LIMIT);
+    let mut ends: Vec<(Peer, TcpStream)> = (0..20).map(|_| open(&mut script)).collect();
+    for (_, server) in &mut ends {
+        server.write_all(&[7; 200_000]).expect("write");
+    }
+    script.advance_millis(100);
+    script.engine.check_bounds();
+    assert!(script.engine.sharers()[1] >= 19);
+    for (mut peer, _) in ends {
+        peer.send(&mut script, TcpControl::Rst, b"");
+        script.settle();
+        while script.try_recv().is_some() {}
+    }
+    assert_eq!((script.engine.sharers(), script.stats().tcp_flows), ([0, 0], 0));
+    script.engine.check_bounds();
 }
