@@ -101,7 +101,9 @@ impl Transport {
 }
 
 /// What the host's routing table says about a destination.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+///
+/// In an order: of an address and those embedded in it, what it says last counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum RouteKind {
     /// Some other machine, or nobody: connecting will tell.
     Remote,
@@ -511,6 +513,20 @@ fn v4_of(high: u16, low: u16) -> Ipv4Addr {
 }
 
 fn refused_v6(ip: Ipv6Addr) -> Option<Reason> {
+    let own = refused_by_own_range(ip);
+    if own.is_some_and(|reason| !reason.can_be_opened()) {
+        return own;
+    }
+    // Translated addresses are fine, unless what they lead to is not: whichever of them it is that nothing opens.
+    let embedded = embedded_v4(ip.into()).filter_map(refused_v4);
+    own.into_iter().chain(embedded).min_by_key(|reason| match reason {
+        Reason::HostLoopback => 0,
+        reason if !reason.can_be_opened() => 1,
+        _ => 2,
+    })
+}
+
+fn refused_by_own_range(ip: Ipv6Addr) -> Option<Reason> {
     match ip.segments() {
         [0, 0, 0, 0, 0, 0, 0, 0 | 1] => Some(Reason::HostLoopback),
         // IPv4-mapped and IPv4-compatible (RFC 4291 section 2.5.5): the host's kernel sends the mapped form over IPv4.
@@ -522,8 +538,7 @@ fn refused_v6(ip: Ipv6Addr) -> Option<Reason> {
         // fe80::/10 and the old site-local fec0::/10.
         [0xfe80..=0xfeff, ..] => Some(Reason::LinkLocal),
         _ if is_metadata_v6(ip) => Some(Reason::Metadata),
-        // Translated addresses are fine, unless what they lead to is not.
-        _ => embedded_v4(ip.into()).find_map(refused_v4),
+        _ => None,
     }
 }
 

@@ -247,8 +247,8 @@ impl Shared {
         let route = if self.spec.is_ours(remote.ip) {
             RouteKind::Unknown
         } else {
-            let mut embedded = policy::embedded_v4(remote.ip).map(|ip| self.routes.kind_of(ip.into()));
-            embedded.find(|kind| *kind != RouteKind::Remote).unwrap_or_else(|| self.routes.kind_of(remote.ip))
+            let own = self.routes.kind_of(remote.ip);
+            policy::embedded_v4(remote.ip).map(|ip| self.routes.kind_of(ip.into())).fold(own, RouteKind::max)
         };
         let mut names: Vec<KnownAs<'_>> = Vec::new();
         if self.rules.want_names() {

@@ -116,6 +116,38 @@ fn ranges_without_a_host_are_refused_by_name() {
 }
 
 #[test]
+fn of_several_reasons_the_one_that_nothing_opens_is_told() {
+    let to = [
+        // Of Teredo, the server is a link-local address, and the client the loopback; then the other way round.
+        ("[2001:0:a9fe:a9fe:8000:f0f0:80ff:fffe]:80", Reason::HostLoopback),
+        ("[2001:0:7f00:1:8000:f0f0:5601:5601]:80", Reason::HostLoopback),
+        ("[2001:0:a9fe:a9fe:8000:f0f0:1fff:fffe]:80", Reason::Multicast),
+        // Its own range, and what is in it.
+        ("[fe80::5efe:7f00:1]:80", Reason::HostLoopback),
+        ("[fd00:42::5efe:7f00:1]:80", Reason::HostLoopback),
+        ("[fe80::5efe:6464:64c8]:80", Reason::LinkLocal),
+        ("[ff02::5efe:7f00:1]:80", Reason::Multicast),
+    ];
+    for (to, reason) in to {
+        let address: SocketAddr = to.parse().expect(to);
+        let rule = format!("[{}]", address.ip());
+        // A rule about that address alone opens what can be opened.
+        for (rules, opened) in
+            [(rules(HostLoopback::All, &[], &[]), false), (rules(HostLoopback::All, &[&rule], &[]), true)]
+        {
+            let wanted = match reason {
+                Reason::LinkLocal if opened => Verdict::Allow(address),
+                reason => Verdict::Refuse(reason),
+            };
+            assert_eq!(decide(&rules, Transport::Tcp, address, RouteKind::Remote, &[]), wanted, "{to}");
+        }
+    }
+    let kinds = [RouteKind::Local, RouteKind::Unknown, RouteKind::Remote, RouteKind::Broadcast];
+    assert_eq!(kinds.into_iter().fold(RouteKind::Remote, RouteKind::max), RouteKind::Unknown);
+    assert!(RouteKind::Broadcast > RouteKind::Local, "which an option opens");
+}
+
+#[test]
 fn the_hosts_own_addresses_follow_the_routing_table() {
     let to = "198.51.100.7:22";
     for (route, reason) in [
