@@ -16,7 +16,7 @@
 //! since whoever runs a zone can lead any number of names to an address. The same bounds hold for targets. With what leads
 //! to the names of an address it is known by [`MAX_KNOWN_NAMES`].
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -70,20 +70,29 @@ impl Pins {
     /// The names that the guest may have meant by `ip`, those that lead to its names among them; each with whether the
     /// spec says so.
     pub(crate) fn known(&self, now: Instant, ip: IpAddr) -> impl Iterator<Item = (&Arc<str>, bool)> {
-        let mut known: Vec<(&Arc<str>, bool)> =
-            self.by_ip.get(now, &ip).map(|pin| (&pin.name, pin.until.is_none())).collect();
+        let own = self.by_ip.get(now, &ip).map(|pin| (&pin.name, pin.until.is_none()));
+        own.chain(self.leading(now, ip).into_iter().map(|name| (name, false)))
+    }
+
+    /// The names that lead to those of `ip`. Each flow of the guest's asks, and zones say how many there are: each is looked
+    /// up once, and nothing is made while there are no targets.
+    fn leading(&self, now: Instant, ip: IpAddr) -> Vec<&Arc<str>> {
+        if self.by_target.count == 0 {
+            return Vec::new();
+        }
+        let mut known: Vec<&Arc<str>> = self.by_ip.get(now, &ip).map(|pin| &pin.name).collect();
+        let own = known.len();
+        let mut seen: HashSet<&str> = known.iter().map(|name| &***name).collect();
         let mut next = 0;
-        while self.by_target.count > 0
-            && let Some(&(target, _)) = known.get(next)
+        while known.len() < MAX_KNOWN_NAMES
+            && let Some(&target) = known.get(next)
         {
-            for pin in self.by_target.get(now, target) {
-                if known.len() < MAX_KNOWN_NAMES && known.iter().all(|(name, _)| **name != pin.name) {
-                    known.push((&pin.name, false));
-                }
-            }
+            let further =
+                self.by_target.get(now, target).map(|pin| &pin.name).filter(|name| seen.insert(name));
+            known.extend(further.take(MAX_KNOWN_NAMES - known.len()));
             next += 1;
         }
-        known.into_iter()
+        known.split_off(own)
     }
 
     /// Pins `name` to `ip` for `ttl`, or for ever; whether other pins that hold had to give way.
@@ -276,6 +285,7 @@ mod tests {
         // Whatever came first; in a circle, too.
         lead(&mut pins, 0, "b.example", "c.example");
         pins.pin(at(0), &"c.example".into(), ip(1), None);
+        assert_eq!(known(&pins, 0, ip(2)), []);
         lead(&mut pins, 1, "a.example", "b.example");
         lead(&mut pins, 2, "c.example", "a.example");
         lead(&mut pins, 2, "c.example", "c.example");
@@ -290,6 +300,19 @@ mod tests {
         pins.grow_older(Duration::from_secs(10));
         assert_eq!(known(&pins, 50 + grace, ip(1)), all[..1]);
         pins.check_bounds();
+    }
+
+    #[test]
+    fn without_targets_nothing_is_made_for_a_lookup() {
+        let mut pins = Pins::default();
+        pins.pin(at(0), &"a.example".into(), ip(1), MINUTE);
+        assert_eq!(pins.leading(at(0), ip(1)).capacity(), 0);
+        // Nor twice what is there in two ways.
+        for target in ["a.example", "b.example"] {
+            pins.pin(at(0), &target.into(), ip(2), MINUTE);
+            pins.lead(at(0), &"c.example".into(), target.into(), Duration::from_secs(60));
+        }
+        assert_eq!(pins.leading(at(0), ip(2)).len(), 1);
     }
 
     #[test]
