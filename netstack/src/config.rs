@@ -326,8 +326,10 @@ pub(crate) const DNS_TCP_IDLE: Duration = Duration::from_secs(10);
 pub(crate) const MAX_PINS: usize = 4_096;
 /// Names of one address.
 pub(crate) const MAX_PIN_NAMES: usize = 16;
-/// Targets of services that are remembered of one answer. One of 64 KiB has thousands, which would drive out all others.
+/// Targets of services, and addresses, that are remembered of one answer. One of 64 KiB has thousands, which would drive
+/// out all others. No set of addresses that is meant to be used has so many: 75 fit into the datagrams we ask for.
 pub(crate) const MAX_DNS_TARGETS: usize = 16;
+pub(crate) const MAX_DNS_ADDRESSES: usize = 256;
 /// Names of one address, and those whose services lead to them.
 pub(crate) const MAX_KNOWN_NAMES: usize = 64;
 /// How much longer than its answer's time to live an address is known to be that of a name: programs keep addresses for

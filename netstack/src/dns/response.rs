@@ -19,7 +19,7 @@ use super::message::{
     AUTHENTIC, CHECKING_DISABLED, CODE, Code, HEADER, KEY_DNSSEC, OUR_DATAGRAM, Question, RECURSION_DESIRED,
     RESPONSE, Stored, TRUNCATED, TYPE_ANY, TYPE_CNAME, TYPE_OPT, TYPE_SOA, host_of, skip_name, word,
 };
-use crate::config::{MAX_DNS_NEGATIVE_TTL, MAX_DNS_TARGETS, MAX_DNS_TTL};
+use crate::config::{MAX_DNS_ADDRESSES, MAX_DNS_NEGATIVE_TTL, MAX_DNS_TARGETS, MAX_DNS_TTL};
 use crate::shared::Random;
 
 /// Aliases of one answer that are followed.
@@ -114,7 +114,7 @@ pub(crate) struct Answer {
     pub(crate) stored: Stored,
     /// How long it may be kept; 0: not at all.
     pub(crate) ttl: u32,
-    /// The addresses that the question's name leads to.
+    /// The addresses that the question's name leads to: [`MAX_DNS_ADDRESSES`] at most. The guest gets all of them.
     pub(crate) ips: Vec<IpAddr>,
     /// The names that its services lead to, whose addresses are asked for by themselves: [`MAX_DNS_TARGETS`] at most.
     pub(crate) targets: BTreeSet<Arc<str>>,
@@ -277,6 +277,7 @@ fn leads(message: &Message) -> (Vec<IpAddr>, BTreeSet<Arc<str>>) {
             _ => {}
         }
     }
+    ips.truncate(MAX_DNS_ADDRESSES);
     (ips, targets)
 }
 
@@ -637,6 +638,7 @@ pub(crate) mod tests {
         }
         message[6..8].copy_from_slice(&count.to_be_bytes());
         let got = answer(&ask, &message);
-        assert_eq!((got.ips.len(), got.stored.ttls.len()), (count.into(), count.into()));
+        // All of them are passed on, few are believed.
+        assert_eq!((got.ips.len(), got.stored.ttls.len()), (MAX_DNS_ADDRESSES, count.into()));
     }
 }
