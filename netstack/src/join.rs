@@ -21,7 +21,9 @@
 //! - `Open`: data flows, until both ends have been passed on or one side is broken.
 //!
 //! Whatever goes wrong on our side before the server has answered (there is no socket, or no port for it) is no failure of
-//! the connection's: nothing of it has been read yet, so it goes the way of all others ([`Tcp::inbound`]).
+//! the connection's: nothing of it has been read yet, so it goes the way of all others ([`Tcp::inbound`]). So it does if the
+//! guest has not the address that it is expected to have, and if both addresses refuse: the guest's kernel may lead what
+//! comes by the link to somebody else, as one that forwards for others does.
 //!
 //! Data. Little at a time is copied: `recv`, `send`. Whoever fills [`CHUNK`] at once gets a pipe through which the kernel
 //! hands on pages. A flow has a pipe only while something is in it, and there are [`MAX_PIPES`] at most, beyond which is
@@ -57,6 +59,8 @@ pub(crate) const CHUNK: usize = 16 * 1024;
 const TURN_BUDGET: usize = 1024 * 1024;
 /// Sockets that are asked for at once: answers beyond that would not fit into the queue.
 const MAX_ASKED: usize = 64;
+/// There is no server where it was looked for.
+const REFUSED: &str = "refused-inside";
 /// Empty pipes that are kept for the next.
 const POOL: usize = 4;
 
@@ -429,7 +433,7 @@ impl Join {
                 sh.unwatch(fd.as_fd());
                 drop(fd);
                 if is_refusal(errno) {
-                    return self.try_other(sh, now, tcp, id, "refused-inside");
+                    return self.try_other(sh, now, tcp, id, REFUSED);
                 }
                 // Of so many connections the inside's kernel has no port left, for example.
                 tracing::debug!(%errno, "a socket inside cannot connect");
@@ -438,12 +442,19 @@ impl Join {
         }
         let from = getsockname::<SockaddrStorage>(fd.as_raw_fd()).ok();
         let from = from.as_ref().and_then(udp::socket_addr).map(Endpoint::from);
+        if from.is_some_and(|from| from.ip != guest.ip) {
+            // Only what is its own address the kernel reaches from that address. The inside has another one, and what leads
+            // from there to this one is known to the link.
+            sh.unwatch(fd.as_fd());
+            drop(fd);
+            return self.cross(sh, now, tcp, id);
+        }
         if from == Some(guest) {
             // It got the server's port for its own, and so has met itself. Then there is no server.
             sh.unwatch(fd.as_fd());
             host::reset_on_close(fd.as_fd());
             drop(fd);
-            return self.try_other(sh, now, tcp, id, "refused-inside");
+            return self.try_other(sh, now, tcp, id, REFUSED);
         }
         flow.entry.key = FlowKey { guest, remote: from.unwrap_or(flow.ways[flow.way].remote) };
         flow.entry.tell_begin(sh);
@@ -459,10 +470,16 @@ impl Join {
             // Who made it may not have closed it yet.
             sh.unwatch(inner.fd.as_fd());
         }
-        if flow.way > 0 || flow.ways[0] == flow.ways[1] || flow.near.failed {
+        let is_last = flow.way > 0 || flow.ways[0] == flow.ways[1];
+        if flow.near.failed || is_last && why != REFUSED {
             return self.remove(sh, id, Some(why));
         }
         flow.entry.tell_end(sh, now, why);
+        if is_last {
+            // Rules of the inside's kernel may lead somewhere what comes by its link.
+            flow.way = 0;
+            return self.cross(sh, now, tcp, id);
+        }
         flow.way = 1;
         flow.entry.key = flow.ways[1];
         flow.phase = Phase::Waiting(sh.budget.room());
@@ -496,7 +513,7 @@ impl Join {
             }
             let error = host::socket_error(inner.fd.as_fd());
             if error.is_some_and(is_refusal) {
-                return self.try_other(sh, now, tcp, id, "refused-inside");
+                return self.try_other(sh, now, tcp, id, REFUSED);
             }
             // With another one the server was there, and has reset the connection since. What it said before is there.
             if error.is_some() {

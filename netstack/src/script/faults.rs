@@ -703,8 +703,8 @@ fn joined_connections_whose_calls_fail_cross_the_tap_or_are_reset_or_do_without(
             let refused = [Errno::ECONNREFUSED, Errno::EHOSTUNREACH, Errno::ENETUNREACH, Errno::ETIMEDOUT];
             if matches!(call, Call::Pipe | Call::SetSockOpt) {
                 assert_eq!(ended, Ended::Echoed(LEN), "{what}");
-            } else if call == Call::Connect && !refused.contains(&errno) {
-                // The server has not been asked yet.
+            } else if call == Call::Connect || call == Call::GetSockOpt && refused.contains(&errno) {
+                // Nobody has answered, so the link is asked.
                 assert_eq!(ended, Ended::Crossed, "{what}");
                 assert_eq!(
                     (joining.script.stats().tcp_in, joining.script.stats().tcp_joined),

@@ -16,6 +16,7 @@ crate::tests! {
     other_connections_are_not,
     joined_connections_end_as_their_ends_do,
     joined_connections_without_a_server_are_reset,
+    what_the_inside_leads_elsewhere_crosses_the_tap,
     a_thousand_joined_connections_are_served,
     joined_data_waits_for_who_does_not_read,
     urgent_data_passes_a_joined_connection,
@@ -207,7 +208,50 @@ fn joined_connections_without_a_server_are_reset(_: &World) {
         let _own = listener(&guest, ip);
         refused(&guest);
     }
-    assert_eq!(guest.stack.stats().tcp_joined, 3);
+    // The link had the last word.
+    assert_eq!((guest.stack.stats().tcp_joined, guest.stack.stats().tcp_in), (0, 3));
+}
+
+fn what_the_inside_leads_elsewhere_crosses_the_tap(_: &World) {
+    let guest = guest(&spec());
+    let server = listener(&guest, "::");
+    assert_eq!(seen_by(&guest, &server), is(GUEST_V4));
+    drop(server);
+    // The guest forwards what comes by the link, as it would by a rule of its NAT, and refuses connections of its own.
+    let other = Net::new();
+    let path = other.path();
+    guest.net.run(move || {
+        sh(&format!(
+            "ip link add far type veth peer name near netns {path}
+             ip addr add 192.0.2.1/24 dev far
+             ip link set far up
+             for name in ipv4/ip_forward ipv4/conf/far/accept_local; do echo 1 > /proc/sys/net/$name; done
+             ip rule add pref 10 lookup local
+             ip rule del pref 0
+             ip rule add pref 5 iif tap0 lookup 100
+             ip route add 10.0.2.100 via 192.0.2.2 table 100"
+        ))
+    });
+    other.run(|| {
+        sh("ip addr add 192.0.2.2/24 dev near
+            ip addr add 10.0.2.100/32 dev near
+            ip link set near up
+            ip route add default via 192.0.2.1")
+    });
+    let far = other.run(|| TcpListener::bind(("0.0.0.0", 8080)).unwrap());
+    assert_eq!(seen_by(&guest, &far), is(GATEWAY_V4));
+    // The same if nobody refuses, but the guest has another address. It would be found by its IPv6 address.
+    guest.net.run(|| sh("ip addr del 10.0.2.100/24 dev tap0; ip addr add 10.0.2.101/24 dev tap0"));
+    for (listener, word) in [(far, b"far "), (listener(&guest, "::"), b"near")] {
+        std::thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            patient(stream).write_all(word)
+        });
+    }
+    let mut word = [0; 4];
+    connect(at("127.0.0.1", guest.published[0].port())).unwrap().read_exact(&mut word).unwrap();
+    assert_eq!(&word, b"far ");
+    assert_eq!((guest.stack.stats().tcp_joined, guest.stack.stats().tcp_in), (1, 3));
 }
 
 fn a_thousand_joined_connections_are_served(_: &World) {
@@ -516,7 +560,7 @@ fn no_connection_meets_itself(_: &World) {
             });
             assert!(answer.is_err(), "{ports}: {answer:?}");
         }
-        assert_eq!(guest.stack.stats().tcp_joined, 50);
+        assert_eq!((guest.stack.stats().tcp_joined, guest.stack.stats().tcp_in), (0, 50));
         // The server gets its port.
         let listener = guest.net.run(|| TcpListener::bind(("0.0.0.0", 40_000)).unwrap());
         if ports != "40000 40000" {
