@@ -13,6 +13,7 @@ use nix::sched::{CloneFlags, setns};
 
 use crate::common::{GATEWAY_V4, INTERNET_V4, Net, World, at, spec};
 use crate::first_line;
+use crate::relay::{RELAY_PORT, RELAYED_PORT};
 
 /// The port inside that is published.
 pub(crate) const INSIDE_PORT: u16 = 7_001;
@@ -30,6 +31,8 @@ pub(crate) enum Contender {
     Slirp,
     /// `rootlet netstack`.
     Program(String),
+    /// No network at all, but what bounds all of them.
+    Relay,
 }
 
 /// A guest, and the process that is its network.
@@ -45,6 +48,8 @@ pub(crate) struct Running {
     file: Option<PathBuf>,
     /// From the process's start to the guest's first connection.
     pub(crate) first_connection: Duration,
+    /// There is one way to one port of the internet.
+    relayed: bool,
 }
 
 impl Drop for Running {
@@ -70,6 +75,7 @@ impl Contender {
             Self::Pasta => "pasta",
             Self::Slirp => "slirp",
             Self::Program(_) => "program",
+            Self::Relay => "relay",
         }
     }
 
@@ -83,6 +89,7 @@ impl Contender {
                 .map(|line| first_line("dpkg-query", &["-W", "passt"]).unwrap_or(line)),
             Self::Slirp => first_line("slirp4netns", &["--version"]),
             Self::Program(path) => first_line(path, &["--version"]),
+            Self::Relay => Some("a recv and a send for each message, TCP only".to_owned()),
         }
     }
 
@@ -98,8 +105,10 @@ impl Contender {
                 process: None,
                 file: None,
                 first_connection: Duration::ZERO,
+                relayed: false,
             });
         }
+        let relayed = matches!(self, Self::Relay);
         let inside = Net::new();
         // A new namespace has the machine's, not that of the host here.
         const CONTROL: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
@@ -113,8 +122,9 @@ impl Contender {
         inside
             .run(move || mount(Some("/proc/thread-self/ns/net"), &bound, none, MsFlags::MS_BIND, none))
             .unwrap();
-        let listener = world.internet.run(|| TcpListener::bind((INTERNET_V4, 0))).unwrap();
-        let server = listener.local_addr().unwrap();
+        let port = if relayed { RELAYED_PORT } else { 0 };
+        let listener = world.internet.run(move || TcpListener::bind((INTERNET_V4, port))).unwrap();
+        let server = if relayed { at("127.0.0.1", RELAY_PORT) } else { listener.local_addr().unwrap() };
         let begin = Instant::now();
         let mut command = self.command(&file, published);
         let process =
@@ -126,6 +136,7 @@ impl Contender {
             process: Some(process),
             file: Some(file),
             first_connection: Duration::ZERO,
+            relayed,
         };
         if let Self::Ours = self {
             let mut byte = [0];
@@ -152,9 +163,10 @@ impl Contender {
     fn command(&self, net: &Path, published: u16) -> Command {
         let mut command = match self {
             Self::Native => unreachable!("needs no process"),
-            Self::Ours => {
+            Self::Ours | Self::Relay => {
                 let mut command = Command::new(std::env::current_exe().unwrap());
-                command.arg("stack").arg(net).arg(published.to_string());
+                command.arg(if let Self::Ours = self { "stack" } else { "relay" });
+                command.arg(net).arg(published.to_string());
                 return command;
             }
             Self::Pasta => {
@@ -319,8 +331,8 @@ impl Running {
         Route {
             client: self.inside.clone(),
             server: world.internet.clone(),
-            bind: at(INTERNET_V4, 0),
-            to: None,
+            bind: at(INTERNET_V4, if self.relayed { RELAYED_PORT } else { 0 }),
+            to: self.relayed.then(|| at("127.0.0.1", RELAY_PORT)),
         }
     }
 

@@ -18,7 +18,7 @@
 //! `native` is the host itself in the place of the guest: bare veth. The others are started for each work and take turns
 //! in it, so that whatever else the machine does meets all alike; medians are printed, and ours as ratios. The link to
 //! the guest has an MTU of 1500 for all. The generators of load are threads of the bench. CPU time is that of the
-//! contender's process alone. Asserts nothing: figures depend on the machine, `met` compares with what is wanted.
+//! contender's process alone. `--who …,relay` shows what the least relay of connections reaches. Asserts nothing: figures depend on the machine, `met` compares with what is wanted.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -30,6 +30,7 @@
 mod common;
 mod contenders;
 mod load;
+mod relay;
 mod works;
 
 use std::collections::BTreeMap;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
     match args.first().map(String::as_str) {
         Some("stack") => contenders::serve(&args[1..]),
+        Some("relay") => relay::serve(&args[1..]),
         Some("echo") => load::echo_all(&args[1..]),
         _ => return enter(|| compare_all(&args)),
     }
@@ -83,6 +85,7 @@ fn compare_all(args: &[String]) -> ExitCode {
         all.push(Contender::Program(path));
     }
     if let Some(only) = list("--who") {
+        all.push(Contender::Relay);
         all.retain(|one| only.iter().any(|name| name == one.name()));
     }
     println!(

@@ -68,6 +68,11 @@ impl Net {
         Self(Arc::new(File::open("/proc/thread-self/ns/net").expect("own namespace")))
     }
 
+    /// That which is bound to a file.
+    pub(crate) fn at_path(path: &str) -> Self {
+        Self(Arc::new(File::open(path).expect("a namespace")))
+    }
+
     /// A path by which programs find it.
     pub(crate) fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
