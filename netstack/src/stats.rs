@@ -56,6 +56,9 @@ counters! {
     dns_queries,
     /// Those answered from the cache.
     dns_cached,
+    /// What came to a socket to a resolver and was no answer: other messages, wrong checksums, ICMP errors that did not quote
+    /// the question.
+    dns_ignored,
     /// Flows that the policy refused.
     refused_by_policy,
     /// Flows refused because a table was full or descriptors had run out.

@@ -10,7 +10,8 @@
 //! Against forgery (RFC 5452): each query under way has a socket of its own, connected to the resolver, with a port of the
 //! kernel's choice, a random identifier, and a name in random case. An answer counts only if it comes from there, with
 //! that identifier, for exactly that question. A resolver that answers in another case is asked again without that, and
-//! one that does not know EDNS without that.
+//! one that does not know EDNS without that. Nothing else ends a try before its time: what is no answer is counted and
+//! passed over, and so is an ICMP error that does not quote the query, which whoever guesses the port can send.
 //!
 //! If no answer comes in [`DNS_TRY`], or the resolver refuses, the next one is asked, three times in all; then the guest
 //! gets the resolver's error, or SERVFAIL and why (RFC 8914). The resolver that answered last is asked first the next
@@ -46,7 +47,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::sys::epoll::EpollFlags;
+use nix::sys::epoll::{EpollEvent, EpollFlags};
 use nix::sys::socket::{MsgFlags, SockaddrStorage};
 use smoltcp::time::{Duration, Instant};
 
@@ -56,6 +57,7 @@ use crate::emit;
 use crate::flow::{Endpoint, FlowId, Slab, TimerKey};
 use crate::host::{self, HostFd};
 use crate::shared::{Shared, Token};
+use crate::udp::{READABLE, receive_error};
 use cache::Cache;
 use message::{Asker, CLASS_IN, Code, ExtendedError, Question, Stored, TYPE_OPT};
 use names::{Known, Names};
@@ -148,6 +150,8 @@ struct Pending {
     generation: u64,
     /// How often the socket said since that it has something, and had nothing.
     fruitless: u32,
+    /// Messages and errors that had nothing to do with the query, and have not been counted yet.
+    ignored: usize,
 }
 
 /// The forwarder.
@@ -361,6 +365,7 @@ impl Dns {
             fallback: None,
             generation: self.generation,
             fruitless: 0,
+            ignored: 0,
         });
         self.by_key.insert(key, id);
         self.ask_next(sh, now, id);
@@ -466,7 +471,19 @@ impl Dns {
     /// A resolver's socket has something to say.
     pub(crate) fn host_event(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
         let mut buffer = std::mem::take(&mut sh.datagram);
-        let progress = self.queries.get_mut(id).map(|pending| pending.progress(&mut buffer));
+        let progress = self.queries.get_mut(id).map(|pending| {
+            let before = pending.is_noisy();
+            let progress = pending.progress(&mut buffer);
+            sh.stats.dns_ignored.add(std::mem::take(&mut pending.ignored));
+            if let Some(Upstream::Udp(fd)) = &pending.upstream
+                && pending.is_noisy() != before
+            {
+                // From here on only what comes wakes us, and not what is there.
+                let mut event = EpollEvent::new(READABLE, Token::Dns(id).pack());
+                let _ = sh.epoll.modify(fd.as_fd(), &mut event);
+            }
+            progress
+        });
         sh.datagram = buffer;
         match progress {
             None | Some(Ok(None)) => {}
@@ -561,27 +578,44 @@ impl Pending {
         Ok(Upstream::Udp(fd))
     }
 
+    /// Whether the socket has said too often that it has something.
+    fn is_noisy(&self) -> bool {
+        self.fruitless > MAX_FRUITLESS
+    }
+
     /// Goes on as far as the socket lets it; the answer once it is there.
     fn progress(&mut self, buffer: &mut [u8]) -> nix::Result<Option<(Vec<u8>, Match)>> {
+        let noisy = self.is_noisy();
         match &mut self.upstream {
             None => Ok(None),
-            // A flood of wrong answers must not keep the thread: epoll tells again of what is left.
             Some(Upstream::Udp(fd)) => {
-                for turn in 0..TURN_ANSWERS {
-                    match recv(fd.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT) {
+                // A flood of wrong answers must not keep the thread: epoll tells again of what is left, if it does.
+                let most = if noisy { MAX_QUEUED } else { TURN_ANSWERS };
+                for turn in 0..most {
+                    let got = recv(fd.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT);
+                    match got {
                         Ok(len) => {
                             let answer = buffer.get(..len).unwrap_or_default();
                             let case = response::matches(answer, &self.query, &self.question);
                             if case != Match::Nothing {
                                 return Ok(Some((answer.to_vec(), case)));
                             }
-                        }
-                        Err(Errno::EAGAIN) => {
-                            self.fruitless += u32::from(turn == 0);
-                            let ends = self.fruitless > MAX_FRUITLESS;
-                            return if ends { Err(Errno::EAGAIN) } else { Ok(None) };
+                            self.ignored += 1;
                         }
                         Err(Errno::EINTR) => {}
+                        // An error of the network's has been announced then, or been put into the queue.
+                        Err(errno) if errno == Errno::EAGAIN || is_of_network(errno) => {
+                            let (about_us, others) = errors(fd, &self.query);
+                            if about_us {
+                                return Err(Errno::ECONNREFUSED);
+                            }
+                            let nothing = turn == 0 && others == 0;
+                            self.ignored += others + usize::from(nothing);
+                            self.fruitless = self.fruitless.saturating_add(u32::from(nothing));
+                            if errno == Errno::EAGAIN {
+                                return Ok(None);
+                            }
+                        }
                         Err(errno) => return Err(errno),
                     }
                 }
@@ -620,9 +654,49 @@ impl Pending {
     }
 }
 
-/// Datagrams that are read from a resolver's socket before others get their turn.
+/// Whether a socket says by this error what the network has said about its datagrams (ICMP), and not that it is broken.
+fn is_of_network(errno: Errno) -> bool {
+    matches!(
+        errno,
+        Errno::ECONNREFUSED
+            | Errno::EHOSTUNREACH
+            | Errno::ENETUNREACH
+            | Errno::EHOSTDOWN
+            | Errno::ENONET
+            | Errno::ENOPROTOOPT
+            | Errno::EACCES
+            | Errno::EPROTO
+            | Errno::EOPNOTSUPP
+            | Errno::EMSGSIZE
+    )
+}
+
+/// Empties the error queue of a resolver's socket: whether an error in it is about `query`, and how many others there were.
+fn errors(fd: &HostFd, query: &[u8]) -> (bool, usize) {
+    let mut others = 0;
+    for _ in 0..TURN_ANSWERS {
+        match receive_error(fd) {
+            // What was quoted begins as the query does, its identifier included.
+            Ok(Some(error))
+                if error.icmp.is_some()
+                    && error.payload.len() >= message::HEADER
+                    && query.starts_with(&error.payload) =>
+            {
+                return (true, others);
+            }
+            Ok(_) => others += 1,
+            Err(_) => break,
+        }
+    }
+    (false, others)
+}
+
+/// Datagrams that are read from a resolver's socket before others get their turn, and errors.
 const TURN_ANSWERS: usize = 64;
 
+/// No more datagrams fit into the queue of a socket, unless its owner has asked for a large one.
+const MAX_QUEUED: usize = 1_024;
+
 /// Wake-ups of one try for a datagram that is not there. One whose checksum is wrong is announced, and gone when it is
-/// read: that is one each. What only stands in the error queue (as IPsec puts it there, too) is announced for ever.
+/// read: that is one each. What else the kernel may announce it announces for ever.
 const MAX_FRUITLESS: u32 = 32;

@@ -529,22 +529,34 @@ fn a_resolver_that_is_gone_is_told_at_once_and_may_come_back() {
 }
 
 #[test]
-fn a_socket_that_announces_what_it_does_not_have_is_given_up() {
+fn a_socket_that_announces_what_it_does_not_have_wakes_nobody_for_ever() {
+    use std::cell::Cell;
+    use std::rc::Rc;
     let mut dns = Dns::new();
-    set_plan(Some(Box::new(|call, _| match call {
-        Call::Recv => Fault::Fails(Errno::EAGAIN),
+    let calls = Rc::new(Cell::new(0));
+    let count = Rc::clone(&calls);
+    set_plan(Some(Box::new(move |call, _| match call {
+        Call::Recv => {
+            count.set(count.get() + 1);
+            Fault::Fails(Errno::EAGAIN)
+        }
         _ => Fault::None,
     })));
     dns.ask(1_000, &query(1, "a.example", TYPE_A, true));
-    for _ in 0..2 {
-        dns.answers(0, &[(0, "a.example", TYPE_A, 60, A.into())]);
-        for _ in 0..10 {
-            dns.script.settle();
-        }
+    let (ask, from) = dns.asked();
+    let answer = response(&ask, 0, &[(0, "a.example", TYPE_A, 60, A.into())]);
+    dns.server.send_to(&answer, from).expect("send");
+    for _ in 0..20 {
+        dns.script.settle();
     }
+    // Each time the datagrams were looked for, and errors.
+    assert!((10..=70).contains(&calls.get()), "{}", calls.get());
+    assert!(dns.script.engine.is_quiet(dns.script.now), "it spins");
     set_plan(None);
-    // No time has passed.
-    assert!(dns.told(1_000).ends_with(b"no resolver of the host answers"));
+    dns.not_asked();
+    // No time has passed, and the try has not ended.
+    dns.server.send_to(&[0; 3], from).expect("send");
+    assert_eq!(ttls(&dns.heard(1_000)), [60]);
     // A few are nothing to worry about.
     let mut left = 3;
     set_plan(Some(Box::new(move |call, _| match call {
@@ -554,10 +566,94 @@ fn a_socket_that_announces_what_it_does_not_have_is_given_up() {
         }
         _ => Fault::None,
     })));
-    dns.ask(1_000, &query(2, "a.example", TYPE_A, true));
-    dns.answers(0, &[(0, "a.example", TYPE_A, 60, A.into())]);
+    dns.ask(1_000, &query(2, "b.example", TYPE_A, true));
+    dns.answers(0, &[(0, "b.example", TYPE_A, 60, A.into())]);
     assert_eq!(ttls(&dns.heard(1_000)), [60]);
     set_plan(None);
+}
+
+/// Sends an IP packet of this protocol from the host to itself.
+fn send_raw(protocol: nix::sys::socket::SockProtocol, payload: &[u8]) {
+    use nix::sys::socket::{MsgFlags, SockaddrIn, sendto, socket};
+    use std::os::fd::AsRawFd as _;
+    let raw =
+        socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol).expect("raw socket");
+    let to = SockaddrIn::new(127, 0, 0, 1, 0);
+    assert_eq!(sendto(raw.as_raw_fd(), payload, &to, MsgFlags::empty()), Ok(payload.len()));
+}
+
+#[test]
+fn what_is_no_answer_ends_no_try() {
+    use nix::sys::socket::SockProtocol;
+    if !super::hostile::in_empty_namespace("script::dns::what_is_no_answer_ends_no_try") {
+        return;
+    }
+    let mut dns = Dns::new();
+    dns.ask(1_000, &query(1, "a.example", TYPE_A, true));
+    let (ask, from) = dns.asked();
+    let to = dns.server.local_addr().expect("address");
+    // The kernel looks at the checksum of a short one before it says anything.
+    let records = vec![(0, "a.example", TYPE_A, 60, A.into()); 12];
+    let good = response(&ask, 0, &records);
+    let ports =
+        |from: SocketAddr, to: SocketAddr| [from.port().to_be_bytes(), to.port().to_be_bytes()].concat();
+    // Nonsense, another identifier, another question.
+    let mut other = good.clone();
+    other[0] ^= 1;
+    let question = response(&query(1, "b.example", TYPE_A, true), 0, &[]);
+    for _ in 0..100 {
+        for wrong in [&b"nonsense"[..], &other, &question] {
+            dns.server.send_to(wrong, from).expect("send");
+        }
+        dns.script.settle();
+    }
+    assert_eq!(dns.script.stats().dns_ignored, 300);
+    // Errors that whoever guesses the port can make: without what was sent, and with something else.
+    let refusal = |quoted: &[u8]| {
+        let mut message = vec![3, 3, 0, 0, 0, 0, 0, 0];
+        let mut datagram = ports(from, to);
+        datagram.extend(u16::try_from(8 + ask.len()).expect("length").to_be_bytes());
+        datagram.extend([0, 0]);
+        datagram.extend(quoted);
+        message.extend(ingress::rebuild(from.ip(), to.ip(), ingress::UDP, 64, &datagram));
+        Icmpv4Packet::new_unchecked(&mut message[..]).fill_checksum();
+        send_raw(SockProtocol::Icmp, &message);
+    };
+    let mut wrong = ask.clone();
+    wrong[1] ^= 1;
+    for _ in 0..100 {
+        refusal(&[]);
+        refusal(&wrong);
+        dns.script.settle();
+    }
+    assert_eq!(dns.script.stats().dns_ignored, 500);
+    // The right answer with a wrong checksum: more often than the socket may say so in vain.
+    for _ in 0..100 {
+        let mut datagram = ports(to, from);
+        datagram.extend(u16::try_from(8 + good.len()).expect("length").to_be_bytes());
+        datagram.extend([0xba, 0xad]);
+        datagram.extend(&good);
+        send_raw(SockProtocol::Udp, &datagram);
+        dns.script.settle();
+    }
+    assert_eq!(dns.script.stats().dns_ignored, 600);
+    assert_eq!(dns.script.engine.open_queries(), 1);
+    dns.not_asked();
+    // No time has passed.
+    dns.server.send_to(&good, from).expect("send");
+    assert_eq!(ttls(&dns.heard(1_000)), [60; 12]);
+    // One that quotes the query is believed.
+    dns.ask(1_000, &query(2, "b.example", TYPE_A, true));
+    let (ask, from) = dns.asked();
+    let mut message = vec![3, 3, 0, 0, 0, 0, 0, 0];
+    let mut datagram = ports(from, to);
+    datagram.extend([0; 4]);
+    datagram.extend(&ask[..12]);
+    message.extend(ingress::rebuild(from.ip(), to.ip(), ingress::UDP, 64, &datagram));
+    Icmpv4Packet::new_unchecked(&mut message[..]).fill_checksum();
+    send_raw(SockProtocol::Icmp, &message);
+    dns.script.settle();
+    assert_ne!(dns.asked().1, from, "it is asked again at once");
 }
 
 #[test]
