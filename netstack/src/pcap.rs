@@ -4,6 +4,9 @@
 //!  engine's thread ── whole blocks, CAPTURE_BUFFER bytes at most ──> writer's thread ── write(2) ──> file, fifo
 //! ```
 //!
+//! Nothing is written before the stack has started ([`Capture::begin`]), and what is in the file stays till then: a network
+//! that cannot start is no reason to lose another one's packets.
+//!
 //! The network never waits for the file: a packet for which there is no room in the queue is left out, and the next one
 //! says how many were (`epb_dropcount`). When the file takes no more, the capture ends with a message in the log, and the
 //! file is cut behind its last whole block.
@@ -55,6 +58,8 @@ struct Inner {
     /// Of the packets that were left out, those that a packet has told.
     told: AtomicU64,
     done: Mutex<Receiver<()>>,
+    /// Whether something is to be written: what comes first counts.
+    begin: Sender<bool>,
 }
 
 #[derive(Debug, Default)]
@@ -85,27 +90,43 @@ pub struct Captured {
 }
 
 impl Capture {
-    /// Writes to `file` from a thread of its own, from the file's present position.
+    /// Writes to `file` from a thread of its own, from the file's present position, once the stack has started.
     ///
     /// # Errors
     ///
     /// The thread cannot be made.
     pub fn start(file: File) -> io::Result<Self> {
+        Self::prepare(file, false)
+    }
+
+    /// The same, in place of what is in `file` then, if it is an ordinary one.
+    ///
+    /// # Errors
+    ///
+    /// The thread cannot be made.
+    pub fn replace(file: File) -> io::Result<Self> {
+        Self::prepare(file, true)
+    }
+
+    fn prepare(file: File, replaces: bool) -> io::Result<Self> {
         let (queue, items) = channel();
         let (tell, done) = channel();
+        let (begin, begins) = channel();
         let counts = Arc::<Counts>::default();
         let mut writer = Writer { file, counts: Arc::clone(&counts) };
         std::thread::Builder::new().name("capture".into()).spawn(move || {
             // Signals are the business of the process's main thread; one of a limit (SIGXFSZ) would end it all.
             let _ = nix::sys::signal::SigSet::all().thread_block();
-            if let Err(error) = writer.run(&items) {
+            if begins.recv() != Ok(true) {
+                let _ = tell.send(());
+            } else if let Err(error) = writer.run(&items, replaces) {
                 writer.counts.ended.store(true, Ordering::Relaxed);
                 tracing::error!(%error, "the capture of the network ends here: its file cannot be written");
             } else {
                 let _ = tell.send(());
             }
         })?;
-        let inner = Inner { queue, counts, told: AtomicU64::new(0), done: Mutex::new(done) };
+        let inner = Inner { queue, counts, told: AtomicU64::new(0), done: Mutex::new(done), begin };
         let capture = Self(Arc::new(inner));
         let mut head = Block::new(SECTION);
         head.u32(0x1a2b_3c4d).u16(1).u16(0).bytes(&[0xff; 8]);
@@ -116,6 +137,11 @@ impl Capture {
         interface.u16(1).u16(0).u32(SNAP_LEN).option(9, &[9]).end_of_options();
         capture.put(interface.finish());
         Ok(capture)
+    }
+
+    /// The stack has started.
+    pub(crate) fn begin(&self) {
+        let _ = self.0.begin.send(true);
     }
 
     /// A frame, without its virtio header.
@@ -176,6 +202,7 @@ impl Capture {
     /// Ends the file, and waits until it is written, some seconds at most. What the stack tells later is lost.
     #[must_use]
     pub fn finish(&self) -> Captured {
+        let _ = self.0.begin.send(false);
         let _ = self.0.queue.send(Item::End);
         let complete = self.0.done.lock().is_ok_and(|done| done.recv_timeout(FINISH_PATIENCE).is_ok());
         if !complete && !self.0.counts.ended.load(Ordering::Relaxed) {
@@ -193,7 +220,11 @@ struct Writer {
 }
 
 impl Writer {
-    fn run(&mut self, items: &Receiver<Item>) -> io::Result<()> {
+    fn run(&mut self, items: &Receiver<Item>, replaces: bool) -> io::Result<()> {
+        if replaces && self.file.metadata()?.is_file() {
+            self.file.set_len(0)?;
+            self.file.rewind()?;
+        }
         let mut batch = Vec::new();
         while let Ok(item) = items.recv() {
             let mut next = Some(item);
@@ -378,6 +409,7 @@ pub(crate) mod tests {
         let (file, copy) = memory();
         let before = SystemTime::now().duration_since(UNIX_EPOCH).expect("time").as_nanos();
         let capture = Capture::start(file).expect("thread");
+        capture.begin();
         capture.frame(Direction::FromGuest, b"five!");
         capture.name("192.0.2.1".parse().expect("address"), "a.example");
         capture.name("2001:db8::1".parse().expect("address"), "b.example");
@@ -409,6 +441,7 @@ pub(crate) mod tests {
     fn what_nobody_takes_is_bounded_and_what_is_left_out_is_counted() {
         let (mut reader, writer) = std::io::pipe().expect("pipe");
         let capture = Capture::start(std::os::fd::OwnedFd::from(writer).into()).expect("thread");
+        capture.begin();
         let frame = [0; 64 * 1024];
         // The pipe takes one frame about, and the writer may hold a batch.
         let many = 2 * CAPTURE_BUFFER / frame.len() + 8;
@@ -441,6 +474,7 @@ pub(crate) mod tests {
     fn a_file_that_takes_no_more_ends_the_capture() {
         let file = File::options().write(true).open("/dev/full").expect("/dev/full");
         let capture = Capture::start(file).expect("thread");
+        capture.begin();
         assert!(!capture.finish().complete);
         assert!(capture.0.counts.ended.load(Ordering::Relaxed));
         capture.frame(Direction::FromGuest, b"frame");
@@ -459,6 +493,7 @@ pub(crate) mod tests {
         file.set_len(8_192).expect("length");
         fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW)).expect("seal");
         let capture = Capture::start(file).expect("thread");
+        capture.begin();
         for _ in 0..20 {
             capture.frame(Direction::FromGuest, &[7; 1_000]);
         }
@@ -467,6 +502,35 @@ pub(crate) mod tests {
         let (before, capture) = all.split_at(100);
         assert_eq!(before, [b'x'; 100]);
         assert_eq!(blocks(capture).iter().filter(|(kind, _)| *kind == PACKET).count(), 7);
+    }
+
+    #[test]
+    fn without_a_stack_that_starts_nothing_is_written() {
+        let start = |write: fn(File) -> io::Result<Capture>| {
+            let (mut file, copy) = memory();
+            file.write_all(b"before").expect("write");
+            (write(file).expect("thread"), copy)
+        };
+        for write in [Capture::start, Capture::replace] {
+            let (capture, copy) = start(write);
+            capture.frame(Direction::FromGuest, b"frame");
+            // Nor is anybody waited for.
+            assert!(capture.finish().complete);
+            assert_eq!(read(copy), b"before");
+            let (capture, copy) = start(write);
+            drop(capture);
+            assert_eq!(read(copy), b"before");
+        }
+        let (capture, copy) = start(Capture::replace);
+        let spec = crate::StackSpec { capture: Some(capture.clone()), ..crate::config::tests::spec() };
+        let (_, no_tap) = std::io::pipe().expect("pipe");
+        assert!(crate::Stack::start(no_tap.into(), &spec, crate::Published::default()).is_err());
+        assert!(capture.finish().complete);
+        assert_eq!(read(copy), b"before");
+        let (capture, copy) = start(Capture::replace);
+        capture.begin();
+        assert!(capture.finish().complete);
+        assert_eq!(blocks(&read(copy)).len(), 3);
     }
 
     #[test]

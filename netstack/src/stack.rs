@@ -92,6 +92,9 @@ impl Stack {
             .name("netstack".into())
             .spawn(body)
             .map_err(|source| Error::Start { what: "thread", source })?;
+        if let Some(capture) = &spec.capture {
+            capture.begin();
+        }
         Ok(Self { thread: Some(thread), control, ended, failed: failed_late })
     }
 

@@ -14,7 +14,7 @@ use super::LaunchError;
 use crate::control::network::Network;
 use crate::control::{Apart, ControlSocket, Served};
 use crate::plan::{NetPlan, Plan, StackPlan};
-use crate::report::{MadeFile, NetworkLog, NetworkRecords, PublishedPort, finish_capture, start_capture};
+use crate::report::{MadeFile, NetworkLog, NetworkRecords, PublishedPort, finish_capture};
 
 /// Threads that serve the overlay. At least two, because a request that waits for the disk must not
 /// hold up the others; each costs start-up time, and more than four serve no faster.
@@ -119,7 +119,7 @@ impl Services {
         if let Some((mut spec, published)) = self.network.take() {
             if let Some(file) = self.capture_file.take() {
                 let what = "the capture of the network";
-                let capture = start_capture(file)
+                let capture = Capture::replace(file)
                     .map_err(|source| LaunchError::Network(netstack::Error::Start { what, source }))?;
                 spec.capture = Some(capture.clone());
                 self.capture = Some(capture);

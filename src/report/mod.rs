@@ -2,7 +2,7 @@
 
 mod network;
 
-pub use network::{NetworkLog, NetworkRecords, RecordError, finish_capture, start_capture};
+pub use network::{NetworkLog, NetworkRecords, RecordError, finish_capture};
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};

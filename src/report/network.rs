@@ -91,8 +91,7 @@ pub struct RecordError {
 }
 
 impl NetworkRecords {
-    /// Opens or makes the files. What is in that of the log stays; what is in that of the capture stays until
-    /// [`start_capture`], as what it is opened for may fail.
+    /// Opens or makes the files. What is in them stays; it is for [`Capture::replace`] to empty that of the capture.
     ///
     /// # Errors
     ///
@@ -125,18 +124,6 @@ fn open_capture(path: &Path) -> io::Result<(File, Option<MadeFile>)> {
     let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?) - OFlag::O_NONBLOCK;
     fcntl(&file, FcntlArg::F_SETFL(flags))?;
     Ok((file, made))
-}
-
-/// Begins a capture, for a stack that is about to start. What was in the file goes.
-///
-/// # Errors
-///
-/// As ftruncate(2); the thread that writes cannot be made.
-pub fn start_capture(file: File) -> io::Result<Capture> {
-    if file.metadata()?.is_file() {
-        file.set_len(0)?;
-    }
-    Capture::start(file)
 }
 
 /// Ends a capture whose stack has ended, and says what is missing in it.

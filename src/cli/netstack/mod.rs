@@ -14,7 +14,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 
-use netstack::{DnsAt, DnsSpec, HostLoopback, Link, PolicySpec, Published, Stack, StackSpec};
+use netstack::{Capture, DnsAt, DnsSpec, HostLoopback, Link, PolicySpec, Published, Stack, StackSpec};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -27,7 +27,7 @@ use crate::control::network::Network;
 use crate::control::{Apart, ControlSocket};
 use crate::error::errno_text;
 use crate::log;
-use crate::report::{NetworkLog, NetworkRecords, start_capture};
+use crate::report::{NetworkLog, NetworkRecords};
 use crate::spec::slirp::{
     self as spec, Addresses, DEFAULT_CIDR, DEFAULT_MTU, GATEWAY_MAC, GATEWAY_V6, OptionError, Outbound,
     PREFIX_V6, RESOLVER_V6, Target,
@@ -211,7 +211,7 @@ pub(super) fn netstack(args: &NetstackArgs, inherited: Inherited) -> Result<u8, 
     let failed = |error: netstack::Error| Failure::new(&error);
     let published = Published::bind(&[]).map_err(failed)?;
     let capture =
-        records.capture.map(start_capture).transpose().map_err(|source| {
+        records.capture.map(Capture::replace).transpose().map_err(|source| {
             failed(netstack::Error::Start { what: "the capture of the network", source })
         })?;
     let mut spec = stack_spec(args, &wanted, mac);
