@@ -29,6 +29,9 @@ use nix::sys::socket::{getsockopt, sockopt};
 pub(super) enum Stranger {
     #[error("a process of another {0} namespace has connected, such as that of the sandbox")]
     OtherNamespace(&'static str),
+    /// In a mount namespace of its own, or in a chroot: which of them it is cannot be read.
+    #[error("a process of root's has connected that has another root directory, such as that of a container")]
+    OtherRoot,
     #[error("a process has connected that has ended, or cannot be looked at")]
     Unknown,
 }
@@ -98,14 +101,14 @@ impl Peers {
         if self.apart != Apart::User || !user_namespace {
             return Err(Stranger::Unknown);
         }
-        let told = |found: std::io::Result<bool>, namespace| match found {
+        let told = |found: std::io::Result<bool>, stranger| match found {
             Ok(true) => Ok(()),
-            Ok(false) => Err(Stranger::OtherNamespace(namespace)),
+            Ok(false) => Err(stranger),
             Err(_) => Err(Stranger::Unknown),
         };
-        told(maps_all(process), "user")?;
+        told(maps_all(process), Stranger::OtherNamespace("user"))?;
         let ours = root_mounts("self").ok().filter(|ours| !ours.is_empty()).ok_or(Stranger::Unknown)?;
-        told(root_mounts(process).map(|theirs| theirs == ours), "mount")
+        told(root_mounts(process).map(|theirs| theirs == ours), Stranger::OtherRoot)
     }
 }
 

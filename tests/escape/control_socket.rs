@@ -70,6 +70,17 @@ os.write(map, b"x")
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 "#;
 
+/// Runs the program that follows in a chroot, which is no namespace.
+const CHROOT: &str = r#"
+import json, os, socket, sys
+program = open(sys.argv[2]).read()
+directory, sys.argv[2:] = os.path.dirname(sys.argv[3]), [os.path.basename(sys.argv[3])]
+sys.argv = sys.argv[1:]
+os.chdir(directory)
+os.chroot(".")
+exec(program)
+"#;
+
 fn rules_at(path: &Path) -> String {
     let mut stream = UnixStream::connect(path).unwrap();
     stream.write_all(b"{\"request\":\"rules\"}\n").unwrap();
@@ -189,7 +200,9 @@ fn roots_elsewhere_are_sent_away() {
         assert!(told.contains("not-allowed") && told.contains("another user namespace"), "{told}");
     }
     let told = ask(&["python3", "-c", CONTAINER]);
-    assert!(told.contains("not-allowed") && told.contains("another mount namespace"), "{told}");
+    assert!(told.contains("not-allowed") && told.contains("another root directory"), "{told}");
+    let told = ask(&["python3", "-c", CHROOT]);
+    assert!(told.contains("not-allowed") && told.contains("another root directory"), "{told}");
     assert!(ask(&["env"]).starts_with("result"), "root is obeyed");
     running.signal(Signal::SIGTERM);
     running.finish().exits(143);
