@@ -253,7 +253,7 @@ impl Engine {
         let frames = self.more_frames && !self.sh.sent.is_in_debt();
         let unread = !self.sh.unread.queue.is_empty() && !self.sh.received.is_dry();
         let more = frames || self.more_work || unread;
-        if self.forward.is_eager() || self.join.flows.marked() > 0 || more && !self.sh.tap.is_blocked() {
+        if self.forward.is_eager() || self.join.flows.have_work() || more && !self.sh.tap.is_blocked() {
             return Some(Duration::ZERO);
         }
         self.sh.timers.next_at().map(|at| if at > now { at - now } else { Duration::ZERO })

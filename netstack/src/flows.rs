@@ -101,12 +101,14 @@ pub(crate) struct Flows<F> {
     slab: Slab<F>,
     /// Those that something has happened to; some are gone by now.
     dirty: VecDeque<FlowId>,
+    /// How many of them are.
+    gone: usize,
     held: [Held; 2],
 }
 
 impl<F> Default for Flows<F> {
     fn default() -> Self {
-        Self { slab: Slab::default(), dirty: VecDeque::new(), held: Default::default() }
+        Self { slab: Slab::default(), dirty: VecDeque::new(), gone: 0, held: Default::default() }
     }
 }
 
@@ -131,12 +133,24 @@ impl<F: TcpFlow> Flows<F> {
     }
 
     pub(crate) fn remove(&mut self, sh: &mut Shared, id: FlowId) -> Option<F> {
-        let flow = self.slab.remove(id)?;
+        let flow = self.take(id)?;
         sh.set_tcp_flows(sh.tcp_flows - 1);
         let [sent, received] = flow.entry().shares;
         sh.sent.count_sharer(sent, false);
         sh.received.count_sharer(received, false);
         sh.descriptor_freed = true;
+        Some(flow)
+    }
+
+    fn take(&mut self, id: FlowId) -> Option<F> {
+        let flow = self.slab.remove(id)?;
+        self.gone += usize::from(flow.entry().dirty);
+        // While the TAP takes no frames nobody is looked after, but flows come and go.
+        if self.gone > self.slab.len() + QUEUE_SLACK {
+            let slab = &self.slab;
+            self.dirty.retain(|&id| slab.get(id).is_some());
+            self.gone = 0;
+        }
         Some(flow)
     }
 
@@ -149,13 +163,18 @@ impl<F: TcpFlow> Flows<F> {
         }
     }
 
-    /// How many have work to do, those counted that are gone by now.
-    pub(crate) fn marked(&self) -> usize {
+    /// Whether something has happened to any that is there.
+    pub(crate) fn have_work(&self) -> bool {
+        self.dirty.len() > self.gone
+    }
+
+    /// A turn for each that something has happened to by now, those counted that are gone.
+    pub(crate) fn turn(&self) -> usize {
         self.dirty.len()
     }
 
     /// The next of them, which is to be looked after now: what happens from here on marks it again, behind the others.
-    /// `turn` is what is left of those that were [`marked`](Self::marked) when the turn began: none has two.
+    /// `turn` is what is left of the [`turn`](Self::turn): none has two, unless many go meanwhile.
     pub(crate) fn next_marked(&mut self, turn: &mut usize) -> Option<FlowId> {
         loop {
             *turn = turn.checked_sub(1)?;
@@ -164,10 +183,10 @@ impl<F: TcpFlow> Flows<F> {
                 flow.entry_mut().dirty = false;
                 return Some(id);
             }
+            self.gone = self.gone.saturating_sub(1);
         }
     }
 
-    /// What may go for one flow now, each way.
     /// A flow had more to move than it did, the ways that are `wanted`: it waits where the bucket is dry. Whether it need
     /// not. Who was `served` lets others go first the next time.
     pub(crate) fn wait(&mut self, sh: &mut Shared, id: FlowId, wanted: [bool; 2], served: [bool; 2]) -> bool {
@@ -316,17 +335,40 @@ mod tests {
         for id in [first, gone, first, second, gone] {
             flows.mark(id);
         }
-        flows.slab.remove(gone);
-        let mut turn = flows.marked();
+        assert!(flows.take(gone).is_some());
+        let mut turn = flows.turn();
         assert_eq!((turn, flows.next_marked(&mut turn)), (3, Some(first)));
         flows.mark(first);
         flows.mark(gone);
         assert_eq!(flows.next_marked(&mut turn), Some(second));
         // Who is gone leaves its turn to nobody.
-        assert_eq!((flows.next_marked(&mut turn), flows.marked()), (None, 1));
+        assert_eq!((flows.next_marked(&mut turn), flows.turn()), (None, 1));
         flows.mark(quiet);
-        turn = flows.marked();
+        turn = flows.turn();
         assert_eq!([(); 3].map(|()| flows.next_marked(&mut turn)), [Some(first), Some(quiet), None]);
-        assert_eq!(flows.marked(), 0);
+        assert_eq!((flows.turn(), flows.gone), (0, 0));
+    }
+
+    #[test]
+    fn who_is_gone_has_no_work_and_takes_no_room() {
+        let mut flows = Flows::<Plain>::default();
+        let end = Endpoint::new([192, 0, 2, 1].into(), 80);
+        let add = |flows: &mut Flows<Plain>| {
+            let entry = Entry::new(FlowKey { guest: end, remote: end }, false, Instant::ZERO);
+            let id = flows.slab.insert_with(|_| Plain(entry));
+            flows.mark(id);
+            id
+        };
+        let stays = add(&mut flows);
+        for _ in 0..1_000 {
+            let goes = add(&mut flows);
+            assert!(flows.take(goes).is_some() && flows.have_work());
+            assert!(flows.dirty.len() <= 2 + QUEUE_SLACK + 1, "{}", flows.dirty.len());
+        }
+        let mut turn = flows.turn();
+        assert_eq!(flows.next_marked(&mut turn), Some(stays));
+        assert!(!flows.have_work());
+        assert!(flows.turn() > 0, "those that are gone");
+        assert_eq!((flows.next_marked(&mut turn), flows.turn(), flows.gone), (None, 0, 0));
     }
 }

@@ -43,7 +43,7 @@ use crate::calls::{connect, pipe2, recv, send, shutdown, splice};
 use crate::config::{HALF_OPEN_SPARE, INBOUND_CONNECT, INSIDE_SOCKET, JOIN_PIPE, MAX_PIPES, MAX_TCP_FLOWS};
 use crate::defect::At;
 use crate::flow::{Endpoint, FlowId, FlowKey, TimerKey, enqueue};
-use crate::flowlog::Traffic;
+use crate::flowlog::{Account, Traffic};
 use crate::flows::{Entry, Flows, TcpFlow};
 use crate::host::{self, HostFd, Room};
 use crate::inside::{Family, InsideSockets};
@@ -482,6 +482,7 @@ impl Join {
         }
         flow.way = 1;
         flow.entry.key = flow.ways[1];
+        flow.entry.account = Account::new(now);
         flow.phase = Phase::Waiting(sh.budget.room());
         if self.inside.is_none() {
             return self.cross(sh, now, tcp, id);
@@ -532,7 +533,7 @@ impl Join {
 
     /// Looks after every flow that anything happened to, once.
     pub(crate) fn run(&mut self, sh: &mut Shared) {
-        let mut turn = self.flows.marked();
+        let mut turn = self.flows.turn();
         while let Some(id) = self.flows.next_marked(&mut turn) {
             self.look_after(sh, id);
         }

@@ -455,14 +455,14 @@ impl Tcp {
 
     /// Looks after every dirty flow once; whether some still have work to do.
     pub(crate) fn run(&mut self, sh: &mut Shared, now: Instant) -> bool {
-        let mut turn = self.flows.marked();
+        let mut turn = self.flows.turn();
         // While the TAP takes no frames flows rest.
         while !sh.tap.is_blocked()
             && let Some(id) = self.flows.next_marked(&mut turn)
         {
             self.look_after(sh, now, id);
         }
-        self.flows.marked() > 0 && !sh.tap.is_blocked()
+        self.flows.have_work() && !sh.tap.is_blocked()
     }
 
     /// Looks after one flow, once the TAP takes frames.

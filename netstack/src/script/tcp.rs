@@ -481,6 +481,9 @@ fn a_published_port_is_tried_both_ways() {
             let (packet, segment) = (syn.packet(), syn.tcp());
             assert!(segment.syn() && segment.dst_port() == 80);
             assert_eq!(packet.src, ip(if is_v6 { GATEWAY_V6 } else { GATEWAY_V4 }));
+            // By another name it is another flow, which begins now.
+            let lasted = script.engine.flows(0, 1)[0].lasted;
+            assert_eq!(lasted, std::time::Duration::ZERO, "{is_v6}");
             let mut peer = Peer::new(is_v6, segment.src_port());
             peer.guest.1 = 80;
             peer.ack = segment.seq_number().0.wrapping_add(1);
@@ -491,6 +494,7 @@ fn a_published_port_is_tried_both_ways() {
                 script.advance(Duration::from_secs(60));
                 assert_eq!(script.stats().tcp_flows, 1);
             } else if refuses {
+                script.advance(Duration::from_millis(500));
                 peer.send(&mut script, TcpControl::Rst, b"");
             } else {
                 script.advance(Duration::from_secs(11));

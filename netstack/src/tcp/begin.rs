@@ -228,7 +228,7 @@ impl Tcp {
         self.by_key.remove(&std::mem::replace(&mut flow.entry.key, key));
         self.by_key.insert(key, id);
         flow.entry.tell_begin(sh);
-        (flow.entry.account.sent, flow.entry.account.received) = Default::default();
+        flow.entry.account = Account::new(now);
         let before = std::mem::replace(&mut flow.phase, Phase::Open(Box::new(socket)));
         flow.inbound_until = Some(now + INBOUND_CONNECT);
         flow.silence = Silence::new(now);
