@@ -1,0 +1,236 @@
+//! When it is worth it that a companion begins, and goes on.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// So many requests of one thread, none of another between, and the companion takes over.
+pub(super) const STREAK: u32 = 32;
+
+/// If they come slower than that, waking up is not what they wait for.
+pub(super) const SLOW: Duration = Duration::from_micros(150);
+
+/// After so many requests the companion looks whether it is worth it, and, if it is not, where the asker is now.
+pub(super) const LOOK: u32 = 8;
+
+/// How many of these, at most, came from another thread than the one before: one between makes two.
+const OTHERS: u32 = 2;
+
+/// It is worth it while requests take less than so many percent of the time that they took before.
+const WORTH: u32 = 80;
+
+/// How many looks in a row may find that it is not.
+const PATIENCE: u32 = 8;
+
+/// Who asked last, and how often since somebody else did.
+#[derive(Debug)]
+pub(super) struct Streak {
+    /// [`SLOW`].
+    slow: Duration,
+    /// The thread and the count.
+    last: AtomicU64,
+    /// When it began, in nanoseconds since `clock`.
+    began: AtomicU64,
+    clock: Instant,
+}
+
+impl Streak {
+    pub(super) fn new(slow: Duration) -> Self {
+        Self { slow, last: AtomicU64::new(0), began: AtomicU64::new(0), clock: Instant::now() }
+    }
+
+    /// Counts a request of a thread; says how long each took when that were enough. Two at a time may be counted as
+    /// one: then they do not come one after the other.
+    pub(super) fn count(&self, asker: u32) -> Option<Duration> {
+        let last = self.last.load(Ordering::Relaxed);
+        let pack = |count: u32| u64::from(asker) << 32 | u64::from(count);
+        let count = last.wrapping_sub(pack(0));
+        if !(1..u64::from(STREAK)).contains(&count) {
+            self.began.store(self.nanos(), Ordering::Relaxed);
+            self.last.store(pack(1), Ordering::Relaxed);
+            return None;
+        }
+        self.last.store(last + 1, Ordering::Relaxed);
+        if count + 1 < u64::from(STREAK) {
+            return None;
+        }
+        let took = self.nanos().saturating_sub(self.began.load(Ordering::Relaxed));
+        let pace = Duration::from_nanos(took) / STREAK;
+        (pace <= self.slow).then_some(pace)
+    }
+
+    fn nanos(&self) -> u64 {
+        u64::try_from(self.clock.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+}
+
+/// How the companion gets along with the one whom it serves.
+#[derive(Debug)]
+pub(super) struct Progress {
+    pub(super) asker: u32,
+    /// How long a request took before.
+    before: Duration,
+    /// Since the last look: requests, and how often somebody else asked.
+    requests: u32,
+    others: u32,
+    looked: Instant,
+    /// How many looks in a row found that it is not worth it.
+    in_vain: u32,
+}
+
+/// What a look finds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Worth {
+    GoOn,
+    /// The asker may be somewhere else now.
+    Follow,
+    Stop,
+}
+
+impl Progress {
+    pub(super) fn new(asker: u32, before: Duration) -> Self {
+        Self { asker, before, requests: 0, others: 0, looked: Instant::now(), in_vain: 0 }
+    }
+
+    /// Counts a request of a thread (0: of nobody's).
+    pub(super) fn count(&mut self, asker: u32) -> Worth {
+        self.requests += 1;
+        if asker != 0 && asker != std::mem::replace(&mut self.asker, asker) {
+            self.others += 1;
+        }
+        if self.requests < LOOK {
+            return Worth::GoOn;
+        }
+        let now = Instant::now();
+        let pace = now.saturating_duration_since(std::mem::replace(&mut self.looked, now)) / LOOK;
+        self.look(pace)
+    }
+
+    /// Whether to go on, when the last [`LOOK`] requests took `pace` each.
+    fn look(&mut self, pace: Duration) -> Worth {
+        let others = std::mem::take(&mut self.others);
+        self.requests = 0;
+        let worth = pace * 100 < self.before * WORTH;
+        self.in_vain = if worth { 0 } else { self.in_vain + 1 };
+        if others > OTHERS || self.in_vain >= PATIENCE {
+            Worth::Stop
+        } else if worth {
+            Worth::GoOn
+        } else {
+            Worth::Follow
+        }
+    }
+}
+
+/// When the next companion may begin: the sooner the better the last ones got along.
+#[derive(Debug)]
+pub(super) struct Pause {
+    next: Duration,
+    until: Instant,
+    /// When the last one began.
+    began: Instant,
+}
+
+impl Default for Pause {
+    fn default() -> Self {
+        let now = Instant::now();
+        Self { next: Self::SHORTEST, until: now, began: now }
+    }
+}
+
+impl Pause {
+    const SHORTEST: Duration = Duration::from_millis(50);
+    const LONGEST: Duration = Duration::from_secs(5);
+    /// A companion that lasted as long was a good one.
+    const GOOD: Duration = Duration::from_secs(1);
+
+    pub(super) fn is_over(&self, now: Instant) -> bool {
+        now >= self.until
+    }
+
+    /// A companion begins.
+    pub(super) fn end(&mut self, now: Instant) {
+        self.began = now;
+    }
+
+    /// The companion did not get along.
+    pub(super) fn begin(&mut self, now: Instant) {
+        if now.saturating_duration_since(self.began) >= Self::GOOD {
+            self.next = Self::SHORTEST;
+        }
+        self.until = now + self.next;
+        self.next = (self.next * 2).min(Self::LONGEST);
+    }
+
+    /// The companion got along.
+    pub(super) fn shorten(&mut self) {
+        self.next = Self::SHORTEST;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_goes_on_while_it_is_worth_it() {
+        let micros = Duration::from_micros;
+        let mut it = Progress::new(1, micros(20));
+        assert_eq!(it.look(micros(9)), Worth::GoOn);
+        for _ in 1..PATIENCE {
+            assert_eq!(it.look(micros(30)), Worth::Follow, "the asker may have moved");
+        }
+        assert_eq!(it.look(micros(9)), Worth::GoOn, "it was found again");
+        for _ in 1..PATIENCE {
+            assert_eq!(it.look(micros(19)), Worth::Follow, "hardly faster");
+        }
+        assert_eq!(it.look(micros(19)), Worth::Stop);
+    }
+
+    #[test]
+    fn it_stops_when_several_ask() {
+        // So slow before that anything is worth it.
+        let mut it = Progress::new(1, Duration::MAX / 100);
+        let mut ask = |askers: [u32; LOOK as usize]| askers.map(|asker| it.count(asker))[LOOK as usize - 1];
+        assert_eq!(ask([1, 1, 1, 2, 1, 1, 1, 1]), Worth::GoOn, "one between");
+        assert_eq!(ask([1, 0, 1, 0, 1, 0, 1, 0]), Worth::GoOn, "nobody's");
+        assert_eq!(ask([1, 2, 1, 2, 1, 1, 1, 1]), Worth::Stop);
+        assert_eq!(ask([1; 8]), Worth::GoOn, "counted anew");
+    }
+
+    #[test]
+    fn a_pause_grows_until_one_got_along() {
+        let mut pause = Pause::default();
+        let start = pause.began;
+        let length = |pause: &mut Pause, now: Instant| {
+            pause.begin(now);
+            assert!(!pause.is_over(now));
+            pause.until.duration_since(now)
+        };
+        assert_eq!(length(&mut pause, start), Pause::SHORTEST);
+        assert_eq!(length(&mut pause, start), Pause::SHORTEST * 2);
+        for _ in 0..20 {
+            assert!(length(&mut pause, start) <= Pause::LONGEST);
+        }
+        pause.shorten();
+        assert_eq!(length(&mut pause, start), Pause::SHORTEST);
+        assert_eq!(length(&mut pause, start), Pause::SHORTEST * 2);
+        let later = start + Pause::GOOD;
+        assert_eq!(length(&mut pause, later), Pause::SHORTEST);
+        assert!(pause.is_over(later + Pause::SHORTEST));
+    }
+
+    #[test]
+    fn only_who_asks_again_and_again_is_followed() {
+        let streak = Streak::new(Duration::MAX);
+        let asks = |asker, times: u32| (0..times).filter(|_| streak.count(asker).is_some()).count();
+        assert_eq!(asks(1, STREAK - 1), 0);
+        assert_eq!(asks(2, 1), 0);
+        assert_eq!(asks(1, STREAK - 1), 0, "another one came between");
+        assert_eq!(asks(1, 1), 1);
+        assert_eq!(asks(1, STREAK - 1), 0, "counted anew");
+        assert_eq!(asks(1, 1), 1);
+        assert_eq!(asks(u32::MAX, STREAK), 1);
+        let slow = Streak::new(Duration::ZERO);
+        assert!((0..2 * STREAK).all(|_| slow.count(1).is_none()), "waking is not what it waits for");
+    }
+}
