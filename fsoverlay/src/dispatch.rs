@@ -231,16 +231,15 @@ impl FuseFs {
     /// Runs the handler of a request, on a worker, which may then be kept from the next one ([`crate::near`]).
     pub(crate) fn run(&self, what: Opcode, ino: INodeNo, handler: impl FnOnce()) {
         self.engine().counts.request(what);
+        // Nobody waits for names to be forgotten, of which there may be many at once.
+        let near = self.shared.near.get().filter(|_| what != Opcode::Forget);
         if gives_way()
-            && let Some(near) = self.shared.near.get()
+            && let Some(near) = near
         {
             near.begin();
         }
         self.guarded(what, ino, handler);
-        // Nobody waits for names to be forgotten, of which there may be many at once.
-        if what != Opcode::Forget
-            && let Some(near) = self.shared.near.get()
-        {
+        if let Some(near) = near {
             near.after(ASKER.take());
         }
     }

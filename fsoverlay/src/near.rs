@@ -489,9 +489,16 @@ mod tests {
     use std::sync::mpsc::{Receiver, Sender, channel};
     use std::thread::JoinHandle;
 
+    use fuser::INodeNo;
+
     use super::bound::tests::UNREADABLE;
     use super::worth::STREAK;
     use super::*;
+    use crate::dispatch::Shared;
+    use crate::engine::Engine;
+    use crate::engine::tests::Scratch;
+    use crate::fs::FuseFs;
+    use crate::hooks::Opcode;
     use crate::sync::tests::in_time;
 
     /// Waits for what other threads bring about; fails where they never do. Sleeps between: a companion gives way to
@@ -822,6 +829,29 @@ mod tests {
             until(&bench.near, || bench.near.phase.get() == Phase::Asleep);
         }
         bench.end();
+    }
+
+    #[test]
+    fn who_has_forgotten_names_is_not_in_the_middle_of_it() {
+        let scratch = Scratch::new("near-forgets");
+        let fs = FuseFs { shared: Shared::new(Engine::open(&scratch.spec()).expect("an overlay")) };
+        let (near, _requests, _queue) = alone(Phase::Missing);
+        fs.shared.set_near(near.clone());
+        // This thread is an ordinary worker.
+        fs.run(Opcode::GetAttr, INodeNo(1), || {});
+        let theirs = near.clone();
+        let worker = std::thread::spawn(move || {
+            fs.run(Opcode::GetAttr, INodeNo(1), || {});
+            fs.run(Opcode::Forget, INodeNo(1), || {});
+            theirs.phase.get()
+        });
+        if has_turns() {
+            until(&near, || near.phase.get() == Phase::Asleep);
+            assert!(near.accompany(tid(), Duration::ZERO).is_some());
+        }
+        until(&near, || worker.is_finished());
+        let phase = if has_turns() { Phase::Reads } else { Phase::Ended };
+        assert_eq!(worker.join().expect("no panic"), phase);
     }
 
     #[test]
