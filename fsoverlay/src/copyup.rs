@@ -23,7 +23,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, Timespec, Timesta
 
 use crate::attr::{Kind, Stat, Time};
 use crate::engine::Engine;
-use crate::errno::{Errno, LONG, Res, is_hurried, much};
+use crate::errno::{Errno, LONG, Res, is_hurried, is_much};
 use crate::handle::{Fd, Holder};
 use crate::hooks::{blocks, most_of_copy};
 use crate::inode::{Link, Node, Place, ROOT};
@@ -137,7 +137,7 @@ impl Engine {
             return Ok(());
         }
         let stat = self.stat(node)?;
-        if is_hurried() && node.kind == Kind::File && stat.size.min(limit) >= much() {
+        if is_hurried() && node.kind == Kind::File && is_much(stat.size.min(limit)) {
             return Err(LONG);
         }
         let meta = node.inner.lock().meta;

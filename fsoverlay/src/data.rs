@@ -12,7 +12,7 @@ use rustix::fs::FallocateFlags;
 use crate::attr::{Kind, Stat};
 use crate::copyup::write_all;
 use crate::engine::Engine;
-use crate::errno::{Errno, LONG, Res, is_hurried, much};
+use crate::errno::{Errno, LONG, Res, is_hurried, is_much};
 use crate::handle::Fd;
 use crate::hooks::{Space, Usage, add, most_of_write};
 use crate::inode::{Node, Place};
@@ -113,7 +113,7 @@ impl Engine {
         kill: bool,
     ) -> Res<usize> {
         // Many ask for as much as there is.
-        if length >= much() && is_hurried() && self.stat(from.0)?.size.saturating_sub(from.1) >= much() {
+        if is_hurried() && is_much(length) && is_much(self.stat(from.0)?.size.saturating_sub(from.1)) {
             return Err(LONG);
         }
         let target = self.writable(to.0)?;

@@ -28,7 +28,7 @@ use fuser::{INodeNo, Notifier, ReplyLseek, Request};
 
 use crate::attr::Kind;
 use crate::engine::Engine;
-use crate::errno::{Errno, FAR, LONG, Res, far_mount, gives_way, hurried};
+use crate::errno::{Errno, FAR, LONG, Res, far_mount, gives_way, hurried, is_much};
 use crate::far::{Far, GiveUp};
 use crate::fs::{FuseFs, TTL, errno};
 use crate::hooks::{Direction, Opcode};
@@ -62,8 +62,22 @@ const MAX_FORGETTING: usize = 1024;
 /// worker may wait for them, one thread for all.
 pub(crate) const MAX_ASIDE: usize = 64;
 
-/// What may take long without saying so first; see [`gives_way`].
-const TAKE_LONG: [Opcode; 4] = [Opcode::RmDir, Opcode::Fsync, Opcode::FsyncDir, Opcode::Fallocate];
+/// Whether a request may take some milliseconds, as is known before it begins: by what is asked for, and of how many
+/// bytes. Such a one is nothing for a worker that gives way. Of all others it turns out on the way
+/// ([`crate::errno::LONG`]).
+pub(crate) fn takes_long(what: Opcode, bytes: usize) -> bool {
+    match what {
+        // A directory may have to be read as a whole; a disk is waited for.
+        Opcode::ReadDir
+        | Opcode::ReadDirPlus
+        | Opcode::RmDir
+        | Opcode::Fsync
+        | Opcode::FsyncDir
+        | Opcode::Fallocate => true,
+        Opcode::Read | Opcode::Write => is_much(bytes as u64),
+        _ => false,
+    }
+}
 
 /// When somebody for whom no thread was free asks again.
 const AGAIN: Duration = Duration::from_millis(10);
@@ -244,6 +258,12 @@ impl FuseFs {
         }
     }
 
+    /// Whether this worker leaves a request to another thread ([`FuseFs::aside`]) before it begins: it gives way, and it
+    /// [`takes_long`].
+    pub(crate) fn leaves(&self, what: Opcode, bytes: usize) -> bool {
+        gives_way() && takes_long(what, bytes)
+    }
+
     /// Runs a handler, or what is left of it, on whatever thread; see the module about panics.
     fn guarded(&self, what: Opcode, ino: INodeNo, handler: impl FnOnce()) {
         tracing::trace!(?what, ino = ino.0, "request");
@@ -274,7 +294,7 @@ impl FuseFs {
         operation: impl Fn(&Self) -> Res<T> + Send + 'static,
     ) {
         self.run(what, ino, || {
-            if gives_way() && TAKE_LONG.contains(&what) {
+            if self.leaves(what, 0) {
                 return self.aside(what, ino, move |fs| send(operation(fs), reply));
             }
             match hurried(|| operation(self)) {

@@ -65,7 +65,8 @@ thread_local! {
 }
 
 /// Whether this thread gives way to all others ([`crate::near`]): on a busy machine what takes some milliseconds takes it
-/// seconds, and whoever waits for its locks. So in a hurry it leaves more to others.
+/// seconds, and whoever waits for its locks. So it leaves more to others: before it begins, by what is asked for
+/// ([`crate::dispatch::takes_long`]), and in a hurry by what turns out to be needed ([`may_take_long`]).
 pub(crate) fn gives_way() -> bool {
     GIVES_WAY.get()
 }
@@ -75,9 +76,14 @@ pub(crate) fn set_gives_way() {
     GIVES_WAY.set(true);
 }
 
-/// Copying this many bytes is more than others are made to wait for.
-pub(crate) fn much() -> u64 {
-    if gives_way() { 64 << 10 } else { 4 << 20 }
+/// Whether so many bytes are more than others are made to wait for, by this thread.
+pub(crate) fn is_much(bytes: u64) -> bool {
+    bytes > if gives_way() { 128 << 10 } else { 4 << 20 }
+}
+
+/// To be called before something that may take some milliseconds: ends it with [`LONG`] where this thread gives way.
+pub(crate) fn may_take_long() -> Res<()> {
+    if is_hurried() && gives_way() { Err(LONG) } else { Ok(()) }
 }
 
 pub(crate) fn is_hurried() -> bool {

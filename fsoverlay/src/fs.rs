@@ -30,9 +30,9 @@ use std::time::{Duration, SystemTime};
 
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
-    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use rustix::fs::XattrFlags;
 
@@ -42,11 +42,10 @@ use crate::create::NewObject;
 use crate::data::bytes_of;
 use crate::dispatch::{Seek, Shared, asked_by};
 use crate::engine::Engine;
-use crate::errno::{Errno, FAR, LONG, Res, gives_way, hurried};
+use crate::errno::{Errno, FAR, LONG, Res, hurried};
 use crate::hooks::{Direction, Opcode, add};
 use crate::inode::Node;
 use crate::listing::Entry;
-use crate::near::LARGE;
 use crate::open::wanted;
 use crate::passthrough::{CAPABILITY, Privilege};
 use crate::rename::How;
@@ -259,7 +258,7 @@ impl FuseFs {
         send: impl Fn(Res<&[u8]>, R) + Copy + Send + Sync + 'static,
     ) {
         self.run(Opcode::Read, ino, || match self.delay(Direction::Read, |_| size.into()) {
-            None if gives_way() && u64::from(size) > LARGE => {
+            None if self.leaves(Opcode::Read, size as usize) => {
                 self.aside(Opcode::Read, ino, move |fs| fs.read_now(ino, offset, size, reply, send));
             }
             None => self.read_now(ino, offset, size, reply, send),
@@ -308,7 +307,7 @@ impl FuseFs {
     ) {
         self.run(Opcode::Write, ino, || {
             let delay = self.delay(Direction::Write, |_| data.len() as u64);
-            if delay.is_none() && !(gives_way() && data.len() as u64 > LARGE) {
+            if delay.is_none() && !self.leaves(Opcode::Write, data.len()) {
                 return self.write_now(ino, data.into(), reply, send, write);
             }
             let data = data.to_vec();
@@ -584,7 +583,7 @@ impl Filesystem for FuseFs {
         } else if flags == RenameFlags::RENAME_EXCHANGE {
             How::Exchange
         } else {
-            return reply.error(fuser::Errno::EINVAL);
+            return self.run(Opcode::Rename, parent, || reply.error(fuser::Errno::EINVAL));
         };
         let (name, newname) = (name.to_owned(), newname.to_owned());
         self.answer(Opcode::Rename, parent, reply, done, move |fs| {
@@ -915,6 +914,22 @@ impl Filesystem for FuseFs {
         });
     }
 
+    fn ioctl(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        _flags: IoctlFlags,
+        _cmd: u32,
+        _in_data: &[u8],
+        _out_size: u32,
+        reply: ReplyIoctl,
+    ) {
+        asked_by(req);
+        // As of any file that has none: programs ask all files whether they are terminals.
+        self.run(Opcode::Ioctl, ino, || reply.error(fuser::Errno::ENOTTY));
+    }
+
     fn copy_file_range(
         &self,
         req: &Request,
@@ -961,7 +976,7 @@ impl FuseFs {
         list: impl FnOnce(&Self, R) + Send + 'static,
     ) {
         self.run(what, ino, || {
-            if gives_way() {
+            if self.leaves(what, 0) {
                 return self.aside(what, ino, move |fs| list(fs, reply));
             }
             list(self, reply);
@@ -1243,7 +1258,7 @@ mod tests {
     fn who_gives_way_leaves_what_takes_long_to_others() {
         let scratch = Scratch::new("gives-way");
         let lower = scratch.dir.join("lower");
-        for (name, size) in [("small", 1 << 10), ("large", 100 << 10)] {
+        for (name, size) in [("small", 1 << 10), ("large", 200 << 10)] {
             std::fs::write(lower.join(name), vec![1; size]).expect("written");
         }
         let engine = Engine::open(&scratch.spec()).expect("an overlay");
@@ -1268,13 +1283,15 @@ mod tests {
                 |_: Res<&[u8]>, done: Sender<_>| done.send(std::thread::current().id()).expect("asked");
             let read =
                 |size: u64| fs.serve_read(ino, 0, u32::try_from(size).expect("small"), done.clone(), send);
-            read(LARGE);
+            // (What is_much says of a thread that gives way.)
+            let most = 128 << 10;
+            read(most);
             assert_eq!(answered(), me);
-            read(LARGE + 1);
+            read(most + 1);
             assert_ne!(answered(), me, "much to read");
             let send =
                 |_: Res<usize>, done: Sender<_>| done.send(std::thread::current().id()).expect("asked");
-            let data = vec![0; usize::try_from(LARGE).expect("small") + 1];
+            let data = vec![0; usize::try_from(most).expect("small") + 1];
             let write = |data: &[u8]| fs.serve_write(ino, data, done.clone(), send, |_, data| Ok(data.len()));
             write(&data[1..]);
             assert_eq!(answered(), me);

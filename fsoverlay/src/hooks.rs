@@ -214,6 +214,7 @@ pub(crate) enum Opcode {
     Fallocate,
     Lseek,
     CopyFileRange,
+    Ioctl,
 }
 
 /// The numbers behind [`Counters`]. Relaxed throughout: nothing follows from one of them.
@@ -243,9 +244,9 @@ impl Counts {
     /// Counts a request.
     pub(crate) fn request(&self, what: Opcode) {
         use Opcode::{
-            CopyFileRange, Create, Fallocate, Forget, Fsync, FsyncDir, GetAttr, GetXattr, Link, ListXattr,
-            Lookup, Lseek, MkDir, MkNod, Open, OpenDir, Read, ReadDir, ReadDirPlus, ReadLink, Release,
-            RemoveXattr, Rename, RmDir, SetAttr, SetXattr, StatFs, Symlink, Unlink, Write,
+            CopyFileRange, Create, Fallocate, Forget, Fsync, FsyncDir, GetAttr, GetXattr, Ioctl, Link,
+            ListXattr, Lookup, Lseek, MkDir, MkNod, Open, OpenDir, Read, ReadDir, ReadDirPlus, ReadLink,
+            Release, RemoveXattr, Rename, RmDir, SetAttr, SetXattr, StatFs, Symlink, Unlink, Write,
         };
         let count = match what {
             Lookup => &self.lookups,
@@ -257,7 +258,7 @@ impl Counts {
             // Not asked for by anybody.
             Forget => return,
             GetAttr | ReadLink | Open | Release | OpenDir | Fsync | FsyncDir | StatFs | GetXattr
-            | ListXattr | Lseek => &self.others,
+            | ListXattr | Lseek | Ioctl => &self.others,
         };
         add(count, 1);
     }

@@ -64,9 +64,6 @@ const SLICE: Duration = Duration::from_micros(100);
 /// Who served as many requests got along.
 const MANY: u64 = 1000;
 
-/// Reading and writing more than so many bytes at once is not short.
-pub(crate) const LARGE: u64 = 128 << 10;
-
 /// What the workers share about it.
 #[derive(Debug)]
 pub(crate) struct Near {

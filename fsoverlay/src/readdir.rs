@@ -17,7 +17,7 @@ use rustix::fs::{IFlags, RawDir};
 
 use crate::attr::{Key, Kind};
 use crate::engine::Engine;
-use crate::errno::{Errno, LONG, Res, gives_way, is_hurried};
+use crate::errno::{Errno, Res, may_take_long};
 use crate::hooks::AccessKind;
 use crate::inode::{DirState, Node, ROOT};
 use crate::layer::{RealDir, UPPER, open_for_reading, stat_at};
@@ -174,9 +174,7 @@ impl Engine {
 
     /// Merges the layers' entries. The caller holds the directory's lock.
     fn build_listing(&self, node: &Node, state: &DirState) -> Res<Listing> {
-        if is_hurried() && gives_way() {
-            return Err(LONG);
-        }
+        may_take_long()?;
         if state.removed {
             return Ok(Listing::default());
         }

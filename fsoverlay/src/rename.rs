@@ -24,7 +24,7 @@ use rustix::fs::{AtFlags, RenameFlags};
 use crate::attr::{Kind, Stat};
 use crate::create::{Held, check_name};
 use crate::engine::Engine;
-use crate::errno::{Errno, LONG, Res, gives_way, is_hurried, missing_ok};
+use crate::errno::{Errno, Res, may_take_long, missing_ok};
 use crate::handle::Fd;
 use crate::inode::{DirState, Link, Node, ROOT};
 use crate::layer::{RealDir, stat_at};
@@ -141,8 +141,8 @@ impl Engine {
         }
         // What a directory has in the upper may have to be moved or removed name by name, with locks held.
         let dirs = source.kind == Kind::Dir || target.as_ref().is_some_and(|target| target.kind == Kind::Dir);
-        if dirs && is_hurried() && gives_way() {
-            return Err(LONG);
+        if dirs {
+            may_take_long()?;
         }
         let is_mount = source.is_far_root() || target.as_ref().is_some_and(|target| target.is_far_root());
         if is_mount || source.ino == ROOT || target.as_ref().is_some_and(|t| t.ino == ROOT) {

@@ -98,10 +98,10 @@ pub(crate) fn start(name: &str, main: impl FnOnce() + Send + 'static) -> io::Res
     STARTER.with_borrow(|starter| {
         let Some(starter) = starter else { return Builder::new().name(name.to_owned()).spawn(main) };
         let (answer, started) = mpsc::channel();
-        let ended = |_| io::Error::from(io::ErrorKind::WouldBlock);
+        let ended = || io::Error::from(io::ErrorKind::WouldBlock);
         let order = Order { name: name.to_owned(), main: Box::new(main), answer };
-        starter.send(order).map_err(|_| io::Error::from(io::ErrorKind::WouldBlock))?;
-        started.recv().map_err(ended)?
+        starter.send(order).map_err(|_| ended())?;
+        started.recv().map_err(|_| ended())?
     })
 }
 

@@ -276,25 +276,32 @@ fn set_scheduling(attr: &libc::sched_attr) -> Res<()> {
     result(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, std::ptr::from_ref(attr), 0) }).map(drop)
 }
 
-/// Whether the calling thread is an ordinary one (`SCHED_OTHER`, sched(7)), and the kernel knows the length of its
-/// turns: since Linux 6.12.
+/// How the calling thread is scheduled, if it is an ordinary one (`SCHED_OTHER`, sched(7)) and the kernel knows the
+/// length of its turns: since Linux 6.12.
+fn turns() -> Option<libc::sched_attr> {
+    let ordinary = |attr: &libc::sched_attr| {
+        attr.sched_policy == libc::SCHED_OTHER.cast_unsigned() && attr.sched_runtime != 0
+    };
+    scheduling().ok().filter(ordinary)
+}
+
+/// Whether the calling thread may have turns of a length of its own.
 pub(crate) fn has_turns() -> bool {
-    scheduling()
-        .is_ok_and(|attr| attr.sched_policy == libc::SCHED_OTHER.cast_unsigned() && attr.sched_runtime != 0)
+    turns().is_some()
 }
 
 /// The calling thread gives way to every other one (`SCHED_IDLE`, sched(7)), for ever, with turns of the given length. It
 /// has to be an ordinary one.
 ///
 /// # Errors
-/// `NOTSUP` where [`has_turns`] is false.
+/// `NOTSUP` where [`has_turns`] is false. The thread is as before then, and after any other error.
 pub(crate) fn give_way(slice: std::time::Duration) -> Res<()> {
-    if !has_turns() {
-        return Err(Errno::NOTSUP);
-    }
-    let mut attr = scheduling()?;
-    attr.sched_runtime = u64::try_from(slice.as_nanos()).map_err(|_| Errno::INVAL)?;
-    set_scheduling(&attr)?;
-    attr.sched_policy = libc::SCHED_IDLE.cast_unsigned();
-    set_scheduling(&attr)
+    let before = turns().ok_or(Errno::NOTSUP)?;
+    let sched_runtime = u64::try_from(slice.as_nanos()).map_err(|_| Errno::INVAL)?;
+    // Of one that gives way already the length stays as it is.
+    set_scheduling(&libc::sched_attr { sched_runtime, ..before })?;
+    let gives_way = libc::sched_attr { sched_policy: libc::SCHED_IDLE.cast_unsigned(), ..before };
+    set_scheduling(&gives_way).inspect_err(|_| {
+        let _ = set_scheduling(&before);
+    })
 }

@@ -1,6 +1,7 @@
 //! Few descriptors, many threads.
 
 use std::fs::{self, File, OpenOptions};
+use std::io::IsTerminal;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -341,6 +342,8 @@ fn counted(world: &mut World) -> Check {
         "{text}"
     );
     holds!(count("writes")? >= 2 && count("writes")? <= 4, "{text}");
+    // Whether it is a terminal.
+    holds!(count("others")? >= 500, "{text}");
     same!(count("panics")?, 0);
     Ok(())
 }
@@ -357,6 +360,9 @@ fn ask(_: &[String]) -> Check {
     let new = File::create("dir/new")?;
     new.write_all_at(&[b'x'; 8192], 0)?;
     new.sync_all()?;
+    for _ in 0..500 {
+        holds!(!new.is_terminal());
+    }
     new.set_permissions(fs::Permissions::from_mode(0o600))?;
     fs::read_dir("dir")?.count();
     fs::remove_file("dir/new")?;
