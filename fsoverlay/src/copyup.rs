@@ -23,7 +23,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, Timespec, Timesta
 
 use crate::attr::{Kind, Stat, Time};
 use crate::engine::Engine;
-use crate::errno::{Errno, LONG, Res, is_hurried, is_much};
+use crate::errno::{Errno, LONG, Res, is_hurried, is_much, may_take_long_unless};
 use crate::handle::{Fd, Holder};
 use crate::hooks::{blocks, most_of_copy};
 use crate::inode::{Link, Node, Place, ROOT};
@@ -103,6 +103,26 @@ pub(crate) fn link_fd(fd: BorrowedFd<'_>, dir: BorrowedFd<'_>, name: &[u8]) -> R
     }
 }
 
+/// How many directories that are not in the upper, and names that are given to a file, do not take long yet.
+const FEW: usize = 8;
+
+/// Whether a copy-up of an object brings few directories with it, and gives it few names.
+fn is_short_copy(node: &Arc<Node>) -> bool {
+    let links = node.inner.lock().links.clone();
+    links.len() <= FEW && links.iter().map(|link| missing_dirs(&link.parent)).sum::<usize>() <= FEW
+}
+
+/// Whether there are few directories to be copied up with this one.
+pub(crate) fn is_short_way_up(dir: &Arc<Node>) -> bool {
+    missing_dirs(dir) <= FEW
+}
+
+/// How many directories a copy-up of this one makes; of very many, some.
+fn missing_dirs(dir: &Arc<Node>) -> usize {
+    let above = std::iter::successors(Some(dir.clone()), |dir| dir.first_link().map(|link| link.parent));
+    above.take_while(|dir| !dir.is_upper()).take(FEW + 1).count()
+}
+
 fn timespec(time: Time) -> Timespec {
     Timespec { tv_sec: time.sec, tv_nsec: i64::from(time.nsec) }
 }
@@ -127,6 +147,7 @@ impl Engine {
         if node.kind == Kind::Dir {
             return self.copy_up_dir(node);
         }
+        may_take_long_unless(|| is_short_copy(node))?;
         let upper = self.touch()?;
         let _one_at_a_time = match node.copying.try_lock() {
             Some(guard) => guard,

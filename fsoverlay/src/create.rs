@@ -7,9 +7,9 @@ use rustix::fs::{AtFlags, OFlags, RenameFlags, XattrFlags};
 
 use crate::acl::Acl;
 use crate::attr::{Attr, Kind, Meta, Stat};
-use crate::copyup::link_fd;
+use crate::copyup::{is_short_way_up, link_fd};
 use crate::engine::Engine;
-use crate::errno::{Errno, Res, missing_ok};
+use crate::errno::{Errno, Res, may_take_long_unless, missing_ok};
 use crate::handle::{Fd, Holder};
 use crate::hooks::{blocks, released};
 use crate::inode::{DirState, Inner, Link, NewNode, Node, Parked, Place};
@@ -68,6 +68,7 @@ impl Engine {
     /// The stat is of the moment when it was made.
     fn create_stat(&self, parent: &Arc<Node>, name: &[u8], new: &NewObject<'_>) -> Res<(Arc<Node>, Stat)> {
         check_name(name)?;
+        may_take_long_unless(|| is_short_way_up(parent))?;
         let upper = self.touch()?;
         self.copy_up(parent)?;
         let parent_meta = parent.inner.lock().meta;
@@ -344,6 +345,7 @@ impl Engine {
         if node.is_far_root() {
             return Err(Errno::BUSY);
         }
+        may_take_long_unless(|| is_short_way_up(parent))?;
         self.copy_up(parent)?;
         self.note_entry(parent);
         // Taken before the name goes: an open file must go on working.

@@ -86,6 +86,11 @@ pub(crate) fn may_take_long() -> Res<()> {
     if is_hurried() && gives_way() { Err(LONG) } else { Ok(()) }
 }
 
+/// The same, unless it is short; that is only looked at where it matters.
+pub(crate) fn may_take_long_unless(is_short: impl FnOnce() -> bool) -> Res<()> {
+    may_take_long().or_else(|long| if is_short() { Ok(()) } else { Err(long) })
+}
+
 pub(crate) fn is_hurried() -> bool {
     HURRIED.get()
 }

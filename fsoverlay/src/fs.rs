@@ -1261,6 +1261,15 @@ mod tests {
         for (name, size) in [("small", 1 << 10), ("large", 200 << 10)] {
             std::fs::write(lower.join(name), vec![1; size]).expect("written");
         }
+        let deep: std::path::PathBuf = (0..9).map(|i| i.to_string()).collect();
+        std::fs::create_dir_all(lower.join(&deep)).expect("made");
+        for dir in ["0/1/2/3/4/5/6/7", "0/1/2/3/4/5/6/7/8"] {
+            std::fs::write(lower.join(dir).join("small"), "").expect("written");
+        }
+        std::fs::write(lower.join("link"), "").expect("written");
+        for i in 0..9 {
+            std::fs::hard_link(lower.join("link"), lower.join(format!("link{i}"))).expect("linked");
+        }
         let engine = Engine::open(&scratch.spec()).expect("an overlay");
         let fs = FuseFs { shared: Shared::new(engine) };
         let worker = std::thread::spawn(move || {
@@ -1269,9 +1278,40 @@ mod tests {
             let (engine, root) = (fs.engine(), fs.engine().root());
             assert_eq!(hurried(|| engine.read_dir(root, 0, 9)).map(drop), Err(LONG));
             assert!(engine.read_dir(root, 0, 9).is_ok(), "it has time");
-            let file = |name| engine.lookup(root, name).expect("found");
+            let file = |name: &[u8]| engine.lookup(root, name).expect("found");
             assert_eq!(hurried(|| engine.copy_up(&file(b"small"))), Ok(()));
             assert_eq!(hurried(|| engine.copy_up(&file(b"large"))), Err(LONG));
+            // Directories above, and names.
+            let mut dir = root.clone();
+            let new = |perm| NewObject {
+                kind: Kind::File,
+                perm,
+                umask: 0,
+                rdev: (0, 0),
+                target: b"",
+                owner: (0, 0),
+            };
+            let dirs: Vec<_> = (0..9)
+                .map(|i: u8| {
+                    dir = engine.lookup(&dir, i.to_string().as_bytes()).expect("found");
+                    dir.clone()
+                })
+                .collect();
+            let small = |dir| engine.lookup(dir, b"small").expect("found");
+            assert_eq!(hurried(|| engine.copy_up(&small(&dirs[8]))), Err(LONG));
+            assert_eq!(hurried(|| engine.create(&dirs[8], b"new", &new(0o600)).map(drop)), Err(LONG));
+            assert_eq!(hurried(|| engine.unlink(&dirs[8], b"small")), Err(LONG));
+            assert!(!dirs[0].is_upper(), "nothing has been done");
+            assert_eq!(hurried(|| engine.copy_up(&small(&dirs[7]))), Ok(()));
+            assert_eq!(hurried(|| engine.create(&dirs[8], b"new", &new(0o600)).map(drop)), Ok(()));
+            let linked: Vec<_> = (0..9).map(|i| file(format!("link{i}").as_bytes())).collect();
+            assert_eq!(hurried(|| engine.copy_up(&linked[0])), Err(LONG));
+            // What a file loses.
+            let grown = engine.create(root, b"grown", &new(0o600)).expect("made");
+            let sized = |size| crate::setattr::SetAttr { size: Some(size), ..Default::default() };
+            let resize = |size| hurried(|| engine.set_attr(&grown, sized(size)).map(|attr| attr.stat.size));
+            assert_eq!([1 << 20, 1000 << 10, 0].map(resize), [Ok(1 << 20), Ok(1000 << 10), Err(LONG)]);
+            assert!(engine.set_attr(&grown, sized(0)).is_ok(), "it has time");
             let (done, by) = channel();
             let answered = || by.recv_timeout(HOUR).expect("an answer");
             fs.run_listing(Opcode::ReadDir, INodeNo(root.ino), done.clone(), |_, done| {

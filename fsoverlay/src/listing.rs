@@ -13,7 +13,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::ops::Bound;
 
 use crate::attr::Kind;
-use crate::errno::{Errno, Res};
+use crate::errno::{Errno, Res, gives_way};
 
 /// Positions below this one are `.` and `..`.
 pub(crate) const FIRST: u64 = 16;
@@ -122,7 +122,10 @@ impl Listing {
 
     /// Works the changes into the table when there are many for its size.
     fn settle(&mut self) {
-        if self.changes.len() <= 64 + self.slots.len() / 4 {
+        let many = 64 + self.slots.len() / 4;
+        // Of a large one it takes milliseconds: who gives way leaves it to the next one, unless that is very long in coming.
+        let large = self.slots.len() > 4096;
+        if self.changes.len() <= if large && gives_way() { 4 * many } else { many } {
             return;
         }
         let mut settled = Self { partial: self.partial, ..Self::default() };
@@ -296,6 +299,28 @@ mod tests {
         assert!(first.iter().all(|(_, a)| rest.iter().all(|(_, b)| a.name != b.name)));
         assert!(first.iter().all(|(_, a)| !listing.contains(&hasher, &a.name)));
         assert!(rest.iter().all(|(_, b)| listing.contains(&hasher, &b.name)));
+    }
+
+    #[test]
+    fn who_gives_way_rebuilds_a_large_one_late() {
+        let changes = |gives_way: bool| {
+            let changes = std::thread::spawn(move || {
+                if gives_way {
+                    crate::errno::set_gives_way();
+                }
+                let (mut listing, hasher) = built(&[]);
+                let most = (0..20_000).map(|i| {
+                    listing.insert(&hasher, format!("f{i}").as_bytes(), i, Kind::File);
+                    listing.changes.len()
+                });
+                let most = most.max();
+                assert_eq!(names(&listing).len(), 20_000);
+                most.unwrap_or(0)
+            });
+            changes.join().expect("no panic")
+        };
+        let (soon, late) = (changes(false), changes(true));
+        assert!((2 * soon..=5 * soon).contains(&late), "{soon} {late}");
     }
 
     #[test]

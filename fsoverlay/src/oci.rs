@@ -18,7 +18,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, XattrFlags};
 use crate::Error;
 use crate::attr::Kind;
 use crate::engine::Engine;
-use crate::errno::{Errno, Res, missing_ok};
+use crate::errno::{Errno, Res, gives_way, missing_ok};
 use crate::layer::{RealDir, UPPER, open_for_reading, open_root, stat_at, stat_fd};
 use crate::object::gone_below;
 use crate::readdir::for_each_entry;
@@ -61,6 +61,8 @@ pub(crate) enum Gone {
 /// is somebody else's, and what may have millions of entries must cost each of its names a system call at most.
 const MAX_KEPT: usize = 32 << 10;
 const MAX_READ: usize = 1 << 16;
+/// A directory that says so much of its size is not read by who gives way ([`crate::near`]).
+const LARGE: u64 = 32 << 10;
 /// What a kept name takes beside its bytes.
 const OVERHEAD: usize = 32;
 
@@ -123,6 +125,13 @@ impl Engine {
         if self.live.is_some() {
             // Nothing is kept: one name is asked for rather than all.
             return is_gone_by_name(self.fd(dir)?.as_fd(), name);
+        }
+        // Reading a large one takes long.
+        if gives_way() && dir.gone.get().is_none() {
+            let fd = self.fd(dir)?;
+            if stat_at(fd.as_fd(), b".")?.size > LARGE {
+                return is_gone_by_name(fd.as_fd(), name);
+            }
         }
         match self.gone_names(dir)? {
             Some(gone) => gone.has(self.fd(dir)?.as_fd(), name),
@@ -283,6 +292,46 @@ mod tests {
             let known = real.gone.get().and_then(|gone| gone.clone()).expect("some are gone");
             assert_eq!(matches!(&*known, Gone::Many), dir != "few", "{dir}");
         }
+    }
+
+    #[test]
+    fn who_gives_way_reads_no_large_directory() {
+        let scratch = Scratch::new("gives-way-gone");
+        let (lower, high) = (scratch.dir.join("lower"), scratch.dir.join("high"));
+        for dir in ["small", "large"] {
+            std::fs::create_dir_all(high.join(dir)).expect("made");
+            std::fs::create_dir_all(lower.join(dir)).expect("made");
+            for name in ["gone", "there"] {
+                std::fs::write(lower.join(dir).join(name), "").expect("written");
+            }
+            std::fs::write(high.join(dir).join(".wh.gone"), "").expect("written");
+        }
+        let large = std::fs::File::open(high.join("large")).expect("opened");
+        let size = || stat_at(large.as_fd(), b".").expect("there").size;
+        for i in 0.. {
+            if size() > LARGE {
+                break;
+            }
+            // Where its size says nothing there is nothing to see.
+            if i == 10_000 {
+                return;
+            }
+            std::fs::write(high.join(format!("large/{i:0200}")), "").expect("written");
+        }
+        let mut spec = scratch.spec();
+        spec.layers.push(LayerSpec { dir: high.clone(), oci_whiteouts: true, ..LayerSpec::default() });
+        let thread = std::thread::spawn(move || {
+            crate::errno::set_gives_way();
+            let engine = Engine::open(&spec).expect("an overlay");
+            for dir in ["small", "large"] {
+                let node = engine.lookup(engine.root(), dir.as_bytes()).expect("found");
+                let found = |name: &str| engine.lookup(&node, name.as_bytes()).is_ok();
+                assert_eq!(["gone", "there"].map(found), [false, true], "{dir}");
+                let real = node.dir().expect("a directory").state.read().lowers[0].clone();
+                assert_eq!(real.gone.get().is_some(), dir == "small", "{dir}");
+            }
+        });
+        thread.join().expect("no panic");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use rustix::fs::{AtFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
 
 use crate::attr::{Attr, Kind, Time};
 use crate::engine::Engine;
-use crate::errno::{Errno, Res};
+use crate::errno::{Errno, Res, is_much, may_take_long_unless};
 use crate::inode::Node;
 use crate::object::Content;
 use crate::xattr::Target;
@@ -53,6 +53,11 @@ impl Engine {
         let nothing = perm.is_none() && uid.is_none() && gid.is_none() && size.is_none();
         if nothing && atime.is_none() && mtime.is_none() {
             return self.attr(node);
+        }
+        if let Some(size) = size.filter(|_| node.is_upper()) {
+            // What the file had is given back, block by block.
+            let goes = || self.stat(node).map_or(0, |stat| stat.size.saturating_sub(size));
+            may_take_long_unless(|| !is_much(goes()))?;
         }
         self.copy_up_limited(node, size.unwrap_or(u64::MAX))?;
         self.touch_meta(node)?;
