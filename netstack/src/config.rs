@@ -243,10 +243,16 @@ pub(crate) const MAX_TCP_FLOWS: usize = 16_384;
 /// TCP flows that the guest began, and joined ones, whose other end has not answered yet, at once (half of the descriptors
 /// if that is fewer). Joined ones are half of them at most. As each of those has two descriptors, half-open flows have
 /// three quarters of the descriptors at worst.
+///
+/// Those that cross the TAP to published ports are not counted: others begin them, who could keep the guest from connecting
+/// so, while its kernel answers a SYN at once unless the server's backlog is full. They wait for [`INBOUND_CONNECT`] at most, at
+/// either place of the server, and give way after [`HALF_OPEN_SPARE`] when the guest begins a flow for which there is no
+/// room: of [`MAX_TCP_FLOWS`], or no descriptor.
 pub(crate) const MAX_HALF_OPEN: usize = 2_048;
 /// A queue of flows, or a table of peers, may have so much more than twice the entries that are alive.
 pub(crate) const QUEUE_SLACK: usize = 64;
-/// How long the other end must have been silent before its flow gives way to another, when descriptors run out.
+/// How long the other end must have been silent before its flow gives way to another, when descriptors run out or there are
+/// too many flows.
 pub(crate) const HALF_OPEN_SPARE: Duration = Duration::from_secs(1);
 /// How long the guest may leave data or a FIN of ours unacknowledged before the flow is given up. Its kernel answers
 /// even window probes, whatever its programs do, so silence means that it is gone.

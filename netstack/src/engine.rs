@@ -848,6 +848,11 @@ impl Engine {
         self.tcp.dns_bytes()
     }
 
+    /// Lets there be fewer flows.
+    pub(crate) fn limit_flows(&mut self, most: usize) {
+        self.sh.most_tcp_flows = most;
+    }
+
     /// Flows among which what may go is divided, each way.
     pub(crate) fn sharers(&self) -> [usize; 2] {
         [self.sh.sent.sharers(), self.sh.received.sharers()]

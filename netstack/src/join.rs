@@ -40,7 +40,7 @@ use nix::sys::socket::{MsgFlags, Shutdown, SockaddrStorage, getsockname};
 use smoltcp::time::Instant;
 
 use crate::calls::{connect, pipe2, recv, send, shutdown, splice};
-use crate::config::{HALF_OPEN_SPARE, INBOUND_CONNECT, INSIDE_SOCKET, JOIN_PIPE, MAX_PIPES, MAX_TCP_FLOWS};
+use crate::config::{HALF_OPEN_SPARE, INBOUND_CONNECT, INSIDE_SOCKET, JOIN_PIPE, MAX_PIPES};
 use crate::defect::At;
 use crate::flow::{Endpoint, FlowId, FlowKey, TimerKey, enqueue};
 use crate::flowlog::{Account, Traffic};
@@ -243,7 +243,7 @@ impl Join {
         if !peer.ip().to_canonical().is_loopback()
             || !own
             || sh.spec.capture.is_some()
-            || sh.tcp_flows >= MAX_TCP_FLOWS
+            || sh.tcp_flows >= sh.most_tcp_flows
             || sh.budget.check_leaving(sh.budget.reserve()).is_err()
         {
             return Err(fd);
@@ -605,7 +605,7 @@ impl Join {
 
     #[cfg(test)]
     pub(crate) fn check_bounds(&self) {
-        use crate::config::QUEUE_SLACK;
+        use crate::config::{MAX_TCP_FLOWS, QUEUE_SLACK};
         let lent = self.flows.iter().flat_map(|(_, flow)| &flow.traffic).filter(|way| way.pipe.is_some());
         assert_eq!(self.pipes.lent, lent.count());
         assert!(self.asked.len() <= MAX_ASKED && self.unasked.len() <= 2 * MAX_TCP_FLOWS + QUEUE_SLACK);

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use smoltcp::time::{Duration, Instant};
 
-use crate::config::{MAX_HALF_OPEN, StackSpec};
+use crate::config::{MAX_HALF_OPEN, MAX_TCP_FLOWS, StackSpec};
 use crate::defect::At;
 use crate::device::{self, Tap};
 use crate::dns::pins::Pins;
@@ -144,8 +144,9 @@ pub(crate) struct Shared {
     /// When this turn began to do things.
     pub(crate) now: Instant,
     refusals: Refusals,
-    /// How many TCP flows there are, whichever way they go.
+    /// How many TCP flows there are, whichever way they go, and may be: [`MAX_TCP_FLOWS`], unless a test wants less.
     pub(crate) tcp_flows: usize,
+    pub(crate) most_tcp_flows: usize,
     /// Of these, those that the guest began, and joined ones, whose other end has not answered yet.
     pub(crate) half_open: usize,
     /// What may still go from the guest to the world, and the other way.
@@ -186,6 +187,7 @@ impl Shared {
             now,
             refusals: Refusals::new(now),
             tcp_flows: 0,
+            most_tcp_flows: MAX_TCP_FLOWS,
             half_open: 0,
             sent: Bucket::new(spec.rates.sent, now),
             received: Bucket::new(spec.rates.received, now),

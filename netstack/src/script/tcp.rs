@@ -508,6 +508,45 @@ fn a_published_port_is_tried_both_ways() {
 }
 
 #[test]
+fn who_waits_at_a_published_port_gives_way_to_the_guests_connections() {
+    let port = forwarded(Protocol::Tcp, 80);
+    let mut script = Script::with(&spec(), true, &[port]);
+    script.engine.limit_flows(3);
+    let (listener, port) = listener(false);
+    let mut peers = (0..4).map(|n| {
+        let mut peer = Peer::new(false, port);
+        peer.guest.1 += n;
+        peer
+    });
+    let mut begin = |script: &mut Script| {
+        let mut peer = peers.next().expect("a port");
+        peer.send(script, TcpControl::Syn, b"");
+        let own = |segment: &TcpPacket<&[u8]>| segment.dst_port() == peer.guest.1;
+        let frame = script.expect_tcp("an answer", own);
+        (!frame.tcp().rst()).then(|| accept(&listener))
+    };
+    let _first = begin(&mut script).expect("a connection");
+    let mut clients = [(); 3].map(|()| TcpStream::connect(script.published[0]).expect("connect"));
+    script.wait_for("the connections", |script| script.stats().tcp_flows == 3);
+    // The third finds no room, and neither does the guest's while the others have only begun to wait.
+    script.wait_for("a refusal", |script| script.stats().refused_by_limit == 1);
+    assert!(begin(&mut script).is_none());
+    script.advance(crate::config::HALF_OPEN_SPARE);
+    let _second = begin(&mut script).expect("a connection");
+    assert_eq!((script.stats().evicted, script.stats().tcp_flows), (1, 3));
+    clients[0].set_read_timeout(Some(std::time::Duration::from_secs(10))).expect("time-out");
+    let ended = clients[0].read(&mut [0]).expect_err("reset");
+    assert_eq!(ended.kind(), std::io::ErrorKind::ConnectionReset);
+    // Names are asked for over TCP, too.
+    let mut peer = Peer::new(false, 53);
+    peer.open(&mut script);
+    assert_eq!((script.stats().evicted, script.stats().tcp_flows), (2, 3));
+    // Nobody is left who waits.
+    assert!(begin(&mut script).is_none());
+    script.engine.check_bounds();
+}
+
+#[test]
 fn idle_flows_among_many_lose_their_pages_and_no_data() {
     let (listener, port) = listener(false);
     let mut script = Script::new(&spec(), true);

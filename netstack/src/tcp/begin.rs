@@ -8,7 +8,7 @@ use smoltcp::time::{Duration, Instant};
 
 use super::guest::{Numbers, Silence};
 use super::{Far, Flow, Phase, Tcp, is_connecting};
-use crate::config::{HALF_OPEN_SPARE, INBOUND_CONNECT, MAX_DNS_CONNECTIONS, MAX_TCP_FLOWS};
+use crate::config::{HALF_OPEN_SPARE, INBOUND_CONNECT, MAX_DNS_CONNECTIONS};
 use crate::device::FlowDevice;
 use crate::dns::stream::Stream;
 use crate::emit::{self, IcmpError, Unreachable};
@@ -55,7 +55,7 @@ impl Tcp {
         if sh.half_open >= sh.most_half_open() {
             self.evict_half_open(sh, Duration::ZERO);
         }
-        if sh.tcp_flows >= MAX_TCP_FLOWS {
+        if sh.tcp_flows >= sh.most_tcp_flows && !self.spare(sh) {
             sh.refused_by_limit(Transport::Tcp, key);
             return self.refuse(sh, now, packet);
         }
@@ -99,7 +99,7 @@ impl Tcp {
     }
 
     fn outbound_dns(&mut self, sh: &mut Shared, now: Instant, key: FlowKey, packet: &Packet<'_>) {
-        if sh.tcp_flows >= MAX_TCP_FLOWS || self.dns_flows >= MAX_DNS_CONNECTIONS {
+        if self.dns_flows >= MAX_DNS_CONNECTIONS || sh.tcp_flows >= sh.most_tcp_flows && !self.spare(sh) {
             sh.stats.refused_by_limit.one();
             return self.refuse(sh, now, packet);
         }
@@ -131,8 +131,8 @@ impl Tcp {
         false
     }
 
-    /// Ends a connection of either direction that nobody has taken for long enough, so that another gets its descriptor;
-    /// whether there was one. Those to outside that have waited for longest come first.
+    /// Ends a connection of either direction that nobody has taken for long enough, so that another gets its place or its
+    /// descriptor; whether there was one. Those to outside that have waited for longest come first.
     pub(crate) fn spare(&mut self, sh: &mut Shared) -> bool {
         if self.evict_half_open(sh, HALF_OPEN_SPARE) {
             return true;
@@ -164,7 +164,7 @@ impl Tcp {
             host::reset_on_close(fd.as_fd());
         };
         let [way, other] = ways;
-        if sh.tcp_flows >= MAX_TCP_FLOWS {
+        if sh.tcp_flows >= sh.most_tcp_flows {
             return refuse(sh, fd);
         }
         let others = self.flows.len();
