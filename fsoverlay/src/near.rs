@@ -44,7 +44,7 @@ use rustix::thread::{CpuSet, Pid, gettid};
 
 use self::bound::{Bound, affinity, processor_of, unbind};
 use self::phase::{Current, Phase};
-use self::worth::{Pause, Progress, SLOW, Streak, Worth};
+use self::worth::{Pause, Progress, SLOW, Seen, Streak, Watch, Worth};
 use crate::errno::{Errno, Res, set_gives_way};
 use crate::sync::{Mutex, start_elsewhere, start_here};
 use crate::sys::{give_way, has_turns};
@@ -52,11 +52,12 @@ use crate::sys::{give_way, has_turns};
 /// How often somebody looks whether the companion gets along. Each time may cost the asker its processor.
 const TICK: Duration = Duration::from_millis(4);
 
+/// How soon who has found something looks again: the processor may have been taken from both of them, as a virtual
+/// machine's are, or the request may just have come.
+const SOON: Duration = Duration::from_micros(500);
+
 /// How often all others do, in case even that is kept from running.
 const LONG_TICK: Duration = Duration::from_millis(50);
-
-/// After so many ticks without a request all is as before.
-const QUIET: u32 = 4;
 
 /// The length of the companion's turns: the shortest that sched(7) has.
 const SLICE: Duration = Duration::from_micros(100);
@@ -307,31 +308,29 @@ impl Near {
     /// `tick`, from where the companion is if that is asked for: another processor that awoke for this would look for
     /// something to do, and take the asker away.
     fn look_after(&self, tick: Duration, mut bound: Option<Bound>) {
-        let (mut before, mut quiet) = (self.served(), 0);
+        let mut watch = Watch::new(self.served());
         while self.is_on() {
             if let Some(bound) = &mut bound {
                 bound.bind(self.processor.load(Ordering::SeqCst));
             }
             let state = self.state.lock();
-            let wait = self.changed.wait_timeout_while(state, tick, |_| self.is_on());
+            let next = if watch.doubts() { SOON } else { tick };
+            let wait = self.changed.wait_timeout_while(state, next, |_| self.is_on());
             drop(wait.unwrap_or_else(PoisonError::into_inner));
             if !self.is_on() {
                 break;
             }
             let served = self.served();
-            match self.waiting(NOW) {
+            let held = match self.waiting(NOW) {
                 Waiting::Gone => return self.end(),
-                _ if served != std::mem::replace(&mut before, served) => quiet = 0,
-                Waiting::Request => self.stop(Some("a request waited")),
-                Waiting::Nothing if self.phase.get() == Phase::Works => {
-                    self.stop(Some("it was kept from a request"));
-                }
-                Waiting::Nothing => {
-                    quiet += 1;
-                    if quiet == QUIET {
-                        self.stop(None);
-                    }
-                }
+                Waiting::Request => Some("a request waited"),
+                Waiting::Nothing if self.phase.get() == Phase::Works => Some("it was kept from a request"),
+                Waiting::Nothing => None,
+            };
+            match watch.look(served, held.is_some()) {
+                Seen::GoesOn => {}
+                Seen::Starves => self.stop(held),
+                Seen::Quiet => self.stop(None),
             }
         }
         let mut state = self.state.lock();

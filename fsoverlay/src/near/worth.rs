@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 /// So many requests of one thread, none of another between, and the companion takes over.
 pub(super) const STREAK: u32 = 32;
 
-/// If they come slower than that, waking up is not what they wait for.
-pub(super) const SLOW: Duration = Duration::from_micros(150);
+/// If they come slower than that, waking up is not what they wait for. (Waking two processors takes 10 to 200 us, more
+/// where they belong to a virtual machine on a busy host.)
+pub(super) const SLOW: Duration = Duration::from_millis(1);
 
 /// After so many requests the companion looks whether it is worth it, and, if it is not, where the asker is now.
 pub(super) const LOOK: u32 = 8;
@@ -20,6 +21,9 @@ const WORTH: u32 = 80;
 
 /// How many looks in a row may find that it is not.
 const PATIENCE: u32 = 8;
+
+/// After so many ticks without a request all is as before.
+const QUIET: u32 = 4;
 
 /// Who asked last, and how often since somebody else did.
 #[derive(Debug)]
@@ -121,6 +125,49 @@ impl Progress {
     }
 }
 
+/// What is seen of the companion at every tick.
+#[derive(Debug)]
+pub(super) struct Watch {
+    served: u64,
+    quiet: u32,
+    doubt: bool,
+}
+
+/// What follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Seen {
+    GoesOn,
+    /// A request waits for it.
+    Starves,
+    /// Nobody asks any more.
+    Quiet,
+}
+
+impl Watch {
+    pub(super) fn new(served: u64) -> Self {
+        Self { served, quiet: 0, doubt: false }
+    }
+
+    /// Whether to look again soon.
+    pub(super) fn doubts(&self) -> bool {
+        self.doubt
+    }
+
+    /// So many requests have been served, and one is `held` up, or in its hands, or none is.
+    pub(super) fn look(&mut self, served: u64, held: bool) -> Seen {
+        let idle = served == std::mem::replace(&mut self.served, served);
+        let doubted = std::mem::replace(&mut self.doubt, idle && held);
+        self.quiet = if idle && !held { self.quiet + 1 } else { 0 };
+        if idle && held && doubted {
+            Seen::Starves
+        } else if self.quiet == QUIET {
+            Seen::Quiet
+        } else {
+            Seen::GoesOn
+        }
+    }
+}
+
 /// When the next companion may begin: the sooner the better the last ones got along.
 #[derive(Debug)]
 pub(super) struct Pause {
@@ -154,11 +201,15 @@ impl Pause {
 
     /// The companion did not get along.
     pub(super) fn begin(&mut self, now: Instant) {
-        if now.saturating_duration_since(self.began) >= Self::GOOD {
+        let lasted = now.saturating_duration_since(self.began);
+        if lasted >= Self::GOOD {
             self.next = Self::SHORTEST;
         }
         self.until = now + self.next;
-        self.next = (self.next * 2).min(Self::LONGEST);
+        // One that lasted longer than it will be missed was none too bad.
+        if lasted < self.next {
+            self.next = (self.next * 2).min(Self::LONGEST);
+        }
     }
 
     /// The companion got along.
@@ -198,6 +249,32 @@ mod tests {
     }
 
     #[test]
+    fn it_starves_only_if_nothing_is_done_between_two_looks_at_a_request_that_waits() {
+        let mut watch = Watch::new(7);
+        let mut look = |served, held| (watch.look(served, held), watch.doubts());
+        assert_eq!(look(8, true), (Seen::GoesOn, false), "it goes along");
+        assert_eq!(look(8, true), (Seen::GoesOn, true), "maybe it has just come");
+        assert_eq!(look(9, true), (Seen::GoesOn, false), "it had");
+        assert_eq!(look(9, true), (Seen::GoesOn, true));
+        assert_eq!(look(9, false), (Seen::GoesOn, false), "nobody waits");
+        assert_eq!(look(9, true), (Seen::GoesOn, true));
+        assert_eq!(look(9, true), (Seen::Starves, true));
+    }
+
+    #[test]
+    fn it_is_quiet_when_nobody_has_asked_for_some_ticks() {
+        let mut watch = Watch::new(0);
+        for _ in 1..QUIET {
+            assert_eq!(watch.look(0, false), Seen::GoesOn);
+        }
+        assert_eq!(watch.look(1, false), Seen::GoesOn, "somebody has");
+        for _ in 1..QUIET {
+            assert_eq!(watch.look(1, false), Seen::GoesOn);
+        }
+        assert_eq!(watch.look(1, false), Seen::Quiet);
+    }
+
+    #[test]
     fn a_pause_grows_until_one_got_along() {
         let mut pause = Pause::default();
         let start = pause.began;
@@ -214,6 +291,14 @@ mod tests {
         pause.shorten();
         assert_eq!(length(&mut pause, start), Pause::SHORTEST);
         assert_eq!(length(&mut pause, start), Pause::SHORTEST * 2);
+        let later = start + 2 * Pause::SHORTEST;
+        assert_eq!(length(&mut pause, later), 4 * Pause::SHORTEST);
+        assert_eq!(length(&mut pause, start + 8 * Pause::SHORTEST), 8 * Pause::SHORTEST);
+        assert_eq!(
+            length(&mut pause, start + 8 * Pause::SHORTEST),
+            8 * Pause::SHORTEST,
+            "it had lasted as long"
+        );
         let later = start + Pause::GOOD;
         assert_eq!(length(&mut pause, later), Pause::SHORTEST);
         assert!(pause.is_over(later + Pause::SHORTEST));
