@@ -76,6 +76,7 @@ mod create;
 mod data;
 mod dispatch;
 mod engine;
+mod entries;
 mod errno;
 mod export;
 mod far;
