@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use crate::common::{Home, need};
+use crate::common::{Home, need, skip};
 
 const NONE: [&str; 0] = [];
 
@@ -442,4 +442,52 @@ fn git_works_on_a_repository_of_the_host() {
     // The caller's files are root's inside, so git finds that the repository is its user's own.
     home.sh(NONE, script).run().ok().prints("two\none");
     home.command("git").args(["-C", "r", "log", "--format=%s"]).run().ok().prints("one");
+}
+
+/// For how long the threads of a process that give way to all others have worked, in nanoseconds.
+fn given_way(pid: nix::unistd::Pid) -> u64 {
+    let worked = |task: std::io::Result<std::fs::DirEntry>| {
+        // (One that has ended meanwhile has neither file.)
+        let task = task.ok()?.path();
+        let stat = std::fs::read_to_string(task.join("stat")).ok()?;
+        // SCHED_IDLE, proc_pid_stat(5).
+        let gives_way = stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(41 - 3)? == "5";
+        let times = std::fs::read_to_string(task.join("schedstat")).ok()?;
+        times.split(' ').next()?.parse::<u64>().ok().filter(|_| gives_way)
+    };
+    std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().filter_map(worked).sum()
+}
+
+/// The overlay's server can follow a program only with the procfs that setup passes to it.
+#[test]
+fn who_asks_one_thing_after_another_is_served_on_his_processor() {
+    let release = nix::sys::utsname::uname().unwrap().release().to_string_lossy().into_owned();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+    if (numbers.next(), numbers.next()) < (Some(6), Some(12)) {
+        skip!("threads have no turns of their own before Linux 6.12");
+    }
+    if std::thread::available_parallelism().unwrap().get() < 2 {
+        skip!("there is one processor");
+    }
+    let home = Home::new();
+    let script = "
+import os, sys
+asked, line = 0, 'go on'
+while line:
+    for i in range(500):
+        asked += 1
+        assert not os.path.lexists(f'/none{asked}')
+    print(f'asked {asked};', flush=True)
+    line = sys.stdin.readline()
+";
+    let mut asker = home.python(NONE, script).stdin_open().start();
+    // (What does not serve anybody so works for some microseconds.)
+    let served = (1..=1000).any(|round| {
+        asker.until_out(&format!("asked {};", round * 500));
+        let served = given_way(asker.pid()) >= 1_000_000;
+        asker.write(if served { "" } else { "go on\n" });
+        served
+    });
+    asker.finish().ok();
+    assert!(served);
 }
