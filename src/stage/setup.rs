@@ -16,6 +16,7 @@ use nix::sys::signal::Signal;
 use rustix::fs::{
     AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2, statat, symlinkat,
 };
+use rustix::io::fcntl_dupfd_cloexec;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, fsconfig_create,
     fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree, unmount,
@@ -80,8 +81,8 @@ pub(super) fn run(plan: &Plan, inherited: &Inherited) -> Result<Ready> {
         std::fs::write("/proc/self/timens_offsets", text).during(Step::Time, "/proc/self/timens_offsets")?;
     }
     let program = read_only_program()?;
-    let mut proc = proc;
-    let prepared = plan.mounts.iter().map(|step| prepare(step, &mut proc)).collect::<Result<Vec<_>>>()?;
+    let prepare = |step| prepare(step, proc.as_ref());
+    let prepared = plan.mounts.iter().map(prepare).collect::<Result<Vec<_>>>()?;
 
     // From here on the overlay is used: its server answers by now, or we wait for it.
     let root = attach_root(&overlay)?;
@@ -307,10 +308,14 @@ fn clone_of_source(path: &Path) -> Result<OwnedFd> {
     open_tree(&source, "", flags).during(Step::VolumeSource, path)
 }
 
-fn prepare(step: &MountStep, proc: &mut Option<OwnedFd>) -> Result<Prepared> {
+/// `proc` is the sandbox's procfs, of which there is one: the supervisor knows it, too.
+fn prepare(step: &MountStep, proc: Option<&OwnedFd>) -> Result<Prepared> {
     let no_exec = PRIVATE_MOUNT | MountAttrFlags::MOUNT_ATTR_NOEXEC;
     Ok(match step {
-        MountStep::Proc => Prepared::Mount(proc.take().map_or_else(new_proc, Ok)?),
+        MountStep::Proc => {
+            let proc = proc.ok_or(rustix::io::Errno::NOENT).and_then(|proc| fcntl_dupfd_cloexec(proc, 0));
+            Prepared::Mount(proc.during(Step::Mount, "/proc")?)
+        }
         MountStep::Sys => Prepared::Mount(prepare_sys(no_exec)?),
         MountStep::Dev { nodes } => {
             let no_exec_dev = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
