@@ -114,6 +114,33 @@ pub fn build(spec: &FilterSpec<'_>) -> Vec<Instruction> {
     program.0
 }
 
+/// The filter of a process that makes sockets for another ([`netstack::SocketMaker`]), and does nothing else. Here what is
+/// not listed is refused (`EPERM`).
+#[must_use]
+pub(crate) fn socket_maker() -> Vec<Instruction> {
+    let mut program = Program::default();
+    program.load(DATA_ARCH);
+    program.unless(Test::Equal(ARCH), refuse(Errno::ENOSYS));
+    program.load(DATA_NUMBER);
+    for call in profile::SOCKET_MAKER {
+        program.when(Test::Equal(number(*call)), ALLOW);
+    }
+    program.call(libc::SYS_socket, |p| {
+        p.load_arg(0);
+        p.branch(Test::Equal(libc::AF_INET.cast_unsigned()), 2, 0);
+        p.unless(Test::Equal(libc::AF_INET6.cast_unsigned()), refuse(Errno::EAFNOSUPPORT));
+        p.load_arg(1);
+        p.mask(!(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK).cast_unsigned());
+        p.unless(Test::Equal(libc::SOCK_STREAM.cast_unsigned()), refuse(Errno::EPERM));
+    });
+    program.call(libc::SYS_mmap, |p| {
+        p.load_arg(2);
+        p.when(Test::AnyBit(libc::PROT_EXEC.cast_unsigned()), refuse(Errno::EPERM));
+    });
+    program.finish(refuse(Errno::EPERM));
+    program.0
+}
+
 /// Owners and ids that the user namespace does not map.
 fn owners(program: &mut Program, spec: &FilterSpec<'_>) {
     // Without a listener the kernel answers EINVAL itself. To seem to succeed would also answer for
@@ -374,6 +401,39 @@ mod tests {
             let family = u64::from(family.cast_unsigned());
             assert_eq!(verdict(&program, libc::SYS_socket, &[family]), refuse(Errno::EAFNOSUPPORT));
         }
+    }
+
+    #[test]
+    fn who_makes_sockets_does_nothing_else() {
+        let program = socket_maker();
+        let socket = |family: libc::c_int, kind: libc::c_int| {
+            let args = [family, kind].map(|arg| u64::from(arg.cast_unsigned()));
+            verdict(&program, libc::SYS_socket, &args)
+        };
+        let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            assert_eq!(socket(family, libc::SOCK_STREAM | flags), ALLOW);
+            for kind in [libc::SOCK_DGRAM, libc::SOCK_RAW, libc::SOCK_SEQPACKET] {
+                assert_eq!(socket(family, kind | flags), refuse(Errno::EPERM));
+            }
+        }
+        for family in [libc::AF_UNIX, libc::AF_NETLINK, libc::AF_PACKET] {
+            assert_eq!(socket(family, libc::SOCK_STREAM), refuse(Errno::EAFNOSUPPORT));
+        }
+        for call in
+            [libc::SYS_recvfrom, libc::SYS_sendmsg, libc::SYS_ppoll, libc::SYS_close, libc::SYS_exit_group]
+        {
+            assert_eq!(verdict(&program, call, &[]), ALLOW, "{call}");
+        }
+        let protection = |bits: libc::c_int| [0, 4096, u64::from(bits.cast_unsigned())];
+        assert_eq!(verdict(&program, libc::SYS_mmap, &protection(libc::PROT_READ | libc::PROT_WRITE)), ALLOW);
+        assert_eq!(verdict(&program, libc::SYS_mmap, &protection(libc::PROT_EXEC)), refuse(Errno::EPERM));
+        let refused =
+            [libc::SYS_openat, libc::SYS_connect, libc::SYS_bind, libc::SYS_setns, libc::SYS_execve];
+        for call in refused.into_iter().chain([libc::SYS_clone, libc::SYS_write, libc::SYS_io_uring_setup]) {
+            assert_eq!(verdict(&program, call, &[]), refuse(Errno::EPERM), "{call}");
+        }
+        assert_eq!(evaluate(&program, 0x4000_0003, number(libc::SYS_close), [0; 6]), refuse(Errno::ENOSYS));
     }
 
     #[test]

@@ -107,6 +107,22 @@ pub(super) const SOCKET_FAMILIES: &[u32] = &[1, 2, 10, 16, 17];
 /// how the kernel protects address space.
 pub(super) const PERSONALITIES: &[u32] = &[0x0, 0x0008, 0x0002_0000, 0x0002_0008, 0xffff_ffff, 0x0004_0000];
 
+/// What a process that makes sockets for another calls besides socket(2) and mmap(2): it waits, is asked, answers, ends, and
+/// its allocator may want memory.
+pub(super) const SOCKET_MAKER: &[c_long] = &[
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_restart_syscall,
+    libc::SYS_recvfrom,
+    libc::SYS_sendmsg,
+    libc::SYS_close,
+    libc::SYS_exit_group,
+    libc::SYS_brk,
+    libc::SYS_munmap,
+    libc::SYS_madvise,
+];
+
 /// `CLONE_NEW*`: NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET. (NEWTIME is a
 /// signal number to clone(2); unshare(2) of it needs CAP_SYS_ADMIN, which the payload lacks.)
 pub(super) const NEW_NAMESPACES: u32 =

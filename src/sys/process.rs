@@ -86,6 +86,15 @@ pub(crate) fn close_all_but(keep: &[BorrowedFd<'_>]) -> Result<(), Errno> {
     close_range(first, u32::MAX, 0)
 }
 
+/// Closes standard input, output and error, which this process uses no more. Their numbers go to what is opened next.
+pub(crate) fn close_standard_streams() {
+    for number in 0..=2 {
+        // SAFETY: std holds these numbers and no object for them; what it would write there is lost (EBADF), or goes to
+        // a descriptor of this process that is opened later, as is said above.
+        unsafe { libc::close(number) };
+    }
+}
+
 /// Marks every descriptor from `first` on to be closed by execve(2).
 ///
 /// # Errors

@@ -40,7 +40,7 @@ def serve(kind, port):
     # A server inside: says who called, then ends.
     code = f"""
 import socket, sys
-s = socket.socket(socket.AF_INET, {kind}); s.bind(("0.0.0.0", {port}))
+s = socket.socket(socket.AF_INET, {kind}); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind(("0.0.0.0", {port}))
 if {kind} == socket.SOCK_STREAM: s.listen()
 print(flush=True)
 if {kind} == socket.SOCK_STREAM:
@@ -199,7 +199,7 @@ print(failed.returncode, "cannot make the interface lo" in failed.stdout, os.pat
         format!(
             r#"{{"entries":[{{"id":1,"proto":"tcp","host_addr":"0.0.0.0","host_port":TCP,"guest_addr":"10.0.2.100","guest_port":80}},{udp}]}}"#
         ),
-        "10.0.2.2".to_owned(),
+        "10.0.2.100".to_owned(),
         "10.0.2.2!".to_owned(),
         format!(r#"{{"return":{{}}}} {}"#, error("remove_hostfwd: bad arguments.id")),
         "refused".to_owned(),
@@ -489,4 +489,177 @@ finally:
         "2 True",
     ];
     python(&home, script).ok().prints(&expected.join("\n"));
+}
+
+/// About the child that makes sockets inside, and a port that leads there.
+const MAKER: &str = r#"
+import contextlib, select
+tcp, other = map(int, os.environ["PORTS"].split())
+def status_of(pid):
+    lines = open(f"/proc/{pid}/status").read().splitlines()
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+def makers(net):
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if int(status_of(pid)["PPid"]) == net.p.pid:
+                found.append(int(pid))
+    return found
+def publish(port=tcp, **arguments):
+    id = json.loads(call("add_hostfwd", **({"proto": "tcp", "host_addr": "127.0.0.1", "host_port": port, "guest_port": 80} | arguments)))
+    return id["return"]["id"]
+def seen_by(inside_port=80, port=tcp):
+    server = serve(socket.SOCK_STREAM, inside_port)
+    with socket.create_connection(("127.0.0.1", port)) as s:
+        said = s.recv(99).decode()
+    server.wait()
+    return said
+def end_of(pidfd):
+    # Or the test's deadline.
+    select.select([pidfd], [], [])
+    os.close(pidfd)
+    return "gone"
+"#;
+
+#[test]
+fn connections_from_the_loopback_are_joined_inside() {
+    need!("nsenter", "ip");
+    let home = Home::new();
+    let script = r#"
+def command(request):
+    with socket.socket(socket.AF_UNIX) as s:
+        s.connect("control"); s.sendall(json.dumps(request).encode() + b"\n")
+        return json.loads(s.makefile().readline())["result"]
+def counted():
+    stats = command({"request": "stats"})
+    return stats["tcp_in"], stats["tcp_joined"]
+net = Net("-c", "-a", "api", "--network-control=control", "--network-log=log", program=(R, "netstack"))
+id = publish()
+print(seen_by(), call("remove_hostfwd", id=id), publish() != id, seen_by(), counted())
+# By the other socket, too.
+ports = command({"request": "publish", "ports": "127.0.0.1:0:81"})["ports"]
+print(seen_by(81, int(ports[0]["host"][0].split(":")[1])), counted())
+# What is not for the guest's own address crosses the interface, and what nobody takes does, in vain.
+inside("ip addr add 10.0.2.101/24 dev tap0")
+publish(other, guest_addr="10.0.2.101", guest_port=82)
+print(seen_by(82, other), counted())
+with socket.create_connection(("127.0.0.1", tcp)) as s:
+    try: print(s.recv(99))
+    except ConnectionResetError: print("refused", counted())
+# Without its maker of sockets the rest goes on.
+[maker] = makers(net)
+pidfd = os.pidfd_open(maker)
+os.kill(maker, signal.SIGKILL)
+print(end_of(pidfd), seen_by(), counted())
+print(net.end(), [line["outside"].split(":")[0] for line in map(json.loads, open("log")) if line["event"] == "opened"][:2])
+# It is there for ports only; and a capture is to have every packet.
+for options in ("-c",), ("-c", "-a", "api", "--network-capture=capture"):
+    net = Net(*options)
+    print(makers(net), "-a" in options and publish() and seen_by(), net.end())
+"#;
+    let expected = [
+        r#"10.0.2.100 {"return":{}} True 10.0.2.100 (2, 2)"#,
+        "10.0.2.100 (3, 3)",
+        "10.0.2.2 (4, 3)",
+        "refused (5, 3)",
+        "gone 10.0.2.2 (6, 3)",
+        "0 ['10.0.2.100', '10.0.2.100']",
+        "[] False 0",
+        "[] 10.0.2.2 0",
+    ];
+    python(&home, &format!("{MAKER}{script}")).ok().prints(&expected.join("\n"));
+}
+
+#[test]
+fn who_makes_sockets_inside_goes_with_the_program() {
+    need!("nsenter", "ip");
+    let home = Home::new();
+    let script = r#"
+def begin():
+    net = Net("-c", "-a", "api")
+    publish()
+    assert seen_by() == "10.0.2.100"
+    [maker] = makers(net)
+    return net, maker, os.pidfd_open(maker)
+# It is ended and waited for: nobody finds a process that is left.
+net, maker, pidfd = begin()
+print(net.end(), os.path.exists(f"/proc/{maker}"), end_of(pidfd))
+# The same if it could not have seen it.
+net, maker, pidfd = begin()
+os.kill(maker, signal.SIGSTOP)
+print(net.end(), os.path.exists(f"/proc/{maker}"), end_of(pidfd))
+# The end of the interface ends both.
+net, maker, pidfd = begin()
+inside("ip link del tap0")
+print(net.p.wait(), os.path.exists(f"/proc/{maker}"), end_of(pidfd))
+for stopped in False, True:
+    net, maker, pidfd = begin()
+    if stopped: os.kill(maker, signal.SIGSTOP)
+    net.p.kill()
+    # Standard error, too, was the program's alone.
+    print(net.p.wait(), net.p.stderr.read() == "", end_of(pidfd))
+# It keeps no namespace longer than the program does, which keeps the one of its interface.
+join = ["nsenter", "-t", str(target.pid), "-U", "--preserve-credentials"]
+second = subprocess.Popen([*join, "unshare", "-n", "sh", "-c", "echo; exec sleep infinity"], stdout=subprocess.PIPE)
+second.stdout.read(1)
+print(inside(f"ip link add here type veth peer name there netns {second.pid}"), end="")
+net = Net("-c", "-a", "api", of=str(second.pid))
+publish()
+second.kill(); second.wait()
+print(len(makers(net)), inside("ip -o link show here | wc -l"), net.end(), inside("while ip link show here >link 2>&1; do :; done; cat link"))
+"#;
+    let expected = [
+        "0 False gone",
+        "0 False gone",
+        "0 False gone",
+        "-9 True gone",
+        "-9 True gone",
+        "1 1 0 Device \"here\" does not exist.",
+    ];
+    python(&home, &format!("{MAKER}{script}")).ok().prints(&expected.join("\n"));
+}
+
+#[test]
+fn who_makes_sockets_inside_can_do_nothing_else() {
+    need!("nsenter");
+    let home = Home::new();
+    // In the second round the program is in the target's user namespace, as Podman has it. Whose that is may look at what the
+    // child has open.
+    let script = r#"
+join = ("nsenter", "-t", str(target.pid), "-U", "--preserve-credentials")
+second = subprocess.Popen([*join, "unshare", "-n", "sh", "-c", "echo; exec sleep infinity"], stdout=subprocess.PIPE)
+second.stdout.read(1)
+try:
+    for options in (), ("--enable-sandbox", "--enable-seccomp"):
+        os.path.lexists("api") and os.unlink("api")
+        net = Net("-c", "-a", "api", *options)
+        publish()
+        assert seen_by() == "10.0.2.100"
+        [maker] = makers(net)
+        status = status_of(maker)
+        print([status["Cap" + set] for set in ("Inh", "Prm", "Eff", "Bnd", "Amb")] == ["0" * 16] * 5, status["NoNewPrivs"], status["Seccomp"])
+        # Nor may the target's root look into it.
+        print(inside(f"cat /proc/{maker}/environ 2>&1 | grep -o 'Permission denied'"), net.end())
+        os.path.lexists("api") and os.unlink("api")
+        net = Net("-c", "-a", "api", *options, "--netns-type=path", of=f"/proc/{second.pid}/ns/net", program=(*join, S))
+        publish()
+        # A question is answered when everything has been given up: nobody listens, and the link says so.
+        with socket.create_connection(("127.0.0.1", tcp)) as s:
+            try: s.recv(99)
+            except ConnectionResetError: pass
+        [maker] = makers(net)
+        of = f"/proc/{maker}/"
+        print([os.readlink(of + "fd/" + fd)[:7] for fd in os.listdir(of + "fd")], os.listdir(of + "root") == [], net.end())
+finally:
+    second.kill(); second.wait()
+"#;
+    let expected = [
+        "True 1 2",
+        "Permission denied 0",
+        "['socket:'] False 0",
+        "True 1 2",
+        "Permission denied 0",
+        "['socket:'] True 0",
+    ];
+    python(&home, &format!("{MAKER}{script}")).ok().prints(&expected.join("\n"));
 }

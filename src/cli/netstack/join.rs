@@ -2,19 +2,25 @@
 //!
 //! Who has joined another user namespace cannot come back, so a child does it and hands the TAP's descriptor over:
 //!
-//! child -> program : `Made { mac }` with the descriptor, or `Failed { what, errno }`. Then the child ends.
+//! child -> program : `Made { mac }` with the descriptor, or `Failed { what, errno }`. Then the child ends, unless it is to
+//! make sockets there ([`super::maker`]).
+//!
+//! Of what the program had open when it made the child, the child closes everything before anything else: whoever waits
+//! for the end of one of these descriptors (`--ready-fd`, `--exit-fd`) waits for the program alone.
 
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 
+use netstack::SocketMaker;
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use serde::{Deserialize, Serialize};
 
+use super::maker::{self, Inside, Maker};
 use crate::cli::output::Failure;
 use crate::error::{errno_of, errno_text};
 use crate::spec::slirp::{GATEWAY_V6, Network, PREFIX_V6, Target};
@@ -54,37 +60,69 @@ fn io_step(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Step {
     move |error| Step(what, errno_of(&error).unwrap_or(Errno::EINVAL))
 }
 
-/// Makes the TAP `tap` in the target; its descriptor and Ethernet address.
-pub(super) fn make_tap(
+/// The link, as the program sees it.
+pub(super) struct Joined {
+    pub(super) tap: OwnedFd,
+    /// The Ethernet address of its other end.
+    pub(super) mac: [u8; 6],
+    /// Sockets there.
+    pub(super) inside: Option<Inside>,
+}
+
+/// What a child that stays in the target is to do.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Stay {
+    /// It leaves the host's files.
+    pub(super) sandbox: bool,
+}
+
+/// Makes the TAP `tap` in the target, and has sockets made there, if `stay` says so.
+pub(super) fn join(
     target: &Target,
     tap: &str,
     configure: Option<Configure>,
-) -> Result<(OwnedFd, [u8; 6]), Failure> {
+    stay: Option<Stay>,
+) -> Result<Joined, Failure> {
     let internal = |errno: Errno| Failure::text("cannot make the network interface").cause(errno_text(errno));
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
         .map_err(internal)?;
+    let pair = stay.map(|_| netstack::inside_sockets()).transpose();
+    let (sockets, socket_maker) =
+        pair.map_err(|error| internal(errno_of(&error).unwrap_or(Errno::EINVAL)))?.unzip();
     // A caller may have it ignored, and then nobody could be waited for.
     sys::process::default_signal(nix::sys::signal::Signal::SIGCHLD).map_err(internal)?;
     let Some(child) = sys::process::fork().map_err(internal)? else {
-        drop(ours);
-        let (message, fd) = match keep_debuggers_away().and_then(|()| in_target(target, tap, configure)) {
-            Ok((fd, mac)) => (Message::Made { mac }, Some(fd)),
+        let own = socket_maker.iter().map(SocketMaker::as_fd).chain([theirs.as_fd()]);
+        let closed = sys::process::close_all_but(&own.collect::<Vec<_>>());
+        let (message, tap) = match keep_debuggers_away().and_then(|()| in_target(target, tap, configure)) {
+            Ok((tap, mac)) => (Message::Made { mac }, Some(tap)),
             Err(Step(what, errno)) => (Message::Failed { what, errno: errno as i32 }, None),
         };
         let bytes = serde_json::to_vec(&message).unwrap_or_default();
         // Without it the program sees that we are gone.
-        let sent = sys::fdpass::send(theirs.as_fd(), &bytes, fd.as_ref().map(OwnedFd::as_fd));
+        let sent = sys::fdpass::send(theirs.as_fd(), &bytes, tap.as_ref().map(OwnedFd::as_fd));
+        let made = sent.is_ok() && tap.is_some();
+        drop((theirs, tap));
+        // Who cannot close what is not his own does not stay (before Linux 5.9).
+        if let (Some(Stay { sandbox }), Some(socket_maker), true, Ok(())) =
+            (stay, &socket_maker, made, closed)
+        {
+            maker::make_sockets(socket_maker, sandbox);
+        }
         sys::process::exit_now(i32::from(sent.is_err()));
     };
-    drop(theirs);
+    // From here on it is waited for, whatever happens.
+    let child = Maker(child);
+    drop((theirs, socket_maker));
     let mut buffer = [0; 1024];
-    let received = sys::fdpass::receive(ours.as_fd(), &mut buffer);
-    // It ends by itself as soon as it has sent.
-    nix::sys::wait::waitpid(child, None).map_err(internal)?;
-    let (length, fd) = received.map_err(|errno| internal(Errno::from_raw(errno.raw_os_error())))?;
+    let (length, tap) = sys::fdpass::receive(ours.as_fd(), &mut buffer)
+        .map_err(|errno| internal(Errno::from_raw(errno.raw_os_error())))?;
     let message = serde_json::from_slice(buffer.get(..length).unwrap_or_default());
-    match (message, fd) {
-        (Ok(Message::Made { mac }), Some(fd)) => Ok((fd, mac)),
+    match (message, tap) {
+        (Ok(Message::Made { mac }), Some(tap)) => {
+            let inside = sockets.map(|sockets| Inside { sockets, maker: child });
+            Ok(Joined { tap, mac, inside })
+        }
         (Ok(Message::Failed { what, errno }), _) => Err(match Errno::from_raw(errno) {
             Errno::UnknownErrno => Failure::text(what),
             errno => Failure::text(what).cause(errno_text(errno)).hint(hint(errno)),

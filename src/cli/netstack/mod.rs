@@ -2,12 +2,14 @@
 //!
 //! ```text
 //!  program, in the host's namespaces     the stack's thread, and this loop: exit descriptor, API socket
-//!   +- child, in the target's            `join`: makes the TAP, hands it over, ends
+//!   +- child, in the target's            `join`: makes the TAP, hands it over; where ports can be published it stays and
+//!                                        makes sockets (`maker`), else it ends
 //! ```
 
 mod api;
 mod confine;
 mod join;
+mod maker;
 
 use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -20,7 +22,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use self::api::Api;
-use self::join::Configure;
+use self::join::{Configure, Stay};
+use self::maker::Inside;
 use super::args::{NetnsType, NetstackArgs, Slirp4netns};
 use super::output::Failure;
 use crate::control::network::Network;
@@ -197,7 +200,10 @@ pub(super) fn netstack(args: &NetstackArgs, inherited: Inherited) -> Result<u8, 
         gateway: addresses.gateway,
         ipv6: args.enable_ipv6,
     });
-    let (tap, mac) = join::make_tap(&wanted.target, &wanted.tap, configure)?;
+    // Without commands no port is ever published, and a capture is to have every packet.
+    let joins = (api.is_some() || control.is_some()) && records.capture.is_none();
+    let stay = joins.then_some(Stay { sandbox: args.enable_sandbox });
+    let join::Joined { tap, mac, inside } = join::join(&wanted.target, &wanted.tap, configure, stay)?;
     // What can still fail is no matter of the target, and happens where the capture cannot be removed, perhaps.
     if let Some(made) = records.made {
         made.keep();
@@ -209,7 +215,11 @@ pub(super) fn netstack(args: &NetstackArgs, inherited: Inherited) -> Result<u8, 
         confine::limit_system_calls()?;
     }
     let failed = |error: netstack::Error| Failure::new(&error);
-    let published = Published::bind(&[]).map_err(failed)?;
+    let none = Published::bind(&[]).map_err(failed)?;
+    let (published, _maker) = match inside {
+        Some(Inside { sockets, maker }) => (none.through(sockets), Some(maker)),
+        None => (none, None),
+    };
     let capture =
         records.capture.map(Capture::replace).transpose().map_err(|source| {
             failed(netstack::Error::Start { what: "the capture of the network", source })
