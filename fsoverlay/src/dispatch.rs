@@ -412,6 +412,16 @@ impl FuseFs {
         !self.engine().far.is_empty() && matches!(hurried(|| self.engine().node(ino.0)), Err(FAR))
     }
 
+    /// Reads what the first lookup of a link would, where that takes long: for it may be a worker's that gives way.
+    pub(crate) fn read_owners(&self) {
+        if self.engine().upper.as_ref().is_some_and(|upper| upper.sidecar.is_long_to_read()) {
+            self.aside(Opcode::Lookup, INodeNo::ROOT, |fs| {
+                // What fails here fails again where it is needed.
+                let _ = fs.engine().upper.as_ref().map(|upper| upper.sidecar.read());
+            });
+        }
+    }
+
     /// Runs a handler on a thread of its own; if there are too many, here, or later if this thread is not to do what takes
     /// long.
     pub(crate) fn aside(&self, what: Opcode, ino: INodeNo, handler: impl FnOnce(&Self) + Send + 'static) {

@@ -318,6 +318,7 @@ impl Overlay {
         shared.set_notifier(session.notifier());
         if let Some(near) = near {
             shared.set_near(near);
+            fs::FuseFs { shared: shared.clone() }.read_owners();
         }
         shared.prepare();
         shared.engine.look_far();

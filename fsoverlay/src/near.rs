@@ -20,8 +20,8 @@
 //! - another worker looks every [`TICK`] whether a request waits while nothing is done, from the same processor; all
 //!   others do every [`LONG_TICK`], from any. If so, all work again, and for some time there is no companion
 //!   ([`Pause`]). To see that, nobody needs a lock that the companion may hold;
-//! - however it was stopped, somebody sees it off ([`Near::see_off`]) until it sleeps, because it may still be the first
-//!   to get a request;
+//! - however it was stopped, somebody sees it off ([`Near::see_off`]) until it has its last request, because it may still
+//!   be the first to get one;
 //! - its turns are short ([`SLICE`]), so that the next one comes soon. Where the kernel has no turns of a length of
 //!   one's own (before Linux 6.12) there is no companion.
 //!

@@ -53,6 +53,8 @@ const MAX_LINKS: usize = 1 << 20;
 /// A file of this size may know more than [`MAX_LINKS`]: no line of ours is shorter.
 const MANY: u64 = MAX_LINKS as u64 * SHORTEST;
 const SHORTEST: u64 = 10;
+/// What is read of a smaller file takes no milliseconds.
+const LONG_TO_READ: u64 = 64 << 10;
 /// Longer than any line of ours.
 const LONGEST: usize = 128;
 /// How many lines that say nothing a file may have in any case.
@@ -228,6 +230,17 @@ impl Sidecar {
             if index.said.len() > self.most_links { Err(Errno::FBIG) } else { Ok(()) }
         })?;
         Ok(index)
+    }
+
+    /// Whether the file has not been read yet, and is so large that this takes some milliseconds.
+    pub(crate) fn is_long_to_read(&self) -> bool {
+        let read = self.loaded.try_lock().is_none_or(|loaded| loaded.is_some());
+        !read && stat_at(self.work.as_fd(), NAME.as_bytes()).is_ok_and(|stat| stat.size > LONG_TO_READ)
+    }
+
+    /// Reads the file, if nobody has.
+    pub(crate) fn read(&self) -> Res<()> {
+        self.with(|_| Ok(()))
     }
 
     /// Does something with the index, which is read first if it is not known.

@@ -180,6 +180,22 @@ fn who_gives_way_leaves_what_takes_long_to_others() {
 }
 
 #[test]
+fn a_large_file_of_owners_is_read_before_it_is_needed() {
+    for (lines, is_long) in [(1, false), (10_000, true)] {
+        let scratch = Scratch::new(&format!("owners-{lines}"));
+        let text: String = (0..lines).map(|ino| format!("{ino:x} 1.0 5 6\n")).collect();
+        std::fs::write(scratch.dir.join("work/owners"), text).expect("written");
+        let fs = FuseFs { shared: Shared::new(Engine::open(&scratch.spec()).expect("an overlay")) };
+        let is_long_to_read = || fs.engine().upper.as_ref().expect("there is one").sidecar.is_long_to_read();
+        assert_eq!(is_long_to_read(), is_long);
+        fs.read_owners();
+        // Waits for what was begun.
+        fs.shared.stop();
+        assert!(!is_long_to_read());
+    }
+}
+
+#[test]
 fn a_reader_of_a_far_file_is_not_kept_waiting() {
     let beside = BesideFar::new("open-far");
     let _ = beside.go_on.send(());
