@@ -9,7 +9,7 @@ use crate::acl::Acl;
 use crate::attr::{Attr, Kind, Meta, Stat};
 use crate::copyup::{is_short_way_up, link_fd};
 use crate::engine::Engine;
-use crate::errno::{Errno, Res, may_take_long_unless, missing_ok};
+use crate::errno::{Errno, Res, is_much, may_take_long_unless, missing_ok};
 use crate::handle::{Fd, Holder};
 use crate::hooks::{blocks, released};
 use crate::inode::{DirState, Inner, Link, NewNode, Node, Parked, Place};
@@ -44,6 +44,11 @@ pub(crate) fn check_name(name: &[u8]) -> Res<()> {
         return Err(Errno::INVAL);
     }
     if name.len() > 255 { Err(Errno::NAMETOOLONG) } else { Ok(()) }
+}
+
+/// Whether the disk may have much to do when this is removed: what a large file had is given back block by block.
+pub(crate) fn gives_much_back(node: &Node, stat: Option<Stat>) -> bool {
+    node.kind == Kind::File && node.is_upper() && stat.is_some_and(|stat| is_much(stat.size))
 }
 
 impl Engine {
@@ -338,14 +343,14 @@ impl Engine {
     pub(crate) fn unlink(&self, parent: &Arc<Node>, name: &[u8]) -> Res<()> {
         check_name(name)?;
         self.touch()?;
-        let node = self.lookup(parent, name)?;
+        let (node, stat) = self.lookup_stat(parent, name)?;
         if node.kind == Kind::Dir {
             return Err(Errno::ISDIR);
         }
         if node.is_far_root() {
             return Err(Errno::BUSY);
         }
-        may_take_long_unless(|| is_short_way_up(parent))?;
+        may_take_long_unless(|| is_short_way_up(parent) && !gives_much_back(&node, stat))?;
         self.copy_up(parent)?;
         self.note_entry(parent);
         // Taken before the name goes: an open file must go on working.

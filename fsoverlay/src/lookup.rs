@@ -613,7 +613,8 @@ impl Engine {
         Ok(found)
     }
 
-    fn lookup_stat(&self, parent: &Arc<Node>, name: &[u8]) -> Res<(Arc<Node>, Option<Stat>)> {
+    /// The same, with its stat where that is known without asking the disk again.
+    pub(crate) fn lookup_stat(&self, parent: &Arc<Node>, name: &[u8]) -> Res<(Arc<Node>, Option<Stat>)> {
         let state = parent.dir()?.state.read();
         let found = self.find(parent, &state, name)?;
         Ok(self.settle(parent, state, name, found))

@@ -22,9 +22,9 @@ use std::sync::{Arc, RwLockWriteGuard};
 use rustix::fs::{AtFlags, RenameFlags};
 
 use crate::attr::{Kind, Stat};
-use crate::create::{Held, check_name};
+use crate::create::{Held, check_name, gives_much_back};
 use crate::engine::Engine;
-use crate::errno::{Errno, Res, may_take_long, missing_ok};
+use crate::errno::{Errno, Res, may_take_long_unless, missing_ok};
 use crate::handle::Fd;
 use crate::inode::{DirState, Link, Node, ROOT};
 use crate::layer::{RealDir, stat_at};
@@ -131,7 +131,8 @@ impl Engine {
         check_name(new_name)?;
         self.touch()?;
         let source = self.lookup(parent, name)?;
-        let target = missing_ok(self.lookup(new_parent, new_name))?;
+        let target = missing_ok(self.lookup_stat(new_parent, new_name))?;
+        let (target, replaced) = target.map_or((None, None), |(target, stat)| (Some(target), stat));
         match (&target, how) {
             (Some(_), How::NoReplace) => return Err(Errno::EXIST),
             (None, How::Exchange) => return Err(Errno::NOENT),
@@ -141,9 +142,10 @@ impl Engine {
         }
         // What a directory has in the upper may have to be moved or removed name by name, with locks held.
         let dirs = source.kind == Kind::Dir || target.as_ref().is_some_and(|target| target.kind == Kind::Dir);
-        if dirs {
-            may_take_long()?;
-        }
+        let much = || {
+            how != How::Exchange && target.as_ref().is_some_and(|target| gives_much_back(target, replaced))
+        };
+        may_take_long_unless(|| !dirs && !much())?;
         let is_mount = source.is_far_root() || target.as_ref().is_some_and(|target| target.is_far_root());
         if is_mount || source.ino == ROOT || target.as_ref().is_some_and(|t| t.ino == ROOT) {
             return Err(Errno::BUSY);

@@ -151,6 +151,11 @@ fn who_gives_way_leaves_what_takes_long_to_others() {
         let sized = |size| crate::setattr::SetAttr { size: Some(size), ..Default::default() };
         let resize = |size| hurried(|| engine.set_attr(&grown, sized(size)).map(|attr| attr.stat.size));
         assert_eq!([1 << 20, 1000 << 10, 0].map(resize), [Ok(1 << 20), Ok(1000 << 10), Err(LONG)]);
+        assert_eq!(hurried(|| engine.unlink(root, b"grown")), Err(LONG));
+        assert!(engine.create(root, b"empty", &new(0o600)).is_ok());
+        let replace = |how| hurried(|| engine.rename(root, b"empty", root, b"grown", how));
+        assert_eq!([How::Replace, How::Exchange].map(replace), [Err(LONG), Ok(())]);
+        assert_eq!(hurried(|| engine.unlink(root, b"grown")), Ok(()), "the empty one");
         assert!(engine.set_attr(&grown, sized(0)).is_ok(), "it has time");
         let (done, by) = channel();
         let answered = || by.recv_timeout(HOUR).expect("an answer");
