@@ -10,7 +10,7 @@
 //! quarter of the soft limit, and descriptors of unlinked open files ([`Pins`]) an eighth.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
@@ -19,6 +19,16 @@ use crate::hooks::Quota;
 use crate::inode::Node;
 use crate::layer::{RealDir, stat_fd};
 use crate::sync::Mutex;
+
+/// Has the kernel make room in the process's table for `count` descriptors more than are open.
+///
+/// It doubles the table when it is full, and in a process of several threads whoever opens the next file waits for an
+/// RCU grace period then, which is 3 to 10 ms (`expand_fdtable` of the kernel's fs/file.c): up to eight times while the
+/// caches fill. A process of one thread does not wait; the room costs 8 bytes of the kernel's each. Where there is none,
+/// all goes on as it did.
+pub(crate) fn make_room(fd: BorrowedFd<'_>, count: usize) {
+    let _ = rustix::io::fcntl_dupfd_cloexec(fd, i32::try_from(count).unwrap_or(i32::MAX));
+}
 
 /// A shared open descriptor.
 pub(crate) type Fd = Arc<OwnedFd>;
@@ -84,6 +94,10 @@ impl FdRing {
         Self { queue: Mutex::new(VecDeque::new()), capacity }
     }
 
+    pub(crate) fn capacity(&self) -> usize {
+        self.capacity
+    }
+
     /// Queues a slot that has just been filled and empties old ones.
     pub(crate) fn push(&self, holder: Holder) {
         self.queue.lock().push_back(holder);
@@ -120,6 +134,11 @@ pub(crate) struct Pins {
 impl Pins {
     pub(crate) fn new(count: usize) -> Arc<Self> {
         Arc::new(Self { left: AtomicUsize::new(count), quota: OnceLock::new() })
+    }
+
+    /// How many more are allowed.
+    pub(crate) fn left(&self) -> usize {
+        self.left.load(Ordering::Relaxed)
     }
 
     /// Takes one of the descriptors allowed, if any is left.

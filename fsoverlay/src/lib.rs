@@ -111,7 +111,7 @@ mod upper;
 mod whiteout;
 mod xattr;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -297,6 +297,8 @@ impl Overlay {
         if passthrough && (self.engine.quota().is_some() || self.engine.hooks.rate.is_some()) {
             return Err(refused("bytes are to be limited, and those that the kernel moves are not seen"));
         }
+        // Before there are workers.
+        handle::make_room(fuse.as_fd(), self.engine.tree.ring.capacity() + self.engine.pins.left());
         let shared = dispatch::Shared::new(self.engine);
         let mut config = fuser::Config::default();
         config.acl = fuser::SessionACL::All;

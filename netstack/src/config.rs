@@ -251,6 +251,8 @@ pub(crate) const MAX_TCP_FLOWS: usize = 16_384;
 pub(crate) const MAX_HALF_OPEN: usize = 2_048;
 /// A queue of flows, or a table of peers, may have so much more than twice the entries that are alive.
 pub(crate) const QUEUE_SLACK: usize = 64;
+/// For so many descriptors there is room from the start (64 KiB of the kernel's memory), if so many are allowed.
+pub(crate) const DESCRIPTOR_ROOM: usize = 8_192;
 /// How long the other end must have been silent before its flow gives way to another, when descriptors run out or there are
 /// too many flows.
 pub(crate) const HALF_OPEN_SPARE: Duration = Duration::from_secs(1);

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, SockaddrStorage, sockopt};
 
 use crate::calls::{bind, connect, getsockopt, setsockopt, socket};
-use crate::config::Outbound;
+use crate::config::{DESCRIPTOR_ROOM, Outbound};
 
 /// How many descriptors the stack may use, and does: half of the process's limit, and a sixteenth of what that is above
 /// 4,096. The others are for the rest of the process, which must not run out of them whatever the guest does; where there
@@ -31,6 +31,20 @@ impl Budget {
         let soft = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
         let soft = usize::try_from(soft).unwrap_or(usize::MAX).min(1 << 20);
         Self::new(soft / 2 + soft.saturating_sub(4_096) / 16)
+    }
+
+    /// Has the kernel make room for them in the process's table, for many connections at least.
+    ///
+    /// It doubles the table when it is full, and in a process of several threads whoever makes the next descriptor waits
+    /// for an RCU grace period then, which is 3 to 10 ms (`expand_fdtable` of the kernel's fs/file.c), and with it every
+    /// flow. A process of one thread does not wait; the room costs 8 bytes of the kernel's each.
+    pub(crate) fn make_room(&self, fd: BorrowedFd<'_>) {
+        use nix::fcntl::{FcntlArg, fcntl};
+        let room = i32::try_from(self.limit.min(DESCRIPTOR_ROOM)).unwrap_or(i32::MAX);
+        // Where there is none, all goes on as it did.
+        if let Ok(fd) = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(room)) {
+            let _ = nix::unistd::close(fd);
+        }
     }
 
     pub(crate) fn new(limit: usize) -> Self {

@@ -72,6 +72,8 @@ impl Stack {
                 |errno| tracing::warn!(%errno, "the TAP takes no super-segments: the network will be slower"),
             )
             .unwrap_or(Segmentation::None);
+        // Before there is another thread.
+        host::Budget::from_rlimit().make_room(tap.as_fd());
         host::nonblocking(tap.as_fd()).map_err(failed("non-blocking TAP"))?;
         let mut clock = clock();
         let (engine, control) =

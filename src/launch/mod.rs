@@ -188,6 +188,7 @@ pub fn prepare(plan: &Plan, records: NetworkRecords) -> Result<Prepared<'_>, Lau
     check_streams()?;
     // Before the layers: the overlay sizes its cache of descriptors by the limit.
     let limits = OWN_LIMITS.map(raise_limit).into_iter().collect::<Result<Vec<_>, _>>()?;
+    make_room()?;
     let services = Services::prepare(plan, records)?;
     tracing::info!(name = plan.name, layers = plan.root.layers.len(), "layers are open and ports bound");
     Ok(Prepared { plan, services, limits, began })
@@ -283,6 +284,17 @@ pub(crate) type SoftLimit = (Resource, u64);
 /// Limits of our own that what the payload does would meet: every flow and open file inside costs us
 /// a descriptor, and we write its files.
 const OWN_LIMITS: [Resource; 2] = [Resource::RLIMIT_NOFILE, Resource::RLIMIT_FSIZE];
+
+/// Has the kernel make room in our table for as many descriptors as we are likely to have (8 bytes each, of its memory).
+/// While there is one thread that takes nothing; later whoever needs the next one when the table is full waits for
+/// milliseconds (`expand_fdtable` of the kernel's fs/file.c), and all who wait for him.
+fn make_room() -> Result<(), LaunchError> {
+    let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).map_err(during("reading our limits"))?;
+    let last = i32::try_from(soft.min(16_384).saturating_sub(1)).unwrap_or_default();
+    // Where there is none, all goes on as it did.
+    drop(rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), last));
+    Ok(())
+}
 
 /// Raises one as far as we may; the payload gets the old one back.
 fn raise_limit(limit: Resource) -> Result<SoftLimit, LaunchError> {

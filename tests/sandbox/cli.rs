@@ -384,6 +384,23 @@ fn the_plan_does_not_show_values_of_variables() {
 }
 
 #[test]
+fn the_supervisors_table_of_descriptors_need_not_grow() {
+    let home = Home::new();
+    let mut running = home.run(["--network=none"], ["sh", "-c", "echo ready; cat"]).stdin_open().start();
+    running.until_out("ready");
+    let status = std::fs::read_to_string(format!("/proc/{}/status", running.pid())).unwrap();
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", running.pid())).unwrap();
+    let number = |text: &str, name: &str| -> u64 {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.split_whitespace().next().unwrap().parse().unwrap()
+    };
+    let (room, limit) = (number(&status, "FDSize:"), number(&limits, "Max open files"));
+    assert!(room >= limit.min(16_384), "room for {room}, {limit} are allowed");
+    running.close_stdin();
+    running.finish().ok();
+}
+
+#[test]
 fn secrets_are_not_in_arguments_state_or_log_of_the_supervisor() {
     let home = Home::new();
     let secret = "s3cret-81f2";

@@ -14,6 +14,7 @@ use crate::semantics::{make_tree, no_leftovers};
 
 pub(crate) const CASES: &[Case] = &[
     Case { name: "few_descriptors_suffice", outside: few_descriptors, inside: many_objects },
+    Case { name: "the_table_of_descriptors_does_not_grow", outside: many_files, inside: open_many },
     Case {
         name: "a_removed_name_leaves_the_file_its_others",
         outside: linked_twice,
@@ -64,6 +65,36 @@ fn many_objects(_: &[String]) -> Check {
         fs::rename(format!("d{i}"), format!("e{i}"))?;
         fs::write(format!("e{i}/new"), "")?;
     }
+    Ok(())
+}
+
+fn many_files(world: &mut World) -> Check {
+    for i in 0..600 {
+        fs::write(world.lower().join(format!("f{i}")), "")?;
+    }
+    world.mount().run()?;
+    no_leftovers(world)
+}
+
+/// How many descriptors the server has room for (`FDSize` of proc_pid_status(5)).
+fn room() -> Result<usize, Failure> {
+    let status = fs::read_to_string(format!("/proc/{}/status", nix::unistd::getppid()))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("FDSize:"));
+    Ok(line.ok_or("FDSize is missing")?.trim().parse()?)
+}
+
+fn open_many(_: &[String]) -> Check {
+    let before = room()?;
+    let mut buf = [0; 1];
+    for i in 0..600 {
+        File::open(format!("f{i}"))?.read_at(&mut buf, 0)?;
+        // (A file's content is read by a descriptor of its own only where it has some.)
+        OpenOptions::new().write(true).open(format!("f{i}"))?.write_all_at(b"x", 0)?;
+    }
+    let server = nix::unistd::getppid();
+    let open = fs::read_dir(format!("/proc/{server}/fd"))?.count();
+    holds!(open > 200, "{open} are open");
+    same!(room()?, before, "while {open} were opened");
     Ok(())
 }
 

@@ -14,6 +14,7 @@ use crate::tools::*;
 crate::tests! {
     programs_of_every_day_work,
     idle_means_no_wake_up,
+    there_is_room_for_descriptors_before_they_are_wanted,
     stopping_ends_every_flow,
     the_stack_ends_with_its_namespace,
     what_was_sent_last_arrives,
@@ -72,6 +73,20 @@ fn idle_means_no_wake_up(world: &World) {
     // The connection is still there.
     server.write_all(b"x").unwrap();
     client.read_exact(&mut [0]).unwrap();
+}
+
+/// While the table of descriptors grows all flows stand still.
+fn there_is_room_for_descriptors_before_they_are_wanted(_: &World) {
+    use nix::sys::resource::{Resource, getrlimit};
+    let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    let _guest = Guest::new();
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let room: u64 = status
+        .lines()
+        .find_map(|line| line.strip_prefix("FDSize:"))
+        .and_then(|size| size.trim().parse().ok())
+        .expect("FDSize of proc_pid_status(5)");
+    assert!(room >= (soft / 2).min(8_192), "for {room} of {soft}");
 }
 
 fn stopping_ends_every_flow(world: &World) {
