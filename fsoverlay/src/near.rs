@@ -44,7 +44,7 @@ use rustix::thread::{CpuSet, Pid, gettid};
 
 use self::bound::{Bound, affinity, processor_of, unbind};
 use self::phase::{Current, Phase};
-use self::worth::{Pause, Progress, SLOW, Seen, Streak, Watch, Worth};
+use self::worth::{Best, Pause, Progress, SLOW, Seen, Streak, Watch, Worth};
 use crate::errno::{Errno, Res, set_gives_way};
 use crate::sync::{Mutex, start_elsewhere, start_here};
 use crate::sys::{give_way, has_turns};
@@ -73,6 +73,7 @@ pub(crate) struct Near {
     /// The procfs that knows the askers by the numbers that requests have.
     proc: OwnedFd,
     streak: Streak,
+    best: Best,
     phase: Current,
     /// Whom the companion serves, and where; how long a request took before, in nanoseconds.
     asker: AtomicU32,
@@ -184,6 +185,7 @@ impl Near {
             fuse,
             proc,
             streak: Streak::new(slow),
+            best: Best::new(),
             phase: Current::new(Phase::Missing),
             asker: AtomicU32::new(0),
             processor: AtomicUsize::new(0),
@@ -251,6 +253,7 @@ impl Near {
             phase if phase.is_on() => self.look_after(LONG_TICK, None),
             Phase::Asleep if asker != 0 => {
                 if let Some(pace) = self.streak.count(asker)
+                    && self.best.is_better_than(pace)
                     && let Some(bound) = self.accompany(asker, pace)
                 {
                     self.look_after(TICK, Some(bound));
@@ -335,7 +338,9 @@ impl Near {
         }
         let mut state = self.state.lock();
         if self.phase.go_on(Phase::note) {
-            state.pause.begin(Instant::now());
+            if self.best.is_better_than(Duration::from_nanos(self.before.load(Ordering::Relaxed))) {
+                state.pause.begin(Instant::now());
+            }
             tracing::debug!(served = self.served(), "served on any processor: it was not worth it");
         }
     }
@@ -378,7 +383,7 @@ impl Near {
         let Companion { bound, progress, .. } = companion;
         if self.is_on() {
             self.served.fetch_add(1, Ordering::Relaxed);
-            match progress.count(asker) {
+            match progress.count(asker, &self.best) {
                 Worth::GoOn => {}
                 Worth::Follow => self.follow(bound, progress.asker),
                 Worth::Stop => return self.give_up(companion),

@@ -67,6 +67,30 @@ impl Streak {
     }
 }
 
+/// The least time that requests have taken with a companion so far, in nanoseconds.
+#[derive(Debug)]
+pub(super) struct Best(AtomicU64);
+
+impl Best {
+    pub(super) fn new() -> Self {
+        Self(AtomicU64::new(u64::MAX))
+    }
+
+    fn note(&self, pace: Duration) {
+        let nanos = u64::try_from(pace.as_nanos()).unwrap_or(u64::MAX);
+        if nanos < self.0.load(Ordering::Relaxed) {
+            self.0.store(nanos, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether one may be worth it where requests take so long. It is not where asker and worker are on one processor by
+    /// chance; to begin and end there would only put off the next one, for which there may be more to gain.
+    pub(super) fn is_better_than(&self, pace: Duration) -> bool {
+        let best = self.0.load(Ordering::Relaxed);
+        best == u64::MAX || pace * WORTH > Duration::from_nanos(best) * 100
+    }
+}
+
 /// How the companion gets along with the one whom it serves.
 #[derive(Debug)]
 pub(super) struct Progress {
@@ -96,7 +120,7 @@ impl Progress {
     }
 
     /// Counts a request of a thread (0: of nobody's).
-    pub(super) fn count(&mut self, asker: u32) -> Worth {
+    pub(super) fn count(&mut self, asker: u32, best: &Best) -> Worth {
         self.requests += 1;
         if asker != 0 && asker != std::mem::replace(&mut self.asker, asker) {
             self.others += 1;
@@ -106,6 +130,7 @@ impl Progress {
         }
         let now = Instant::now();
         let pace = now.saturating_duration_since(std::mem::replace(&mut self.looked, now)) / LOOK;
+        best.note(pace);
         self.look(pace)
     }
 
@@ -241,11 +266,26 @@ mod tests {
     fn it_stops_when_several_ask() {
         // So slow before that anything is worth it.
         let mut it = Progress::new(1, Duration::MAX / 100);
-        let mut ask = |askers: [u32; LOOK as usize]| askers.map(|asker| it.count(asker))[LOOK as usize - 1];
+        let best = Best::new();
+        let mut ask =
+            |askers: [u32; LOOK as usize]| askers.map(|asker| it.count(asker, &best))[LOOK as usize - 1];
         assert_eq!(ask([1, 1, 1, 2, 1, 1, 1, 1]), Worth::GoOn, "one between");
         assert_eq!(ask([1, 0, 1, 0, 1, 0, 1, 0]), Worth::GoOn, "nobody's");
         assert_eq!(ask([1, 2, 1, 2, 1, 1, 1, 1]), Worth::Stop);
         assert_eq!(ask([1; 8]), Worth::GoOn, "counted anew");
+    }
+
+    #[test]
+    fn it_is_not_begun_where_requests_are_as_fast_as_they_get() {
+        let micros = Duration::from_micros;
+        let best = Best::new();
+        assert!(best.is_better_than(micros(1)), "not known yet");
+        best.note(micros(13));
+        best.note(micros(20));
+        assert!([1, 13, 16].into_iter().all(|pace| !best.is_better_than(micros(pace))));
+        assert!([17, 100].into_iter().all(|pace| best.is_better_than(micros(pace))));
+        best.note(micros(10));
+        assert!(best.is_better_than(micros(16)));
     }
 
     #[test]
