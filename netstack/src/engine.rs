@@ -250,7 +250,7 @@ impl Engine {
 
     /// Time until the next timer; `None`: until something happens.
     fn patience(&self, now: Instant) -> Option<Duration> {
-        let frames = self.more_frames && !self.frames_wait();
+        let frames = self.more_frames && !self.sh.sent.is_in_debt();
         let unread = !self.sh.unread.queue.is_empty() && !self.sh.received.is_dry();
         let more = frames || self.more_work || unread;
         if self.forward.is_eager() || self.join.flows.have_work() || more && !self.sh.tap.is_blocked() {
@@ -286,13 +286,13 @@ impl Engine {
         let now = clock();
         self.sh.now = now;
         self.sh.begin(At::Housekeeping);
-        self.sh.sent.fill(now, usize::from(self.more_frames));
-        self.sh.received.fill(now, self.sh.unread.queue.len());
+        self.sh.sent.fill(now);
+        self.sh.received.fill(now);
         let mut frames = self.more_frames;
         let mut obeyed = Turn::Goes;
         // As many as wait now: who is not done comes again the next turn.
         for _ in 0..self.sh.unread.queue.len() {
-            if self.sh.tap.is_blocked() || self.sh.received.is_dry() || self.sh.received.datagrams_rest() {
+            if self.sh.tap.is_blocked() || self.sh.received.is_dry() {
                 break;
             }
             if let Some(token) = self.sh.unread.pop().and_then(Token::unpack) {
@@ -396,9 +396,8 @@ impl Engine {
     }
 
     fn tell_drained(&mut self) {
-        let frames_wait = self.frames_wait();
         let Some((looked, _)) = &mut self.drained else { return };
-        if frames_wait {
+        if self.sh.sent.is_in_debt() {
             // No frame is read until that is paid.
             *looked = false;
         } else if !std::mem::replace(looked, true) {
@@ -469,15 +468,9 @@ impl Engine {
         !answers.is_empty()
     }
 
-    /// Whether nothing is read from the TAP before the guest may send more.
-    fn frames_wait(&self) -> bool {
-        let sent = &self.sh.sent;
-        sent.is_in_debt() || sent.is_dry() && sent.datagrams_rest()
-    }
-
     /// Watches the TAP for room while frames wait, and only then; for nothing while the guest has sent more than it may.
     fn watch_tap(&mut self) {
-        let flags = match (self.sh.tap.is_blocked(), self.frames_wait()) {
+        let flags = match (self.sh.tap.is_blocked(), self.sh.sent.is_in_debt()) {
             // Nothing is read meanwhile, so frames of the guest must not wake us.
             (true, _) => EpollFlags::EPOLLOUT,
             (false, true) => EpollFlags::empty(),
@@ -496,7 +489,7 @@ impl Engine {
     fn await_tokens(&mut self) {
         let [sent, received] = self.tcp.flows.wait_for_tokens();
         let joined = self.join.flows.wait_for_tokens();
-        let sent = sent || joined[0] || self.frames_wait();
+        let sent = sent || joined[0] || self.sh.sent.is_in_debt();
         let received = received || joined[1] || !self.sh.unread.queue.is_empty();
         let at = [self.sh.sent.ready_at().filter(|_| sent), self.sh.received.ready_at().filter(|_| received)];
         if let Some(at) = at.into_iter().flatten().min() {
@@ -508,7 +501,7 @@ impl Engine {
         let mut buffer = std::mem::take(&mut self.buffer);
         self.more_frames = true;
         for _ in 0..TURN_FRAMES {
-            if self.sh.tap.is_blocked() || self.sh.sent.is_in_debt() || self.sh.sent.datagrams_rest() {
+            if self.sh.tap.is_blocked() || self.sh.sent.is_in_debt() {
                 break;
             }
             match self.sh.tap.read(&mut buffer) {

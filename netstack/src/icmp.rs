@@ -157,7 +157,7 @@ impl Icmp {
             0 | 1 => return udp::hops_exceeded(sh, packet),
             hops => (hops < 64).then_some(hops - 1),
         };
-        sh.sent.take_datagrams(packet.payload().len());
+        sh.sent.take(packet.payload().len());
         let to = SocketAddr::new(to.ip(), 0);
         let how = Sending { hops, from: None };
         let mut sent = udp::send_to(&ping.fd, packet.payload(), packet.payload().len(), to, how);

@@ -7,9 +7,7 @@
 //! its link busy.
 //!
 //! TCP flows that want more than may go share what there is in equal parts ([`Bucket::share`]), and take turns where that
-//! would be too little for each (`flows.rs`), whether they cross the TAP or not. Datagrams come as they are, and come
-//! first. While TCP flows want more than goes, what datagrams took beyond their part is counted, and they rest until the
-//! others have had as much ([`Bucket::datagrams_rest`]): those that are few never do.
+//! would be too little for each (`flows.rs`), whether they cross the TAP or not.
 //!
 //! What counts is what the flows carry: the payload of TCP, UDP and echo messages that leave for the world or come from
 //! it. What the stack answers itself is free.
@@ -59,13 +57,6 @@ pub(crate) struct Bucket {
     sharers: usize,
     /// What each of them may take in one turn of the engine.
     part: usize,
-    /// What datagrams took in this turn, and what is theirs of what there was.
-    by_datagrams: usize,
-    theirs: usize,
-    /// What time has brought since the turn before, with what paid debts.
-    brought: usize,
-    /// How much more than their part of that they have had.
-    over: i64,
 }
 
 impl Bucket {
@@ -76,52 +67,27 @@ impl Bucket {
             (rate, burst.unwrap_or(rate / 10).clamp(LEAST_BURST, MOST))
         });
         let tokens = limit.map_or(0, |(_, burst)| signed(burst));
-        Self {
-            limit,
-            tokens,
-            spare: 0,
-            filled: now,
-            dry: false,
-            sharers: 0,
-            part: usize::MAX,
-            by_datagrams: 0,
-            theirs: 0,
-            brought: 0,
-            over: 0,
-        }
+        Self { limit, tokens, spare: 0, filled: now, dry: false, sharers: 0, part: usize::MAX }
     }
 
     /// Becomes a full one with another rate. Who shares it does so still.
     pub(crate) fn set_rate(&mut self, rate: Option<Rate>, now: Instant) {
         *self = Self { sharers: self.sharers, ..Self::new(rate, now) };
-        self.divide(0);
+        self.divide();
     }
 
-    /// Puts in what time has brought, and divides what there is for this turn among the flows that want it and the sockets
-    /// at which datagrams wait.
-    pub(crate) fn fill(&mut self, now: Instant, sockets: usize) {
+    /// Puts in what time has brought, and divides what there is for this turn.
+    pub(crate) fn fill(&mut self, now: Instant) {
         self.pour(now);
-        self.divide(sockets);
+        self.divide();
     }
 
-    fn divide(&mut self, sockets: usize) {
+    fn divide(&mut self) {
         if self.limit.is_none() {
             return;
         }
-        let left = self.left();
         // Rounded up: a rest would go as a segment of a few bytes.
-        self.part = left.div_ceil((self.sharers + sockets).max(1)).max(LEAST_PART);
-        let sockets = sockets.max(1);
-        let part_of = |bytes: usize| (bytes / (self.sharers + sockets)).saturating_mul(sockets);
-        self.theirs = part_of(left).max(1);
-        // What they do not take is theirs for a moment longer, no more: others have had it.
-        let due = signed_len(part_of(self.brought));
-        let most = due.max(signed_len(LEAST_PART));
-        self.over = self.over.saturating_add(signed_len(self.by_datagrams)).saturating_sub(due).max(-most);
-        if self.sharers == 0 {
-            self.over = 0;
-        }
-        (self.by_datagrams, self.brought) = (0, 0);
+        self.part = self.left().div_ceil(self.sharers.max(1)).max(LEAST_PART);
     }
 
     fn pour(&mut self, now: Instant) {
@@ -131,9 +97,7 @@ impl Bucket {
         }
         let new = u128::from(rate) * u128::from((now - self.filled).total_micros()) + u128::from(self.spare);
         self.filled = now;
-        let brought = i64::try_from(new / 1_000_000).unwrap_or(i64::MAX);
-        self.tokens = self.tokens.saturating_add(brought);
-        self.brought = usize::try_from(brought).unwrap_or(usize::MAX);
+        self.tokens = self.tokens.saturating_add(i64::try_from(new / 1_000_000).unwrap_or(i64::MAX));
         self.spare = u64::try_from(new % 1_000_000).unwrap_or(0);
         if self.tokens >= signed(burst) {
             (self.tokens, self.spare) = (signed(burst), 0);
@@ -177,17 +141,6 @@ impl Bucket {
         }
     }
 
-    /// Datagrams are gone.
-    pub(crate) fn take_datagrams(&mut self, bytes: usize) {
-        self.take(bytes);
-        self.by_datagrams = self.by_datagrams.saturating_add(bytes);
-    }
-
-    /// Whether datagrams have to wait, because they had more than their part while TCP flows have to.
-    pub(crate) fn datagrams_rest(&self) -> bool {
-        self.limit.is_some() && self.sharers > 0 && (self.over > 0 || self.by_datagrams >= self.theirs)
-    }
-
     /// Whether nothing may go now.
     pub(crate) fn is_dry(&self) -> bool {
         self.dry
@@ -212,10 +165,6 @@ impl Bucket {
     }
 }
 
-fn signed_len(n: usize) -> i64 {
-    i64::try_from(n).unwrap_or(i64::MAX)
-}
-
 fn signed(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }
@@ -236,7 +185,7 @@ mod tests {
     fn without_a_rate_everything_may_go() {
         let mut bucket = Bucket::new(None, at(0));
         bucket.take(usize::MAX);
-        bucket.fill(at(1), 0);
+        bucket.fill(at(1));
         assert_eq!((bucket.left(), bucket.share(), bucket.ready_at()), (usize::MAX, usize::MAX, None));
         assert!(!bucket.is_dry() && !bucket.is_in_debt());
     }
@@ -249,12 +198,12 @@ mod tests {
         assert!(bucket.is_dry() && !bucket.is_in_debt());
         // A hundredth of a second at once, and not before.
         assert_eq!(bucket.ready_at(), Some(at(10_000)));
-        bucket.fill(at(9_999), 0);
+        bucket.fill(at(9_999));
         assert_eq!(bucket.left(), 0);
-        bucket.fill(at(10_000), 0);
+        bucket.fill(at(10_000));
         assert_eq!(bucket.left(), 10_000);
         // However long it rests, no more than the burst.
-        bucket.fill(at(90_000_000), 0);
+        bucket.fill(at(90_000_000));
         assert_eq!((bucket.left(), bucket.share()), (200_000, 200_000));
     }
 
@@ -264,7 +213,7 @@ mod tests {
         let wants = |bucket: &mut Bucket, before: usize, now: usize| {
             (0..before).for_each(|_| bucket.count_sharer(true, false));
             (0..now).for_each(|_| bucket.count_sharer(false, true));
-            bucket.fill(at(1), 0);
+            bucket.fill(at(1));
             bucket.share()
         };
         assert_eq!(wants(&mut bucket, 0, 3), 66_667);
@@ -273,7 +222,7 @@ mod tests {
         bucket.take(66_667);
         assert_eq!((bucket.share(), bucket.left()), (66_666, 66_666));
         bucket.take(66_666);
-        bucket.fill(at(1_000_000), 0);
+        bucket.fill(at(1_000_000));
         // Never so little that only small segments would go; alone again, everything.
         assert_eq!(wants(&mut bucket, 3, 1_000), 1_500);
         assert_eq!(wants(&mut bucket, 1_000, 1), 200_000);
@@ -288,7 +237,7 @@ mod tests {
         bucket.take(130_000);
         assert!(bucket.is_dry() && bucket.is_in_debt());
         assert_eq!(bucket.ready_at(), Some(at(40_000)));
-        bucket.fill(at(30_000), 0);
+        bucket.fill(at(30_000));
         assert!(bucket.is_dry() && !bucket.is_in_debt());
     }
 
@@ -298,9 +247,9 @@ mod tests {
         bucket.take(usize::try_from(2 * LEAST_BURST).expect("small"));
         let debt = bucket.tokens;
         for micros in (0..1_000_000).step_by(7) {
-            bucket.fill(at(micros), 0);
+            bucket.fill(at(micros));
         }
-        bucket.fill(at(1_000_000), 0);
+        bucket.fill(at(1_000_000));
         assert_eq!(bucket.tokens - debt, 12_345);
     }
 
@@ -312,7 +261,7 @@ mod tests {
                 bucket.take(usize::MAX);
                 bucket.take(1 << 20);
                 assert!(bucket.ready_at() > Some(at(0)));
-                bucket.fill(at(u64::MAX / 4), 0);
+                bucket.fill(at(u64::MAX / 4));
             }
         }
     }
