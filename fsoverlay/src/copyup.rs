@@ -145,6 +145,7 @@ impl Engine {
             return Ok(());
         }
         if node.kind == Kind::Dir {
+            may_take_long_unless(|| is_short_way_up(node))?;
             return self.copy_up_dir(node);
         }
         may_take_long_unless(|| is_short_copy(node))?;

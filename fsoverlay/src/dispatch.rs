@@ -318,6 +318,10 @@ impl FuseFs {
         again: impl FnOnce() -> O,
     ) {
         self.run(what, ino, || {
+            if self.leaves(what, 0) {
+                let again = again();
+                return self.aside(what, ino, move |fs| send(again(fs), reply));
+            }
             if self.engine().far.is_empty() && !gives_way() {
                 return send(now(self), reply);
             }

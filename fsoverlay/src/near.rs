@@ -795,7 +795,7 @@ mod tests {
             bench.ask_until(|bench| are(bench, 2));
             // Nobody asks any more. Whoever waits for it to leave is not bound, nor is it.
             until(&bench.near, || !bench.near.is_on() && are(&bench, 0));
-            assert!(matches!(bench.near.phase.get(), Phase::Leaves | Phase::Asleep));
+            assert!(matches!(bench.near.phase.get(), Phase::Leaves | Phase::Last | Phase::Asleep));
             bench.ask_until(|bench| bench.near.phase.get() == Phase::Asleep);
             until(&bench.near, || are(&bench, 0));
         }

@@ -141,6 +141,8 @@ fn who_gives_way_leaves_what_takes_long_to_others() {
         assert_eq!(hurried(|| engine.copy_up(&small(&dirs[8]))), Err(LONG));
         assert_eq!(hurried(|| engine.create(&dirs[8], b"new", &new(0o600)).map(drop)), Err(LONG));
         assert_eq!(hurried(|| engine.unlink(&dirs[8], b"small")), Err(LONG));
+        let moved = crate::setattr::SetAttr { perm: Some(0o700), ..Default::default() };
+        assert_eq!(hurried(|| engine.set_attr(&dirs[8], moved).map(drop)), Err(LONG));
         assert!(!dirs[0].is_upper(), "nothing has been done");
         assert_eq!(hurried(|| engine.copy_up(&small(&dirs[7]))), Ok(()));
         assert_eq!(hurried(|| engine.create(&dirs[8], b"new", &new(0o600)).map(drop)), Ok(()));
@@ -163,6 +165,12 @@ fn who_gives_way_leaves_what_takes_long_to_others() {
             let _ = done.send(std::thread::current().id());
         });
         assert_ne!(answered(), me, "a listing");
+        let send = |_: Res<()>, done: Sender<_>| done.send(std::thread::current().id()).expect("asked");
+        for (what, here) in [(Opcode::Unlink, true), (Opcode::RmDir, false)] {
+            let name = OsStr::new("no such name");
+            fs.serve_named(what, INodeNo(root.ino), name, done.clone(), send, |_, _| Ok(()));
+            assert_eq!(answered() == me, here, "{what:?}");
+        }
         let ino = INodeNo(file(b"large").ino);
         let send = |_: Res<&[u8]>, done: Sender<_>| done.send(std::thread::current().id()).expect("asked");
         let read = |size: u64| fs.serve_read(ino, 0, u32::try_from(size).expect("small"), done.clone(), send);
