@@ -362,7 +362,9 @@ resource.prlimit(net.p.pid, resource.RLIMIT_FSIZE, (size + 50, -1))
 connect()
 print(os.stat("log").st_size == size)
 # A thread of its own writes the capture.
-while "the capture of the network ends here" not in (line := net.p.stderr.readline()): print(line, end="")
+while "the capture of the network ends here" not in (line := net.p.stderr.readline()):
+    assert line, "it has ended"
+    print(line, end="")
 print(line, end="")
 resource.prlimit(net.p.pid, resource.RLIMIT_FSIZE, (-1, -1))
 connect()

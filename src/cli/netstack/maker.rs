@@ -13,7 +13,8 @@
 //!
 //! What it gives up before it answers the first question: every descriptor but its end of the socket pair, standard
 //! streams included; every capability, and what could give one back; with `--enable-sandbox` the host's files; every
-//! system call but the few that it makes. The target's root may not trace it (it is not dumpable); it may kill it.
+//! system call but the few that it makes. It is not dumpable: the target's root may not trace
+//! it, unless the program itself was called in the target's user namespace; it may kill and stop it.
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
