@@ -33,7 +33,7 @@ use crate::layer::{RealDir, stat_at};
 use crate::links::Changes;
 use crate::listing::Listing;
 use crate::numbers::InodeNumbers;
-use crate::sync::{Mutex, RwLock};
+use crate::sync::{Mutex, RwLock, start};
 
 /// The root's number in every FUSE mount.
 pub(crate) const ROOT: u64 = 1;
@@ -541,12 +541,15 @@ impl Table {
     /// Gives memory back when most of all that was known is gone; with no lock held, since it takes some
     /// milliseconds. The allocator would keep what is free between the few objects that are left.
     fn give_back(&self) {
-        // It takes milliseconds, with the heap locked. The next one does it.
-        if gives_way() {
+        if self.shrunk.load(Ordering::Relaxed) < SHARDS / 8 || self.shrunk.swap(0, Ordering::Relaxed) == 0 {
             return;
         }
-        if self.shrunk.load(Ordering::Relaxed) >= SHARDS / 2 && self.shrunk.swap(0, Ordering::Relaxed) > 0 {
-            crate::sys::give_memory_back();
+        if !gives_way() {
+            return crate::sys::give_memory_back();
+        }
+        // The heap is locked meanwhile. Whoever gives way may be the only one who forgets, so nobody else would do it later.
+        if start("fsoverlay-trim", crate::sys::give_memory_back).is_err() {
+            self.shrunk.fetch_add(SHARDS / 8, Ordering::Relaxed);
         }
     }
 

@@ -530,7 +530,7 @@ def end_of(pidfd):
 "#;
 
 #[test]
-fn connections_from_the_loopback_are_joined_inside() {
+fn loopback_connections_are_joined() {
     need!("nsenter", "ip");
     let home = Home::new();
     let script = r#"
@@ -579,7 +579,7 @@ for options in ("-c",), ("-c", "-a", "api", "--network-capture=capture"):
 }
 
 #[test]
-fn who_makes_sockets_inside_goes_with_the_program() {
+fn the_maker_goes_with_the_program() {
     need!("nsenter", "ip");
     let home = Home::new();
     let script = r#"

@@ -34,8 +34,21 @@ pub(crate) fn patient(stream: TcpStream) -> TcpStream {
     stream
 }
 
+/// Waits in connect(2), which says why it fails. (`TcpStream::connect_timeout` asks for that afterwards, and may be told of
+/// no error.)
 pub(crate) fn connect(addr: SocketAddr) -> std::io::Result<TcpStream> {
-    TcpStream::connect_timeout(&addr, PATIENCE).map(patient)
+    use nix::sys::socket::{SockFlag, SockType, SockaddrStorage, setsockopt, socket, sockopt};
+    use std::os::fd::AsRawFd as _;
+    let family = if addr.is_ipv4() {
+        nix::sys::socket::AddressFamily::Inet
+    } else {
+        nix::sys::socket::AddressFamily::Inet6
+    };
+    let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let patience = i64::try_from(PATIENCE.as_secs()).unwrap();
+    setsockopt(&socket, sockopt::SendTimeout, &nix::sys::time::TimeVal::new(patience, 0))?;
+    nix::sys::socket::connect(socket.as_raw_fd(), &SockaddrStorage::from(addr))?;
+    Ok(patient(socket.into()))
 }
 
 /// One server that accepts a single connection and hands it to the test.
