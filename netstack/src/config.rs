@@ -267,6 +267,9 @@ pub(crate) const INBOUND_CONNECT: Duration = Duration::from_secs(10);
 /// How long a connection from the host's loopback waits for a socket of the guest's namespace, which is there at once unless
 /// something is wrong.
 pub(crate) const INSIDE_SOCKET: Duration = Duration::from_secs(1);
+/// Connections in a row for which it did not come in time, and then no more is asked for: whoever was stopped, as the
+/// program's own processes may be from inside, would cost each connection that time.
+pub(crate) const INSIDE_LATE: u32 = 3;
 
 /// Pipes at once that connections from the host's loopback to published ports have data in, and the bytes that each of
 /// them takes. Beyond that the data is copied.

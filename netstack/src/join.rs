@@ -40,7 +40,7 @@ use nix::sys::socket::{MsgFlags, Shutdown, SockaddrStorage, getsockname};
 use smoltcp::time::Instant;
 
 use crate::calls::{connect, pipe2, recv, send, shutdown, splice};
-use crate::config::{HALF_OPEN_SPARE, INBOUND_CONNECT, INSIDE_SOCKET, JOIN_PIPE, MAX_PIPES};
+use crate::config::{HALF_OPEN_SPARE, INBOUND_CONNECT, INSIDE_LATE, INSIDE_SOCKET, JOIN_PIPE, MAX_PIPES};
 use crate::defect::At;
 use crate::flow::{Endpoint, FlowId, FlowKey, TimerKey, enqueue};
 use crate::flowlog::{Account, Traffic};
@@ -205,6 +205,10 @@ pub(crate) struct Join {
     inside: Option<InsideSockets>,
     /// Those that have not come: [`MAX_ASKED`] at most.
     asked: VecDeque<Asked>,
+    /// Answers in a row that did not come in time, and when the last of them was missed. What was asked for before that
+    /// is none of another: many connections may come at once.
+    late: u32,
+    missed: Option<Instant>,
     /// Who is to get the next ones.
     unasked: VecDeque<(FlowId, Family)>,
     pub(crate) flows: Flows<Joined>,
@@ -221,6 +225,8 @@ impl Join {
         Ok(Self {
             inside,
             asked: VecDeque::new(),
+            late: 0,
+            missed: None,
             unasked: VecDeque::new(),
             flows: Flows::default(),
             deadlines: BTreeSet::new(),
@@ -356,8 +362,18 @@ impl Join {
             }
         }
         // Their answers were lost, or will come too late.
-        while self.asked.front().is_some_and(|asked| asked.until <= now) {
+        while let Some(until) = self.asked.front().map(|asked| asked.until).filter(|until| *until <= now) {
             self.asked.pop_front();
+            if self.missed.is_none_or(|missed| until >= missed + INSIDE_SOCKET) {
+                self.late += 1;
+                self.missed = Some(now);
+            }
+        }
+        if self.late >= INSIDE_LATE && self.inside.is_some() {
+            tracing::warn!(
+                "nobody answers who makes sockets inside: connections from the loopback cross the interface from here on"
+            );
+            self.let_go(sh, now, tcp);
         }
         self.ask(now);
         let asked = self.asked.front().map(|asked| asked.until);
@@ -377,6 +393,7 @@ impl Join {
                     if self.asked.iter().position(is_it).and_then(|at| self.asked.remove(at)).is_none() {
                         continue;
                     }
+                    self.late = 0;
                     match made.socket {
                         Ok(socket) => {
                             let fd = sh.budget.hold(socket);
@@ -397,14 +414,21 @@ impl Join {
                 Err(Errno::EINTR) => {}
                 Err(errno) => {
                     tracing::debug!(%errno, "nobody makes sockets inside any more");
-                    self.inside = None;
-                    let waits = |flow: &Joined| matches!(flow.phase, Phase::Waiting(_));
-                    let waiting = self.flows.iter().filter(|(_, flow)| waits(flow));
-                    let ids: Vec<FlowId> = waiting.map(|(id, _)| id).collect();
-                    return ids.into_iter().for_each(|id| self.cross(sh, now, tcp, id));
+                    return self.let_go(sh, now, tcp);
                 }
             }
         }
+    }
+
+    /// There will be no more sockets: who waits for one goes the way of all others, and so do those that come from now on.
+    fn let_go(&mut self, sh: &mut Shared, now: Instant, tcp: &mut Tcp) {
+        self.inside = None;
+        self.asked.clear();
+        self.unasked.clear();
+        let waits = |flow: &Joined| matches!(flow.phase, Phase::Waiting(_));
+        let waiting = self.flows.iter().filter(|(_, flow)| waits(flow));
+        let ids: Vec<FlowId> = waiting.map(|(id, _)| id).collect();
+        ids.into_iter().for_each(|id| self.cross(sh, now, tcp, id));
     }
 
     /// Has a flow of which nothing has been read go the way of all others, from that place of the server on at which it is.

@@ -729,3 +729,58 @@ fn joined_connections_whose_calls_fail_cross_the_tap_or_are_reset_or_do_without(
         }
     }
 }
+
+#[test]
+fn who_does_not_answer_for_sockets_is_let_go_after_a_few_connections() {
+    let name = "script::faults::who_does_not_answer_for_sockets_is_let_go_after_a_few_connections";
+    if !hostile::in_empty_namespace(name) {
+        return;
+    }
+    const NEARLY: Duration = Duration::from_millis(999);
+    const REST: Duration = Duration::from_millis(1);
+    let mut joining = Joining::new();
+    let script = &mut joining.script;
+    // How many of some that come at once cross the TAP at once. The others do after that time.
+    let cross = |script: &mut Script, many: usize| -> usize {
+        let clients: Vec<TcpStream> =
+            (0..many).map(|_| TcpStream::connect(script.published[0]).expect("connect")).collect();
+        let wanted = many as u64;
+        script.wait_for("flows", |script| script.stats().tcp_flows == wanted);
+        let crossing =
+            |script: &Script| std::iter::from_fn(|| script.try_recv()).filter(is_connecting).count();
+        let at_once = crossing(script);
+        if at_once < many {
+            script.advance(NEARLY);
+            assert_eq!(crossing(script), 0);
+            script.advance(REST);
+            assert_eq!(crossing(script), many - at_once);
+        }
+        // The inside gives no answer at any of the server's places.
+        drop(clients);
+        for _ in 0..2 {
+            script.advance(Duration::from_secs(11));
+            crossing(script);
+        }
+        assert_eq!(script.stats().tcp_flows, 0);
+        at_once
+    };
+    assert_eq!(cross(script, 1), 0);
+    assert_eq!(cross(script, 1), 0);
+    // An answer in time makes up for them, and those that come too late do not.
+    let client = TcpStream::connect(script.published[0]).expect("connect");
+    script.wait_for("flow", |script| script.stats().tcp_flows == 1);
+    assert!(joining.maker.answer());
+    script.wait_for("joined", |script| script.stats().tcp_joined == 1);
+    drop(client);
+    joining.inside.accept().expect("its other end");
+    script.wait_for("the end", |script| script.stats().tcp_flows == 0);
+    // Many at once are one.
+    assert_eq!(cross(script, 20), 0);
+    assert_eq!(cross(script, 1), 0);
+    assert!(joining.maker.answer());
+    script.settle();
+    assert_eq!(cross(script, 1), 0);
+    assert!(!joining.maker.answer(), "the stack has not let it go");
+    // From now on nobody waits.
+    assert_eq!(cross(script, 5), 5);
+}
