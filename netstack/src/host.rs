@@ -199,7 +199,11 @@ pub(crate) fn datagram_socket(
 
 /// Gives a socket for what goes to `to` the address that is configured for that.
 pub(crate) fn bind_outbound(budget: &Budget, fd: &impl AsFd, to: IpAddr) -> nix::Result<()> {
-    let Some(from) = budget.outbound.towards(to) else { return Ok(()) };
+    budget.outbound.towards(to).map_or(Ok(()), |from| bind_address(fd, from))
+}
+
+/// Gives a socket an address of its own.
+pub(crate) fn bind_address(fd: &impl AsFd, from: IpAddr) -> nix::Result<()> {
     let fd = fd.as_fd();
     // Of a connection, the port is chosen when the destination is known: many may share one.
     let _ = setsockopt(&fd, sockopt::IpBindAddressNoPort, &true);

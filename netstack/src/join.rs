@@ -447,6 +447,12 @@ impl Join {
         let guest = flow.ways[flow.way].guest;
         host::tune_tcp(fd.as_fd());
         sys::avoid_port(fd.as_fd(), guest.port);
+        // What answers is to be the guest itself. Only its own address the kernel gives to a socket, and reaches from there:
+        // what leads to this one from another address of the inside's is known to the link.
+        if let Err(errno) = host::bind_address(&fd, guest.ip) {
+            tracing::debug!(%errno, "the inside has not the server's address");
+            return self.cross(sh, now, tcp, id);
+        }
         if let Err(errno) = sh.watch(fd.as_fd(), Token::Inner(id), WATCHED) {
             tracing::debug!(%errno, "a socket inside cannot be watched");
             return self.cross(sh, now, tcp, id);
@@ -466,13 +472,6 @@ impl Join {
         }
         let from = getsockname::<SockaddrStorage>(fd.as_raw_fd()).ok();
         let from = from.as_ref().and_then(udp::socket_addr).map(Endpoint::from);
-        if from.is_some_and(|from| from.ip != guest.ip) {
-            // Only what is its own address the kernel reaches from that address. The inside has another one, and what leads
-            // from there to this one is known to the link.
-            sh.unwatch(fd.as_fd());
-            drop(fd);
-            return self.cross(sh, now, tcp, id);
-        }
         if from == Some(guest) {
             // It got the server's port for its own, and so has met itself. Then there is no server.
             sh.unwatch(fd.as_fd());

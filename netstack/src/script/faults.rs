@@ -676,6 +676,7 @@ fn joined_connections_whose_calls_fail_cross_the_tap_or_are_reset_or_do_without(
     let before = joining.script.inventory();
     drop(joining);
     for call in [
+        Call::Bind,
         Call::Connect,
         Call::EpollAdd,
         Call::Send,
@@ -703,7 +704,9 @@ fn joined_connections_whose_calls_fail_cross_the_tap_or_are_reset_or_do_without(
             let refused = [Errno::ECONNREFUSED, Errno::EHOSTUNREACH, Errno::ENETUNREACH, Errno::ETIMEDOUT];
             if matches!(call, Call::Pipe | Call::SetSockOpt) {
                 assert_eq!(ended, Ended::Echoed(LEN), "{what}");
-            } else if call == Call::Connect || call == Call::GetSockOpt && refused.contains(&errno) {
+            } else if matches!(call, Call::Bind | Call::Connect)
+                || call == Call::GetSockOpt && refused.contains(&errno)
+            {
                 // Nobody has answered, so the link is asked.
                 assert_eq!(ended, Ended::Crossed, "{what}");
                 assert_eq!(

@@ -248,9 +248,13 @@ fn what_the_inside_leads_elsewhere_crosses_the_tap(_: &World) {
             patient(stream).write_all(word)
         });
     }
+    let opens = || guest.net.run(|| sh("grep ^Tcp: /proc/net/snmp | tail -1 | cut -d ' ' -f 6"));
+    let before = opens();
     let mut word = [0; 4];
     connect(at("127.0.0.1", guest.published[0].port())).unwrap().read_exact(&mut word).unwrap();
     assert_eq!(&word, b"far ");
+    // No SYN was made inside, for whoever has that address there.
+    assert_eq!(opens(), before);
     assert_eq!((guest.stack.stats().tcp_joined, guest.stack.stats().tcp_in), (1, 3));
 }
 
