@@ -676,12 +676,7 @@ fn errors(fd: &HostFd, query: &[u8]) -> (bool, usize) {
     let mut others = 0;
     for _ in 0..TURN_ANSWERS {
         match receive_error(fd) {
-            // What was quoted begins as the query does, its identifier included.
-            Ok(Some(error))
-                if error.icmp.is_some()
-                    && error.payload.len() >= message::HEADER
-                    && query.starts_with(&error.payload) =>
-            {
+            Ok(Some(error)) if error.icmp.is_some() && quotes(&error.payload, query) => {
                 return (true, others);
             }
             Ok(_) => others += 1,
@@ -690,6 +685,16 @@ fn errors(fd: &HostFd, query: &[u8]) -> (bool, usize) {
     }
     (false, others)
 }
+
+/// Whether what follows the headers in an ICMP error begins as `query` does, its identifier included. Behind it may be what
+/// the kernel takes for more of it: zeroes to the length that a quotation has where extensions follow, and those (RFC 4884).
+fn quotes(quoted: &[u8], query: &[u8]) -> bool {
+    let least = quoted.len().min(query.len()).clamp(message::HEADER, LEAST_QUOTED);
+    quoted.get(..least).is_some_and(|quoted| query.starts_with(quoted))
+}
+
+/// Of 128 bytes, the least of a long packet that is quoted before extensions, what is behind the headers.
+const LEAST_QUOTED: usize = 128 - 40 - 8;
 
 /// Datagrams that are read from a resolver's socket before others get their turn, and errors.
 const TURN_ANSWERS: usize = 64;

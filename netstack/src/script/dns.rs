@@ -645,18 +645,35 @@ fn what_is_no_answer_ends_no_try() {
     // No time has passed.
     dns.server.send_to(&good, from).expect("send");
     assert_eq!(ttls(&dns.heard(1_000)), [60; 12]);
-    // One that quotes the query is believed.
-    dns.ask(1_000, &query(2, "b.example", TYPE_A, true));
-    let (ask, from) = dns.asked();
-    let mut message = vec![3, 3, 0, 0, 0, 0, 0, 0];
-    let mut datagram = ports(from, to);
-    datagram.extend([0; 4]);
-    datagram.extend(&ask[..12]);
-    message.extend(ingress::rebuild(from.ip(), to.ip(), ingress::UDP, 64, &datagram));
-    Icmpv4Packet::new_unchecked(&mut message[..]).fill_checksum();
-    send_raw(SockProtocol::Icmp, &message);
-    dns.script.settle();
-    assert_ne!(dns.asked().1, from, "it is asked again at once");
+    // One that quotes the query is believed: the least of it; or 128 bytes, which may be more than there are, with an
+    // extension behind them.
+    let long = format!("{0}.{0}.example", "b".repeat(60));
+    for (name, extended) in [("b.example", false), ("c.example", true), (&long, true)] {
+        dns.ask(1_000, &query(2, name, TYPE_A, true));
+        let (ask, from) = dns.asked();
+        let mut datagram = ports(from, to);
+        datagram.extend([0; 4]);
+        datagram.extend(if extended { &ask } else { &ask[..12] });
+        let mut quoted = ingress::rebuild(from.ip(), to.ip(), ingress::UDP, 64, &datagram);
+        let mut message = vec![3, 3, 0, 0, 0, 0, 0, 0];
+        if extended {
+            assert_ne!(quoted.len(), 128);
+            quoted.resize(128, 0);
+            message[5] = 128 / 4;
+            // An object of a class for experiments.
+            quoted.extend([0x20, 0, 0, 0, 0, 8, 247, 1, 1, 2, 3, 4]);
+            let sum = !checksum::data(&quoted[128..]);
+            quoted[130..132].copy_from_slice(&sum.to_be_bytes());
+        }
+        message.extend(quoted);
+        Icmpv4Packet::new_unchecked(&mut message[..]).fill_checksum();
+        send_raw(SockProtocol::Icmp, &message);
+        dns.script.settle();
+        let (again, at) = dns.asked();
+        assert_ne!(at, from, "{name} is asked again at once");
+        dns.server.send_to(&response(&again, 0, &[]), at).expect("send");
+        dns.heard(1_000);
+    }
 }
 
 #[test]
