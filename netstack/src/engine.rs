@@ -380,6 +380,9 @@ impl Engine {
         let mut line = Vec::new();
         self.tcp.flows.release(&self.sh, &mut line, Token::Tcp);
         self.join.flows.release(&self.sh, &mut line, Token::Near);
+        // Who has waited both ways has one place, the first of the two.
+        line.sort_unstable_by_key(|(place, token)| (token.pack(), *place));
+        line.dedup_by_key(|(_, token)| token.pack());
         line.sort_unstable_by_key(|(place, _)| *place);
         for (_, token) in line {
             match token {

@@ -55,7 +55,7 @@ pub(crate) struct Bucket {
     dry: bool,
     /// Flows that wanted more than went when they were looked after last.
     sharers: usize,
-    /// What each of them may take in one turn of the engine.
+    /// What each of them may take when it is looked after, which may be several times in one turn of the engine.
     part: usize,
 }
 
@@ -119,7 +119,7 @@ impl Bucket {
         }
     }
 
-    /// The part of one flow of that, in one turn.
+    /// The part of one flow of that, when it is looked after.
     pub(crate) fn share(&self) -> usize {
         if self.limit.is_none() { usize::MAX } else { self.left().min(self.part) }
     }

@@ -375,6 +375,36 @@ fn connections_that_cross_the_tap_and_those_that_do_not_share_alike() {
 }
 
 #[test]
+fn who_waits_both_ways_gets_no_more_than_who_waits_one_way() {
+    let faster = LIMIT.map(|limit| Rate { bytes_per_second: 10 * RATE, ..limit });
+    let mut script = script(LIMIT, faster);
+    let mut ends: Vec<(Peer, TcpStream)> = (0..2).map(|_| open(&mut script)).collect();
+    for (_, server) in &ends {
+        server.set_nonblocking(true).expect("non-blocking");
+    }
+    for _ in 0..400 {
+        ends[0].0.send(&mut script, TcpControl::Psh, &[8; 1_000]);
+    }
+    let mut got = [0; 2];
+    for _ in 0..60 {
+        for (_, server) in &mut ends {
+            let _ = server.write(&[7; 100_000]);
+        }
+        script.advance_millis(50);
+        while let Some(frame) = script.try_recv() {
+            let to = frame.tcp().src_port();
+            let which = ends.iter().position(|(peer, _)| peer.remote.1 == to).expect("one of ours");
+            if !frame.tcp().payload().is_empty() {
+                got[which] += ends[which].0.take(&mut script, &frame);
+            }
+        }
+    }
+    assert!(drain(&mut ends[0].1) > 300_000);
+    let fair = got.iter().sum::<usize>() / 2;
+    assert!(fair > 1_000_000 && got[0].abs_diff(fair) < fair / 10, "{got:?}");
+}
+
+#[test]
 fn who_has_gone_has_no_share() {
     let mut script = script(None, LIMIT);
     let mut ends: Vec<(Peer, TcpStream)> = (0..20).map(|_| open(&mut script)).collect();
