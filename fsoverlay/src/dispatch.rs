@@ -11,6 +11,9 @@
 //!   long it is until there is a thread for it;
 //! - it waits for the kernel to write back (a seek), which the kernel may want a worker for: aside as well.
 //!
+//! What the kernel has forgotten needs no answer; a worker that gives way ([`crate::near`]) leaves most of it to another
+//! thread.
+//!
 //! Names that the kernel is to forget need an answer of the kernel, too. They wait on one thread for all,
 //! which also takes the seeks that have no thread of their own.
 //!
@@ -21,7 +24,7 @@ use std::cell::Cell;
 use std::ffi::OsStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, OnceLock, Weak, mpsc};
 use std::time::{Duration, Instant};
 
 use fuser::{INodeNo, Notifier, ReplyLseek, Request};
@@ -46,6 +49,8 @@ pub(crate) struct Shared {
     /// Where somebody can be served on his own processor.
     near: OnceLock<Arc<Near>>,
     waiter: Mutex<Option<mpsc::Sender<Task>>>,
+    /// Who forgets where the workers do not.
+    forgetter: Mutex<Option<mpsc::Sender<Forget>>>,
     /// Names that wait for the kernel to forget them.
     forgetting: AtomicUsize,
     /// Threads of requests that take long.
@@ -82,6 +87,24 @@ pub(crate) fn takes_long(what: Opcode, bytes: usize) -> bool {
 /// When somebody for whom no thread was free asks again.
 const AGAIN: Duration = Duration::from_millis(10);
 
+/// What is done elsewhere when the kernel has forgotten something.
+#[derive(Debug)]
+enum Forget {
+    /// The table forgets, too.
+    Lookups(INodeNo, u64),
+    /// Memory is given back that the table does not need any more. It takes some milliseconds, in which nobody gets any.
+    Memory,
+}
+
+/// How many names a worker that gives way forgets itself after a request.
+const FEW: u32 = 64;
+
+/// How long those beyond are collected.
+const FORGET_AFTER: Duration = Duration::from_millis(10);
+
+/// When memory is given back.
+const GIVE_BACK_AFTER: Duration = Duration::from_millis(500);
+
 /// Something that needs an answer of the kernel, which a worker must not wait for: the kernel may first
 /// want one of the workers.
 #[derive(Debug)]
@@ -107,6 +130,7 @@ impl Shared {
             notifier: OnceLock::new(),
             near: OnceLock::new(),
             waiter: Mutex::new(None),
+            forgetter: Mutex::new(None),
             forgetting: AtomicUsize::new(0),
             aside: Mutex::default(),
             later: Later::default(),
@@ -114,8 +138,12 @@ impl Shared {
     }
 
     /// What must be there before a request comes: whoever waits for a far mount is given up by one thread, which
-    /// may not be had any more when it is needed. Then such requests fail at once.
-    pub(crate) fn prepare(&self) {
+    /// may not be had any more when it is needed. Then such requests fail at once. And a worker that gives way is not to
+    /// start what others wait for.
+    pub(crate) fn prepare(self: &Arc<Self>) {
+        if self.near.get().is_some() {
+            self.start_forgetter(&mut self.forgetter.lock());
+        }
         if !self.engine.far.is_empty() && !self.later.ready() {
             tracing::warn!("no thread to look after requests to remote file systems");
         }
@@ -141,8 +169,8 @@ impl Shared {
         for far in &self.engine.far {
             far.stop();
         }
-        let sender = self.waiter.lock().take();
-        drop(sender);
+        let ended = (self.waiter.lock().take(), self.forgetter.lock().take());
+        drop(ended);
         // One may have started another.
         loop {
             let aside = std::mem::take(&mut *self.aside.lock());
@@ -189,6 +217,35 @@ impl Shared {
         }
     }
 
+    /// The kernel forgets `count` lookups of a number. It may tell of very many at once, and tells nobody else: a worker
+    /// that gives way takes a few itself, before the numbers are used again, and passes all others on.
+    pub(crate) fn forget(self: &Arc<Self>, ino: INodeNo, count: u64) {
+        let few = !gives_way() || FORGOTTEN.replace(FORGOTTEN.get().saturating_add(1)) < FEW;
+        if !few && self.forget_elsewhere(Forget::Lookups(ino, count)) {
+            return;
+        }
+        self.engine.table.forget(ino.0, count);
+        if self.engine.table.has_shrunk() {
+            self.forget_elsewhere(Forget::Memory);
+        }
+    }
+
+    /// False if there is no thread for it.
+    fn forget_elsewhere(self: &Arc<Self>, what: Forget) -> bool {
+        let mut forgetter = self.forgetter.lock();
+        self.start_forgetter(&mut forgetter);
+        forgetter.as_ref().is_some_and(|forgetter| forgetter.send(what).is_ok())
+    }
+
+    fn start_forgetter(self: &Arc<Self>, forgetter: &mut Option<mpsc::Sender<Forget>>) {
+        if forgetter.is_none() {
+            let (sender, told) = mpsc::channel();
+            let shared = Arc::downgrade(self);
+            let started = start("fsoverlay-forget", move || forget_what_is_told(&shared, &told));
+            *forgetter = started.is_ok().then_some(sender);
+        }
+    }
+
     /// Not on a worker: the kernel's pages come back as WRITE requests.
     fn flush_and_seek(&self, seek: Seek) {
         if let Some(notifier) = self.notifier.get() {
@@ -218,6 +275,29 @@ impl Shared {
     }
 }
 
+/// Forgets until there is nobody any more who tells. It is not woken for each number: that costs who tells more than
+/// forgetting does.
+fn forget_what_is_told(shared: &Weak<Shared>, told: &mpsc::Receiver<Forget>) {
+    while let Ok(first) = told.recv() {
+        std::thread::sleep(FORGET_AFTER);
+        let Some(shared) = shared.upgrade() else { return };
+        let mut give_back = false;
+        for forget in std::iter::once(first).chain(told.try_iter()) {
+            match forget {
+                Forget::Lookups(ino, count) => shared.engine.table.forget(ino.0, count),
+                Forget::Memory => give_back = true,
+            }
+        }
+        give_back |= shared.engine.table.has_shrunk();
+        drop(shared);
+        if give_back {
+            // More of it will come.
+            std::thread::sleep(GIVE_BACK_AFTER);
+            crate::sys::give_memory_back();
+        }
+    }
+}
+
 /// A request that may be answered before what it asks for is done.
 struct Waiting<R, F> {
     reply: Mutex<Option<R>>,
@@ -234,6 +314,8 @@ impl<R: Send, F: Fn(R) + Send + Sync> GiveUp for Waiting<R, F> {
 thread_local! {
     /// The thread whose request this worker serves.
     static ASKER: Cell<u32> = const { Cell::new(0) };
+    /// How many names it was told to forget since its last request.
+    static FORGOTTEN: Cell<u32> = const { Cell::new(0) };
 }
 
 /// To be called before [`FuseFs::run`], and what comes to it.
@@ -250,6 +332,7 @@ impl FuseFs {
         if gives_way()
             && let Some(near) = near
         {
+            FORGOTTEN.set(0);
             near.begin();
         }
         self.guarded(what, ino, handler);
@@ -531,5 +614,52 @@ fn answer_seek(engine: &Engine, seek: Seek) {
     match engine.seek(&seek.node, seek.offset, seek.hole) {
         Ok(offset) => seek.reply.offset(i64::try_from(offset).unwrap_or(i64::MAX)),
         Err(err) => seek.reply.error(errno(err)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::tests::Scratch;
+    use crate::errno::set_gives_way;
+    use crate::sync::tests::{in_time, without_threads};
+
+    #[test]
+    fn of_many_names_that_are_forgotten_who_gives_way_takes_a_few() {
+        let scratch = Scratch::new("forget");
+        let fs = FuseFs { shared: Shared::new(Engine::open(&scratch.spec()).expect("an overlay")) };
+        let (shared, engine) = (&fs.shared, fs.engine());
+        let root = engine.node(1).expect("the root");
+        let (few, many) = (FEW as usize, 200);
+        let look_up = |i: usize| {
+            let name = i.to_string();
+            std::fs::write(scratch.dir.join("lower").join(&name), "").expect("written");
+            let node = engine.lookup(&root, name.as_bytes()).expect("found");
+            engine.table.remember(&node);
+            INodeNo(node.ino)
+        };
+        let all: Vec<_> = (0..many).map(look_up).collect();
+        let known = || all.iter().filter(|ino| engine.table.get(ino.0).is_some()).count();
+        assert_eq!(known(), many);
+        let (sender, told) = mpsc::channel();
+        let told = Mutex::new(told);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                set_gives_way();
+                *shared.forgetter.lock() = Some(sender);
+                for ino in &all[..few + 20] {
+                    shared.forget(*ino, 1);
+                }
+                assert_eq!((known(), told.lock().try_iter().count()), (many - few, 20));
+                // Where there is no thread for it, it takes them all.
+                *shared.forgetter.lock() = None;
+                without_threads(|| shared.forget(all[few + 20], 1));
+                assert_eq!(known(), many - few - 1);
+                for ino in &all[few..] {
+                    shared.forget(*ino, 1);
+                }
+            });
+        });
+        in_time(|| (known() == 0).then_some(()));
     }
 }

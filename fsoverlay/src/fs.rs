@@ -435,7 +435,7 @@ impl Filesystem for FuseFs {
     }
 
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
-        self.run(Opcode::Forget, ino, || self.engine().table.forget(ino.0, nlookup));
+        self.run(Opcode::Forget, ino, || self.shared.forget(ino, nlookup));
     }
 
     fn getattr(&self, req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {

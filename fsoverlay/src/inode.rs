@@ -19,13 +19,13 @@
 
 use std::collections::{HashMap, HashSet, hash_map};
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
 use rustix::fs::AtFlags;
 
 use crate::attr::{Key, Kind, Meta, Stat};
-use crate::errno::{Errno, Res, gives_way};
+use crate::errno::{Errno, Res};
 use crate::far::Far;
 use crate::handle::{Fd, FdSlot, Pinned};
 use crate::hooks::Quota;
@@ -33,7 +33,7 @@ use crate::layer::{RealDir, stat_at};
 use crate::links::Changes;
 use crate::listing::Listing;
 use crate::numbers::InodeNumbers;
-use crate::sync::{Mutex, RwLock, start};
+use crate::sync::{Mutex, RwLock};
 
 /// The root's number in every FUSE mount.
 pub(crate) const ROOT: u64 = 1;
@@ -376,8 +376,8 @@ const SMALL: usize = 64;
 #[derive(Debug)]
 pub(crate) struct Table {
     shards: Vec<Mutex<HashMap<u64, Entry>>>,
-    /// How many shards became much smaller since memory was given back.
-    shrunk: AtomicUsize,
+    /// A shard became much smaller.
+    shrunk: AtomicBool,
     pub(crate) aliases: Aliases,
 }
 
@@ -387,7 +387,7 @@ impl Table {
         let shards = (0..SHARDS).map(|_| Mutex::default()).collect();
         Arc::new(Self {
             shards,
-            shrunk: AtomicUsize::new(0),
+            shrunk: AtomicBool::new(false),
             aliases: Aliases {
                 by_key: Mutex::default(),
                 none: true.into(),
@@ -527,30 +527,20 @@ impl Table {
         };
         // Dropped without the shard's lock: the node's Drop takes it.
         drop(gone);
-        self.give_back();
     }
 
     /// After something was removed from a shard: what many objects took is not kept for few.
     fn shrink(&self, shard: &mut HashMap<u64, Entry>) {
         if shard.capacity() > SMALL && shard.len() < shard.capacity() / 8 {
             shard.shrink_to(shard.len() * 2);
-            self.shrunk.fetch_add(1, Ordering::Relaxed);
+            self.shrunk.store(true, Ordering::Relaxed);
         }
     }
 
-    /// Gives memory back when most of all that was known is gone; with no lock held, since it takes some
-    /// milliseconds. The allocator would keep what is free between the few objects that are left.
-    fn give_back(&self) {
-        if self.shrunk.load(Ordering::Relaxed) < SHARDS / 8 || self.shrunk.swap(0, Ordering::Relaxed) == 0 {
-            return;
-        }
-        if !gives_way() {
-            return crate::sys::give_memory_back();
-        }
-        // The heap is locked meanwhile. Whoever gives way may be the only one who forgets, so nobody else would do it later.
-        if start("fsoverlay-trim", crate::sys::give_memory_back).is_err() {
-            self.shrunk.fetch_add(SHARDS / 8, Ordering::Relaxed);
-        }
+    /// Whether much of what was known is gone since this was asked. Its memory is to be given back once that is over
+    /// ([`crate::sys::give_memory_back`]): the allocator would keep what is free between the few objects that are left.
+    pub(crate) fn has_shrunk(&self) -> bool {
+        self.shrunk.load(Ordering::Relaxed) && self.shrunk.swap(false, Ordering::Relaxed)
     }
 
     fn remove_dead(&self, ino: u64, key: Key) {

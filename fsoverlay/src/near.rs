@@ -15,8 +15,8 @@
 //!
 //! - it works only while one thread asks, at once and again and again ([`worth::STREAK`]), and only where that turns out to
 //!   be faster than before ([`worth::Progress`]);
-//! - what may take long it leaves to other threads: directories are listed and removed, much is copied, and large pieces are
-//!   read and written by those ([`crate::errno::gives_way`]);
+//! - what may take long it leaves to other threads: directories are listed and removed, much is copied, large pieces are
+//!   read and written, and many names are forgotten by those ([`crate::errno::gives_way`]);
 //! - another worker looks every [`TICK`] whether a request waits while nothing is done, from the same processor; all
 //!   others do every [`LONG_TICK`], from any. If so, all work again, and for some time there is no companion
 //!   ([`Pause`]). To see that, nobody needs a lock that the companion may hold;
