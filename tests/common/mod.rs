@@ -114,13 +114,24 @@ pub(crate) use need;
 /// A port of the host that nobody has, and gets from the kernel without asking for it by its number: such ports begin at
 /// 32,768 (ip(7), ip_local_port_range). One that was asked of the kernel and given back may be another test's at once.
 pub(crate) fn free_port() -> u16 {
+    free_ports(1)
+}
+
+/// The first of so many in a row, none of which any other test of this program gets.
+pub(crate) fn free_ports(count: u16) -> u16 {
     use std::net::{Ipv6Addr, TcpListener, UdpSocket};
-    static NEXT: std::sync::atomic::AtomicU16 = std::sync::atomic::AtomicU16::new(20_000);
+    use std::sync::atomic::{AtomicU16, Ordering};
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    // Test programs that run at the same time begin at different ones.
+    let begin = 20_000 + u16::try_from(std::process::id() % 100).unwrap_or_default() * 100;
     loop {
-        let port = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let any = (Ipv6Addr::UNSPECIFIED, port);
-        if TcpListener::bind(any).is_ok() && UdpSocket::bind(any).is_ok() {
-            return port;
+        let first = begin + NEXT.fetch_add(count, Ordering::Relaxed);
+        let is_free = |port: u16| {
+            let any = (Ipv6Addr::UNSPECIFIED, port);
+            TcpListener::bind(any).is_ok() && UdpSocket::bind(any).is_ok()
+        };
+        if (first..first + count).all(is_free) {
+            return first;
         }
     }
 }

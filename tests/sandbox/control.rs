@@ -135,13 +135,8 @@ fn what_cannot_be_done_is_not_done_in_part() {
     let (path, running) = controlled(&home, &["--deny=192.0.2.1"], ECHO);
     let mut client = Client::at(&path);
     // The second port of the range is taken, by this process.
-    // (Neither is one that others are given who ask for any.)
-    let (first, taken) = loop {
-        let first = crate::common::free_port();
-        if let Ok(taken) = TcpListener::bind((Ipv4Addr::LOCALHOST, first + 1)) {
-            break (first, taken);
-        }
-    };
+    let first = crate::common::free_ports(2);
+    let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, first + 1)).unwrap();
     let range = format!("127.0.0.1:{first}-{}:1-2", first + 1);
     let (kind, text) = client.refusal(json!({"request": "publish", "ports": range}));
     assert!(kind == "failed" && text.contains("EADDRINUSE"), "{text}");
