@@ -798,6 +798,13 @@ impl Engine {
         });
     }
 
+    /// As if epoll had told of these events of every connection's socket.
+    pub(crate) fn pretend_events(&mut self, now: Instant, events: EpollFlags) {
+        let mut ids = Vec::new();
+        self.tcp.each_host(|_, id, _| ids.push(id));
+        ids.into_iter().for_each(|id| self.tcp.host_event(&mut self.sh, now, id, events));
+    }
+
     /// What keeps the engine from resting, for whoever has to find out.
     pub(crate) fn restless(&self, now: Instant) -> String {
         let mut events = [EpollEvent::empty(); 16];

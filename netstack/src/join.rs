@@ -532,15 +532,12 @@ impl Join {
         let Some(flow) = self.flows.get_mut(id) else { return };
         let Some(inner) = &mut flow.inner else { return };
         if let Phase::Connecting = flow.phase {
-            if !events.intersects(EpollFlags::EPOLLOUT | EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP) {
-                return;
-            }
-            let error = host::socket_error(inner.fd.as_fd());
-            if error.is_some_and(is_refusal) {
+            let Some(outcome) = inner.connect_outcome(events) else { return };
+            if outcome.is_err_and(is_refusal) {
                 return self.try_other(sh, now, tcp, id, REFUSED);
             }
             // With another one the server was there, and has reset the connection since. What it said before is there.
-            if error.is_some() {
+            if outcome.is_err() {
                 // It may have come since we were woken, which was to say something else.
                 inner.failed = true;
                 inner.event(EpollFlags::EPOLLERR);

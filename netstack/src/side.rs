@@ -56,6 +56,20 @@ impl Side {
         Self { readable: true, writable: true, ..Self::new(fd) }
     }
 
+    /// What has become of connecting, if that is known by now.
+    pub(crate) fn connect_outcome(&self, events: EpollFlags) -> Option<nix::Result<()>> {
+        let decided = EpollFlags::EPOLLOUT | EpollFlags::EPOLLHUP;
+        if !events.intersects(decided | EpollFlags::EPOLLERR) {
+            return None;
+        }
+        match host::socket_error(self.fd.as_fd()) {
+            Some(errno) => Some(Err(errno)),
+            // The kernel puts an ICMP error for a SYN over IPv4 into the socket's error queue (tcp_v4_err), of which epoll
+            // tells, and has it fail only then. epoll tells of that, too.
+            None => events.intersects(decided).then_some(Ok(())),
+        }
+    }
+
     /// Notes what epoll says.
     pub(crate) fn event(&mut self, events: EpollFlags) {
         let broken = events.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);

@@ -414,16 +414,13 @@ impl Tcp {
         let Some(flow) = self.flows.get_mut(id) else { return };
         let Far::Host(host) = &mut flow.far else { return };
         if let Phase::Connecting { syn } = &flow.phase {
-            if !events.intersects(EpollFlags::EPOLLOUT | EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP) {
-                return;
-            }
-            let error = host::socket_error(host.fd.as_fd());
+            let Some(outcome) = host.connect_outcome(events) else { return };
             host.readable = true;
             host.writable = true;
             host.more_behind = events.intersects(EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLPRI);
-            match error {
-                None => self.establish(sh, now, id),
-                Some(errno) => {
+            match outcome {
+                Ok(()) => self.establish(sh, now, id),
+                Err(errno) => {
                     let syn = syn.clone();
                     self.give_reason(id, failure_word(errno));
                     self.remove(sh, id, true);

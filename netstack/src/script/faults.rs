@@ -9,6 +9,7 @@ use std::os::fd::RawFd;
 use std::rc::Rc;
 
 use nix::errno::Errno;
+use nix::sys::epoll::EpollFlags;
 
 use super::good::{Good, open_files, own_memory};
 use super::*;
@@ -138,6 +139,23 @@ fn a_connection_that_cannot_be_begun_is_refused_or_unreachable() {
             }
         }
     }
+}
+
+#[test]
+fn an_error_that_is_told_before_it_is_there_is_not_a_connection() {
+    let busy = Busy::new();
+    let mut script = Script::new(&spec(), true);
+    let mut peer = Peer::new(false, busy.port);
+    peer.send(&mut script, TcpControl::Syn, b"");
+    // The socket's error queue has something, and the socket no error.
+    script.engine.pretend_events(script.now, EpollFlags::EPOLLERR);
+    script.nothing_comes("an answer before there is one");
+    assert_eq!((script.stats().tcp_flows, script.engine.half_open()), (1, 1));
+    let _plan = always(Call::GetSockOpt, Errno::EHOSTUNREACH);
+    script.engine.pretend_events(script.now, EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);
+    let said = calm_down(&mut script, "unreachable");
+    assert!(said.len() == 1 && is_unreachable(&said[0]), "{said:?}");
+    assert_eq!(script.inventory(), (0, 0, 0, 0, 0));
 }
 
 #[test]

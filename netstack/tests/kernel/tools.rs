@@ -34,8 +34,9 @@ pub(crate) fn patient(stream: TcpStream) -> TcpStream {
     stream
 }
 
-/// Waits in connect(2), which says why it fails. (`TcpStream::connect_timeout` asks for that afterwards, and may be told of
-/// no error.)
+/// Waits in connect(2), which says why it fails. (`TcpStream::connect_timeout` asks for that once poll(2) tells of an error,
+/// which may be too early: the kernel puts an ICMP error for a SYN over IPv4 into the socket's error queue, and has it fail
+/// only then.)
 pub(crate) fn connect(addr: SocketAddr) -> std::io::Result<TcpStream> {
     use nix::sys::socket::{SockFlag, SockType, SockaddrStorage, setsockopt, socket, sockopt};
     use std::os::fd::AsRawFd as _;
