@@ -132,6 +132,10 @@ pub(crate) fn socket_maker() -> Vec<Instruction> {
         p.load_arg(1);
         p.mask(!(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK).cast_unsigned());
         p.unless(Test::Equal(libc::SOCK_STREAM.cast_unsigned()), refuse(Errno::EPERM));
+        // Which that is by default; there are others (IPPROTO_MPTCP).
+        p.load_arg(2);
+        p.when(Test::Equal(0), ALLOW);
+        p.unless(Test::Equal(libc::IPPROTO_TCP.cast_unsigned()), refuse(Errno::EPROTONOSUPPORT));
     });
     program.call(libc::SYS_mmap, |p| {
         p.load_arg(2);
@@ -406,13 +410,19 @@ mod tests {
     #[test]
     fn who_makes_sockets_does_nothing_else() {
         let program = socket_maker();
-        let socket = |family: libc::c_int, kind: libc::c_int| {
-            let args = [family, kind].map(|arg| u64::from(arg.cast_unsigned()));
+        let socket_of = |family: libc::c_int, kind: libc::c_int, protocol: libc::c_int| {
+            let args = [family, kind, protocol].map(|arg| u64::from(arg.cast_unsigned()));
             verdict(&program, libc::SYS_socket, &args)
         };
+        let socket = |family, kind| socket_of(family, kind, 0);
         let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
         for family in [libc::AF_INET, libc::AF_INET6] {
             assert_eq!(socket(family, libc::SOCK_STREAM | flags), ALLOW);
+            assert_eq!(socket_of(family, libc::SOCK_STREAM | flags, libc::IPPROTO_TCP), ALLOW);
+            for protocol in [libc::IPPROTO_MPTCP, libc::IPPROTO_SCTP, libc::IPPROTO_UDP, -1] {
+                let verdict = socket_of(family, libc::SOCK_STREAM | flags, protocol);
+                assert_eq!(verdict, refuse(Errno::EPROTONOSUPPORT), "{protocol}");
+            }
             for kind in [libc::SOCK_DGRAM, libc::SOCK_RAW, libc::SOCK_SEQPACKET] {
                 assert_eq!(socket(family, kind | flags), refuse(Errno::EPERM));
             }
