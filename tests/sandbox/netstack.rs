@@ -579,6 +579,24 @@ for options in ("-c",), ("-c", "-a", "api", "--network-capture=capture"):
 }
 
 #[test]
+fn why_there_is_no_maker_is_in_the_log() {
+    need!("nsenter");
+    let home = Home::new();
+    // In the target nobody may leave the host's files.
+    let script = r#"
+print(inside("echo 0 >/proc/sys/user/max_mnt_namespaces"), end="")
+net = Net("-c", "-a", "api", "--enable-sandbox", program=(R, "--log-file=log", "netstack"))
+print(makers(net), publish() and seen_by(), net.end())
+print([line.split(" ", 1)[1:] for line in open("log").read().strip().splitlines()])"#;
+    let out = python(&home, &format!("{MAKER}{script}")).ok().text();
+    let (run, log) = out.split_once('\n').unwrap_or_default();
+    assert_eq!(run, "[] 10.0.2.2 0", "{out}");
+    for part in ["connections from the loopback will cross the interface", "(namespaces)", "ENOSPC"] {
+        assert!(log.contains(part), "{part} is not in {log}");
+    }
+}
+
+#[test]
 fn the_maker_goes_with_the_program() {
     need!("nsenter", "ip");
     let home = Home::new();

@@ -2,8 +2,9 @@
 //!
 //! Who has joined another user namespace cannot come back, so a child does it and hands the TAP's descriptor over:
 //!
-//! child -> program : `Made { mac }` with the descriptor, or `Failed { what, errno }`. Then the child ends, unless it is to
-//! make sockets there ([`super::maker`]).
+//! child -> program : `Made { mac, stays }` with the descriptor, or `Failed { what, errno }`. Then the child ends, unless it
+//! is to make sockets there ([`super::maker`]); by then it has given up all that it does not need for that. It logs nothing
+//! itself: the log's file is closed there, and its number may be another file's.
 //!
 //! Of what the program had open when it made the child, the child closes everything before anything else: whoever waits
 //! for the end of one of these descriptors (`--ready-fd`, `--exit-fd`) waits for the program alone.
@@ -39,8 +40,20 @@ pub(super) struct Configure {
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Message {
-    Made { mac: [u8; 6] },
+    Made { mac: [u8; 6], stays: Stays },
     Failed { what: String, errno: i32 },
+}
+
+/// Whether the child stays.
+#[derive(Debug, Serialize, Deserialize)]
+enum Stays {
+    Yes,
+    No,
+    /// It could not give up what it was to.
+    Failed {
+        what: String,
+        cause: String,
+    },
 }
 
 /// A step that failed, and the errno, `UnknownErrno` if the kernel did not say no.
@@ -95,19 +108,24 @@ pub(super) fn join(
         let own = socket_maker.iter().map(SocketMaker::as_fd).chain([theirs.as_fd()]);
         let closed = sys::process::close_all_but(&own.collect::<Vec<_>>());
         let (message, tap) = match keep_debuggers_away().and_then(|()| in_target(target, tap, configure)) {
-            Ok((tap, mac)) => (Message::Made { mac }, Some(tap)),
+            Ok((tap, mac)) => {
+                let stays = match (stay, closed) {
+                    (Some(Stay { sandbox }), Ok(())) => give_up(sandbox),
+                    // Who cannot close what is not his own does not stay (before Linux 5.9).
+                    _ => Stays::No,
+                };
+                (Message::Made { mac, stays }, Some(tap))
+            }
             Err(Step(what, errno)) => (Message::Failed { what, errno: errno as i32 }, None),
         };
         let bytes = serde_json::to_vec(&message).unwrap_or_default();
         // Without it the program sees that we are gone.
         let sent = sys::fdpass::send(theirs.as_fd(), &bytes, tap.as_ref().map(OwnedFd::as_fd));
-        let made = sent.is_ok() && tap.is_some();
         drop((theirs, tap));
-        // Who cannot close what is not his own does not stay (before Linux 5.9).
-        if let (Some(Stay { sandbox }), Some(socket_maker), true, Ok(())) =
-            (stay, &socket_maker, made, closed)
+        if let (Some(socket_maker), true, Message::Made { stays: Stays::Yes, .. }) =
+            (&socket_maker, sent.is_ok(), &message)
         {
-            maker::make_sockets(socket_maker, sandbox);
+            maker::make_sockets(socket_maker);
         }
         sys::process::exit_now(i32::from(sent.is_err()));
     };
@@ -119,8 +137,19 @@ pub(super) fn join(
         .map_err(|errno| internal(Errno::from_raw(errno.raw_os_error())))?;
     let message = serde_json::from_slice(buffer.get(..length).unwrap_or_default());
     match (message, tap) {
-        (Ok(Message::Made { mac }), Some(tap)) => {
-            let inside = sockets.map(|sockets| Inside { sockets, maker: child });
+        (Ok(Message::Made { mac, stays }), Some(tap)) => {
+            let inside = match stays {
+                Stays::Yes => sockets.map(|sockets| Inside { sockets, maker: child }),
+                Stays::No => None,
+                Stays::Failed { what, cause } => {
+                    tracing::warn!(
+                        reason = what,
+                        cause,
+                        "connections from the loopback will cross the interface"
+                    );
+                    None
+                }
+            };
             Ok(Joined { tap, mac, inside })
         }
         (Ok(Message::Failed { what, errno }), _) => Err(match Errno::from_raw(errno) {
@@ -139,6 +168,14 @@ fn hint(errno: Errno) -> Option<&'static str> {
         ),
         Errno::EBUSY => Some("an interface of this name is in use there"),
         _ => None,
+    }
+}
+
+/// In the child that is to stay.
+fn give_up(sandbox: bool) -> Stays {
+    match maker::give_up(sandbox) {
+        Ok(()) => Stays::Yes,
+        Err(Failure { text, causes, .. }) => Stays::Failed { what: text, cause: causes.join(": ") },
     }
 }
 

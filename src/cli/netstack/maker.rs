@@ -47,13 +47,8 @@ pub(super) struct Inside {
     pub(super) maker: Maker,
 }
 
-/// In the child: makes sockets until the stack is gone. The standard streams and `maker` must be all that is open.
-pub(super) fn make_sockets(maker: &SocketMaker, sandbox: bool) {
-    if let Err(Failure { text, causes, .. }) = give_up(sandbox) {
-        let cause = causes.join(": ");
-        tracing::warn!(reason = text, cause, "connections from the loopback will cross the interface");
-        return;
-    }
+/// In the child, which has given up what it does not need: makes sockets until the stack is gone.
+pub(super) fn make_sockets(maker: &SocketMaker) {
     loop {
         let mut fds = [PollFd::new(maker.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, PollTimeout::NONE) {
@@ -64,7 +59,8 @@ pub(super) fn make_sockets(maker: &SocketMaker, sandbox: bool) {
     }
 }
 
-fn give_up(sandbox: bool) -> Result<(), Failure> {
+/// In the child. What is open but the standard streams must be its end of the socket pair, and what it will close itself.
+pub(super) fn give_up(sandbox: bool) -> Result<(), Failure> {
     let failed = confine::failed;
     // As ps(1) shows it: the command line is the program's.
     nix::sys::prctl::set_name(c"netstack-inside").map_err(failed("name"))?;
@@ -76,7 +72,7 @@ fn give_up(sandbox: bool) -> Result<(), Failure> {
     nix::sys::prctl::set_pdeathsig(Some(Signal::SIGKILL)).map_err(failed("parent-death signal"))?;
     nix::sys::prctl::set_dumpable(false).map_err(failed("debuggers"))?;
     confine::allow_only_sockets()?;
-    // There is nobody to write to any more. Whoever waits for the end of a standard stream waits for the program alone.
+    // Nothing is written there any more. Whoever waits for the end of a standard stream waits for the program alone.
     process::close_standard_streams();
     Ok(())
 }
