@@ -59,8 +59,6 @@ pub(crate) const CHUNK: usize = 16 * 1024;
 const TURN_BUDGET: usize = 1024 * 1024;
 /// Sockets that are asked for at once: answers beyond that would not fit into the queue.
 const MAX_ASKED: usize = 64;
-/// There is no server where it was looked for.
-const REFUSED: &str = "refused-inside";
 /// Empty pipes that are kept for the next.
 const POOL: usize = 4;
 
@@ -178,6 +176,24 @@ impl Pipes {
         self.lent -= 1;
         if is_empty && self.free.len() < POOL {
             self.free.push(pipe);
+        }
+    }
+}
+
+/// Why a server was not met where it was looked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Missed {
+    /// There is none.
+    Refused,
+    NotAnswered,
+}
+
+impl Missed {
+    /// As it is told.
+    fn reason(self) -> &'static str {
+        match self {
+            Self::Refused => "refused-inside",
+            Self::NotAnswered => "not-answered",
         }
     }
 }
@@ -357,7 +373,7 @@ impl Join {
                     tracing::debug!("no socket inside came in time");
                     self.cross(sh, now, tcp, id);
                 }
-                Some(Phase::Connecting) => self.try_other(sh, now, tcp, id, "not-answered"),
+                Some(Phase::Connecting) => self.try_other(sh, now, tcp, id, Missed::NotAnswered),
                 Some(Phase::Open) | None => {}
             }
         }
@@ -401,7 +417,7 @@ impl Join {
                         }
                         // Without IPv6 there, for example.
                         Err(Errno::EAFNOSUPPORT) => {
-                            self.try_other(sh, now, tcp, made.flow, "refused-inside");
+                            self.try_other(sh, now, tcp, made.flow, Missed::Refused);
                         }
                         Err(errno) => {
                             tracing::debug!(%errno, "no socket inside");
@@ -463,7 +479,7 @@ impl Join {
                 sh.unwatch(fd.as_fd());
                 drop(fd);
                 if is_refusal(errno) {
-                    return self.try_other(sh, now, tcp, id, REFUSED);
+                    return self.try_other(sh, now, tcp, id, Missed::Refused);
                 }
                 // Of so many connections the inside's kernel has no port left, for example.
                 tracing::debug!(%errno, "a socket inside cannot connect");
@@ -477,7 +493,7 @@ impl Join {
             sh.unwatch(fd.as_fd());
             host::reset_on_close(fd.as_fd());
             drop(fd);
-            return self.try_other(sh, now, tcp, id, REFUSED);
+            return self.try_other(sh, now, tcp, id, Missed::Refused);
         }
         flow.entry.key = FlowKey { guest, remote: from.unwrap_or(flow.ways[flow.way].remote) };
         flow.entry.tell_begin(sh);
@@ -487,17 +503,17 @@ impl Join {
     }
 
     /// The server is not where it was looked for: at the other place, or nowhere.
-    fn try_other(&mut self, sh: &mut Shared, now: Instant, tcp: &mut Tcp, id: FlowId, why: &'static str) {
+    fn try_other(&mut self, sh: &mut Shared, now: Instant, tcp: &mut Tcp, id: FlowId, why: Missed) {
         let Some(flow) = self.flows.get_mut(id) else { return };
         if let Some(inner) = flow.inner.take() {
             // Who made it may not have closed it yet.
             sh.unwatch(inner.fd.as_fd());
         }
         let is_last = flow.way > 0 || flow.ways[0] == flow.ways[1];
-        if flow.near.failed || is_last && why != REFUSED {
-            return self.remove(sh, id, Some(why));
+        if flow.near.failed || is_last && why != Missed::Refused {
+            return self.remove(sh, id, Some(why.reason()));
         }
-        flow.entry.tell_end(sh, now, why);
+        flow.entry.tell_end(sh, now, why.reason());
         if is_last {
             // Rules of the inside's kernel may lead somewhere what comes by its link.
             flow.way = 0;
@@ -534,7 +550,7 @@ impl Join {
         if let Phase::Connecting = flow.phase {
             let Some(outcome) = inner.connect_outcome(events) else { return };
             if outcome.is_err_and(is_refusal) {
-                return self.try_other(sh, now, tcp, id, REFUSED);
+                return self.try_other(sh, now, tcp, id, Missed::Refused);
             }
             // With another one the server was there, and has reset the connection since. What it said before is there.
             if outcome.is_err() {

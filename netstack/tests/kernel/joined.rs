@@ -698,6 +698,15 @@ fn each_place_of_the_server_is_told_apart(_: &World) {
     ] {
         assert_eq!(lines.recv_timeout(PATIENCE).unwrap(), line);
     }
+    // Where there is none, both are told once more, as seen across the TAP.
+    drop(listener);
+    assert!(connect(at("127.0.0.1", guest.published[0].port())).and_then(|mut s| s.read(&mut [0])).is_err());
+    for ip in [GUEST_V4, GUEST_V6, GATEWAY_V4, GATEWAY_V6] {
+        for what in ["opened", "closed refused-inside"] {
+            let line = lines.recv_timeout(PATIENCE).unwrap();
+            assert!(line.starts_with(&format!("tcp in {ip} {what}")), "{line}");
+        }
+    }
     // Across the TAP as well.
     let (log, lines) = flow_lines();
     let guest =
