@@ -58,8 +58,12 @@ struct Inner {
     /// Of the packets that were left out, those that a packet has told.
     told: AtomicU64,
     done: Mutex<Receiver<()>>,
-    /// Whether something is to be written: what comes first counts.
-    begin: Sender<bool>,
+    /// Until the stack has started.
+    file: Mutex<Option<File>>,
+    /// What is in it goes then.
+    replaces: bool,
+    /// The file, or that nothing is to be written: what comes first counts.
+    begin: Sender<Option<File>>,
 }
 
 #[derive(Debug, Default)]
@@ -99,7 +103,8 @@ impl Capture {
         Self::prepare(file, false)
     }
 
-    /// The same, in place of what is in `file` then, if it is an ordinary one.
+    /// The same, in place of what is in `file` then, if it is an ordinary one. A stack does not start if that cannot be
+    /// taken out of it.
     ///
     /// # Errors
     ///
@@ -113,20 +118,31 @@ impl Capture {
         let (tell, done) = channel();
         let (begin, begins) = channel();
         let counts = Arc::<Counts>::default();
-        let mut writer = Writer { file, counts: Arc::clone(&counts) };
+        let writer_counts = Arc::clone(&counts);
         std::thread::Builder::new().name("capture".into()).spawn(move || {
             // Signals are the business of the process's main thread; one of a limit (SIGXFSZ) would end it all.
             let _ = nix::sys::signal::SigSet::all().thread_block();
-            if begins.recv() != Ok(true) {
+            let Ok(Some(file)) = begins.recv() else {
                 let _ = tell.send(());
-            } else if let Err(error) = writer.run(&items, replaces) {
+                return;
+            };
+            let mut writer = Writer { file, counts: writer_counts };
+            if let Err(error) = writer.run(&items) {
                 writer.counts.ended.store(true, Ordering::Relaxed);
                 tracing::error!(%error, "the capture of the network ends here: its file cannot be written");
             } else {
                 let _ = tell.send(());
             }
         })?;
-        let inner = Inner { queue, counts, told: AtomicU64::new(0), done: Mutex::new(done), begin };
+        let inner = Inner {
+            queue,
+            counts,
+            told: AtomicU64::new(0),
+            done: Mutex::new(done),
+            file: Mutex::new(Some(file)),
+            replaces,
+            begin,
+        };
         let capture = Self(Arc::new(inner));
         let mut head = Block::new(SECTION);
         head.u32(0x1a2b_3c4d).u16(1).u16(0).bytes(&[0xff; 8]);
@@ -139,9 +155,17 @@ impl Capture {
         Ok(capture)
     }
 
-    /// The stack has started.
-    pub(crate) fn begin(&self) {
-        let _ = self.0.begin.send(true);
+    /// The stack has started. If it fails nothing is written: the file cannot be emptied, as it was to be.
+    pub(crate) fn begin(&self) -> io::Result<()> {
+        let Inner { file, replaces, begin, .. } = &*self.0;
+        // Once, for how many stacks it may be.
+        let Some(mut file) = file.lock().ok().and_then(|mut file| file.take()) else { return Ok(()) };
+        if *replaces && file.metadata()?.is_file() {
+            file.set_len(0)?;
+            file.rewind()?;
+        }
+        let _ = begin.send(Some(file));
+        Ok(())
     }
 
     /// A frame, without its virtio header.
@@ -202,7 +226,7 @@ impl Capture {
     /// Ends the file, and waits until it is written, some seconds at most. What the stack tells later is lost.
     #[must_use]
     pub fn finish(&self) -> Captured {
-        let _ = self.0.begin.send(false);
+        let _ = self.0.begin.send(None);
         let _ = self.0.queue.send(Item::End);
         let complete = self.0.done.lock().is_ok_and(|done| done.recv_timeout(FINISH_PATIENCE).is_ok());
         if !complete && !self.0.counts.ended.load(Ordering::Relaxed) {
@@ -220,11 +244,7 @@ struct Writer {
 }
 
 impl Writer {
-    fn run(&mut self, items: &Receiver<Item>, replaces: bool) -> io::Result<()> {
-        if replaces && self.file.metadata()?.is_file() {
-            self.file.set_len(0)?;
-            self.file.rewind()?;
-        }
+    fn run(&mut self, items: &Receiver<Item>) -> io::Result<()> {
         let mut batch = Vec::new();
         while let Ok(item) = items.recv() {
             let mut next = Some(item);
@@ -391,8 +411,10 @@ pub(crate) mod tests {
 
     /// A file that is in no directory, and another descriptor of it.
     pub(crate) fn memory() -> (File, File) {
+        use nix::sys::memfd::MFdFlags;
         let name = c"capture";
-        let fd = nix::sys::memfd::memfd_create(name, nix::sys::memfd::MFdFlags::MFD_CLOEXEC).expect("memfd");
+        let fd = nix::sys::memfd::memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)
+            .expect("memfd");
         let file = File::from(fd);
         let other = File::open(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file)));
         (file, other.expect("memfd again"))
@@ -409,7 +431,7 @@ pub(crate) mod tests {
         let (file, copy) = memory();
         let before = SystemTime::now().duration_since(UNIX_EPOCH).expect("time").as_nanos();
         let capture = Capture::start(file).expect("thread");
-        capture.begin();
+        capture.begin().expect("an empty file");
         capture.frame(Direction::FromGuest, b"five!");
         capture.name("192.0.2.1".parse().expect("address"), "a.example");
         capture.name("2001:db8::1".parse().expect("address"), "b.example");
@@ -441,7 +463,7 @@ pub(crate) mod tests {
     fn what_nobody_takes_is_bounded_and_what_is_left_out_is_counted() {
         let (mut reader, writer) = std::io::pipe().expect("pipe");
         let capture = Capture::start(std::os::fd::OwnedFd::from(writer).into()).expect("thread");
-        capture.begin();
+        capture.begin().expect("an empty file");
         let frame = [0; 64 * 1024];
         // The pipe takes one frame about, and the writer may hold a batch.
         let many = 2 * CAPTURE_BUFFER / frame.len() + 8;
@@ -474,7 +496,7 @@ pub(crate) mod tests {
     fn a_file_that_takes_no_more_ends_the_capture() {
         let file = File::options().write(true).open("/dev/full").expect("/dev/full");
         let capture = Capture::start(file).expect("thread");
-        capture.begin();
+        capture.begin().expect("an empty file");
         assert!(!capture.finish().complete);
         assert!(capture.0.counts.ended.load(Ordering::Relaxed));
         capture.frame(Direction::FromGuest, b"frame");
@@ -493,7 +515,7 @@ pub(crate) mod tests {
         file.set_len(8_192).expect("length");
         fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW)).expect("seal");
         let capture = Capture::start(file).expect("thread");
-        capture.begin();
+        capture.begin().expect("an empty file");
         for _ in 0..20 {
             capture.frame(Direction::FromGuest, &[7; 1_000]);
         }
@@ -528,9 +550,21 @@ pub(crate) mod tests {
         assert!(capture.finish().complete);
         assert_eq!(read(copy), b"before");
         let (capture, copy) = start(Capture::replace);
-        capture.begin();
+        capture.begin().expect("an empty file");
         assert!(capture.finish().complete);
         assert_eq!(blocks(&read(copy)).len(), 3);
+        // One that may not become shorter.
+        let (file, copy) = memory();
+        let mut file = file;
+        file.write_all(b"before").expect("write");
+        nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_ADD_SEALS(nix::fcntl::SealFlag::F_SEAL_SHRINK))
+            .expect("seal");
+        let capture = Capture::replace(file).expect("thread");
+        let refused = capture.begin().expect_err("it cannot be emptied");
+        assert_eq!(refused.raw_os_error(), Some(nix::errno::Errno::EPERM as i32));
+        capture.frame(Direction::FromGuest, b"frame");
+        assert!(capture.finish().complete);
+        assert_eq!(read(copy), b"before");
     }
 
     #[test]

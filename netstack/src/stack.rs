@@ -57,7 +57,8 @@ impl Stack {
     ///
     /// # Errors
     ///
-    /// If the MTU is too small, `tap` is none, or a descriptor or the thread cannot be made.
+    /// If the MTU is too small, `tap` is none, a descriptor or the thread cannot be made, or what is in the file of a capture
+    /// cannot be taken out of it.
     pub fn start(tap: OwnedFd, spec: &StackSpec, published: Published) -> Result<Self, Error> {
         if spec.mtu < spec.least_mtu() {
             return Err(Error::SmallMtu { mtu: spec.mtu, least: spec.least_mtu() });
@@ -94,10 +95,12 @@ impl Stack {
             .name("netstack".into())
             .spawn(body)
             .map_err(|source| Error::Start { what: "thread", source })?;
+        let stack = Self { thread: Some(thread), control, ended, failed: failed_late };
         if let Some(capture) = &spec.capture {
-            capture.begin();
+            let what = "emptying the file of the capture";
+            capture.begin().map_err(|source| Error::Start { what, source })?;
         }
-        Ok(Self { thread: Some(thread), control, ended, failed: failed_late })
+        Ok(stack)
     }
 
     /// What the stack has done so far.

@@ -133,6 +133,8 @@ impl Sandbox {
     /// to report if it has not yet, is the cause.
     pub(crate) fn blame_setup(&mut self, error: LaunchError) -> LaunchError {
         let mut cause = error;
+        // Closed here, a descriptor would make setup fail in its turn, and that would be taken for the cause.
+        let mut held = Vec::new();
         let says_something = |channel: &Channel| {
             let mut fds = [PollFd::new(channel.as_fd(), PollFlags::POLLIN)];
             let limit = PollTimeout::try_from(LAST_WORDS).unwrap_or(PollTimeout::ZERO);
@@ -144,10 +146,11 @@ impl Sandbox {
                     cause = failure.into();
                     break;
                 }
-                Ok(Some(_)) => {}
+                Ok(Some((_, fd))) => held.extend(fd),
                 Ok(None) | Err(_) => break,
             }
         }
+        drop(held);
         self.kill_and_reap();
         cause
     }

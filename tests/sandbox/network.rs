@@ -5,7 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
-use crate::common::{Home, Lab, Running, free_port, need, skip};
+use crate::common::{Home, Lab, Running, free_port, need, rootlet_binary, skip};
 
 const NONE: [&str; 0] = [];
 
@@ -728,6 +728,25 @@ fn a_network_log_that_cannot_be_is_refused_before_anything_happens() {
         (&["--network-capture=/dev/null", "--network=none"], "network-capture and network none"),
     ] {
         home.run(options, ["true"]).run().exits(125).says(part);
+    }
+}
+
+#[test]
+fn a_network_capture_that_cannot_be_emptied_is_refused() {
+    let home = Home::new();
+    // The caller's own file, which may not become shorter.
+    let script = r#"
+import fcntl, os, subprocess, sys
+file = os.memfd_create("capture", os.MFD_ALLOW_SEALING)
+os.write(file, b"what was there stays")
+fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+path = f"/proc/{os.getpid()}/fd/{file}"
+run = subprocess.run([sys.argv[1], "run", "--network-capture=" + path, "--", "echo", "it ran"], capture_output=True, text=True)
+print(run.returncode, run.stdout, run.stderr, os.pread(file, 99, 0).decode())"#;
+    let out = home.command("python3").args(["-c", script]).args([rootlet_binary()]).run().ok().text();
+    assert!(out.starts_with("125 ") && !out.contains("it ran"), "{out}");
+    for part in ["emptying the file of the capture", "EPERM", "what was there stays"] {
+        assert!(out.contains(part), "{part}: {out}");
     }
 }
 

@@ -11,7 +11,7 @@ fn a_capture_has_every_frame_as_it_crossed_the_tap_and_the_names() {
     use crate::pcap::{Capture, tests as pcap};
     let (file, copy) = pcap::memory();
     let capture = Capture::start(file).expect("thread");
-    capture.begin();
+    capture.begin().expect("a file");
     let mut spec = StackSpec { capture: Some(capture.clone()), ..spec() };
     spec.dns.hosts = vec![("own.example".to_owned(), ip(GUEST_V4))];
     let server = UdpSocket::bind("127.0.0.1:0").expect("socket");
@@ -45,7 +45,7 @@ fn a_capture_that_ends_early_ends_nothing_else() {
     use crate::pcap::Capture;
     let full = std::fs::File::options().write(true).open("/dev/full").expect("/dev/full");
     let capture = Capture::start(full).expect("thread");
-    capture.begin();
+    capture.begin().expect("a file");
     assert!(!capture.finish().complete);
     let mut script = Script::new(&StackSpec { capture: Some(capture), ..spec() }, true);
     let server = UdpSocket::bind("127.0.0.1:0").expect("socket");
