@@ -20,7 +20,7 @@ use crate::inode::Node;
 use crate::layer::{RealDir, stat_fd};
 use crate::sync::Mutex;
 
-/// Has the kernel make room in the process's table for `count` descriptors more than are open.
+/// Has the kernel make room in the process's table for `count` descriptors in all.
 ///
 /// It doubles the table when it is full, and in a process of several threads whoever opens the next file waits for an
 /// RCU grace period then, which is 3 to 10 ms (`expand_fdtable` of the kernel's fs/file.c): up to eight times while the

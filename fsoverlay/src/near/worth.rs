@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 /// So many requests of one thread, none of another between, and the companion takes over.
 pub(super) const STREAK: u32 = 32;
 
-/// If they come slower than that, waking up is not what they wait for. (Waking two processors takes 10 to 200 us, more
-/// where they belong to a virtual machine on a busy host.)
+/// If they come slower than that, waking up is not what they wait for. (On another processor the least request took 15 to
+/// 240 us, docs/decisions/0009; more where other virtual machines have the host's.)
 pub(super) const SLOW: Duration = Duration::from_millis(1);
 
 /// After so many requests the companion looks whether it is worth it, and, if it is not, where the asker is now.
