@@ -250,8 +250,8 @@ impl Engine {
 
     /// Time until the next timer; `None`: until something happens.
     fn patience(&self, now: Instant) -> Option<Duration> {
-        let frames = self.more_frames && !self.sh.sent.is_in_debt();
-        let unread = !self.sh.unread.queue.is_empty() && !self.sh.received.is_dry();
+        let frames = self.more_frames && !self.sh.sent.holds_frames();
+        let unread = !self.sh.unread.queue.is_empty() && !self.sh.received.have_datagrams_to_wait();
         let more = frames || self.more_work || unread;
         if self.forward.is_eager() || self.join.flows.have_work() || more && !self.sh.tap.is_blocked() {
             return Some(Duration::ZERO);
@@ -292,7 +292,7 @@ impl Engine {
         let mut obeyed = Turn::Goes;
         // As many as wait now: who is not done comes again the next turn.
         for _ in 0..self.sh.unread.queue.len() {
-            if self.sh.tap.is_blocked() || self.sh.received.is_dry() {
+            if self.sh.tap.is_blocked() || self.sh.received.have_datagrams_to_wait() {
                 break;
             }
             if let Some(token) = self.sh.unread.pop().and_then(Token::unpack) {
@@ -400,7 +400,7 @@ impl Engine {
 
     fn tell_drained(&mut self) {
         let Some((looked, _)) = &mut self.drained else { return };
-        if self.sh.sent.is_in_debt() {
+        if self.sh.sent.holds_frames() {
             // No frame is read until that is paid.
             *looked = false;
         } else if !std::mem::replace(looked, true) {
@@ -473,7 +473,7 @@ impl Engine {
 
     /// Watches the TAP for room while frames wait, and only then; for nothing while the guest has sent more than it may.
     fn watch_tap(&mut self) {
-        let flags = match (self.sh.tap.is_blocked(), self.sh.sent.is_in_debt()) {
+        let flags = match (self.sh.tap.is_blocked(), self.sh.sent.holds_frames()) {
             // Nothing is read meanwhile, so frames of the guest must not wake us.
             (true, _) => EpollFlags::EPOLLOUT,
             (false, true) => EpollFlags::empty(),
@@ -492,9 +492,14 @@ impl Engine {
     fn await_tokens(&mut self) {
         let [sent, received] = self.tcp.flows.wait_for_tokens();
         let joined = self.join.flows.wait_for_tokens();
-        let sent = sent || joined[0] || self.sh.sent.is_in_debt();
-        let received = received || joined[1] || !self.sh.unread.queue.is_empty();
-        let at = [self.sh.sent.ready_at().filter(|_| sent), self.sh.received.ready_at().filter(|_| received)];
+        let sent = sent || joined[0] || self.sh.sent.holds_frames();
+        let received = received || joined[1];
+        let unread = !self.sh.unread.queue.is_empty();
+        let at = [
+            self.sh.sent.ready_at().filter(|_| sent),
+            self.sh.received.ready_at().filter(|_| received),
+            self.sh.received.datagrams_at().filter(|_| unread),
+        ];
         if let Some(at) = at.into_iter().flatten().min() {
             self.sh.timers.set(at, TimerKey::Rate);
         }
@@ -504,7 +509,7 @@ impl Engine {
         let mut buffer = std::mem::take(&mut self.buffer);
         self.more_frames = true;
         for _ in 0..TURN_FRAMES {
-            if self.sh.tap.is_blocked() || self.sh.sent.is_in_debt() {
+            if self.sh.tap.is_blocked() || self.sh.sent.holds_frames() {
                 break;
             }
             match self.sh.tap.read(&mut buffer) {

@@ -150,6 +150,9 @@ impl Icmp {
                 ping.destinations.len() - 1
             }
         };
+        if packet.hop_limit > 1 && !sh.sent.admit(packet.payload().len()) {
+            return sh.stats.dropped_datagrams.one();
+        }
         if let Some(destination) = ping.destinations.get_mut(at) {
             destination.account.sent.add(packet.payload().len());
         }
@@ -157,7 +160,6 @@ impl Icmp {
             0 | 1 => return udp::hops_exceeded(sh, packet),
             hops => (hops < 64).then_some(hops - 1),
         };
-        sh.sent.take(packet.payload().len());
         let to = SocketAddr::new(to.ip(), 0);
         let how = Sending { hops, from: None };
         let mut sent = udp::send_to(&ping.fd, packet.payload(), packet.payload().len(), to, how);

@@ -1,10 +1,14 @@
 //! How fast data may go: a token bucket for each way, shared by all flows.
 //!
-//! Nothing is ever dropped for it. Towards the guest the stack does not read the host's sockets while the bucket is empty:
-//! TCP peers find their window closed, datagrams wait in the host's queues. From the guest a TCP connection's ring is not
-//! emptied, which closes the window that the guest's kernel sees. Datagrams and echo requests have no window: they go,
-//! the bucket is in debt for them, and nothing is read from the TAP until that is paid, so that the guest's kernel finds
-//! its link busy.
+//! Towards the guest the stack does not read the host's sockets while the bucket is empty: TCP peers find their window
+//! closed, datagrams wait in the host's queues. From the guest a TCP connection's ring is not emptied, which closes the
+//! window that the guest's kernel sees. Datagrams and echo requests have no window: they go, the bucket is in debt for them,
+//! and nothing is read from the TAP until that is paid, so that the guest's kernel finds its link busy.
+//!
+//! While TCP flows want more than may go, datagrams have half at most: they come first, and a flood of them would leave
+//! nothing else. What has come for the guest beyond that waits in the host's queues, too. What the guest sends beyond it is
+//! dropped ([`Bucket::admit`]), as behind it in the TAP, which is read then in any case, is what its connections send.
+//! Nothing else is dropped for a rate.
 //!
 //! TCP flows that want more than may go share what there is in equal parts ([`Bucket::share`]), and take turns where that
 //! would be too little for each (`flows.rs`), whether they cross the TAP or not.
@@ -22,6 +26,10 @@ const MOST: u64 = 1 << 40;
 const LEAST_BURST: u64 = 64 * 1024;
 /// The least that one flow gets while there is that much: else only small segments would go.
 const LEAST_PART: usize = 1_500;
+/// What datagrams may take at once while TCP flows want more: this part of what goes in a second, and one of usual size at
+/// least.
+const DATAGRAM_BURST: u64 = 10;
+const LEAST_CREDIT: i64 = 1_500;
 
 /// A rate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +63,8 @@ pub(crate) struct Bucket {
     dry: bool,
     /// Flows that wanted more than went when they were looked after last.
     sharers: usize,
+    /// What datagrams may take while there are such flows, in halves of a token: each token that comes is half theirs.
+    credit: i64,
     /// What each of them may take when it is looked after, which may be several times in one turn of the engine.
     part: usize,
 }
@@ -67,7 +77,8 @@ impl Bucket {
             (rate, burst.unwrap_or(rate / 10).clamp(LEAST_BURST, MOST))
         });
         let tokens = limit.map_or(0, |(_, burst)| signed(burst));
-        Self { limit, tokens, spare: 0, filled: now, dry: false, sharers: 0, part: usize::MAX }
+        let credit = limit.map_or(0, |(rate, _)| most_credit(rate));
+        Self { limit, tokens, spare: 0, filled: now, dry: false, sharers: 0, credit, part: usize::MAX }
     }
 
     /// Becomes a full one with another rate. Who shares it does so still.
@@ -97,7 +108,9 @@ impl Bucket {
         }
         let new = u128::from(rate) * u128::from((now - self.filled).total_micros()) + u128::from(self.spare);
         self.filled = now;
-        self.tokens = self.tokens.saturating_add(i64::try_from(new / 1_000_000).unwrap_or(i64::MAX));
+        let tokens = i64::try_from(new / 1_000_000).unwrap_or(i64::MAX);
+        self.tokens = self.tokens.saturating_add(tokens);
+        self.credit = self.credit.saturating_add(tokens).min(most_credit(rate));
         self.spare = u64::try_from(new % 1_000_000).unwrap_or(0);
         if self.tokens >= signed(burst) {
             (self.tokens, self.spare) = (signed(burst), 0);
@@ -141,9 +154,53 @@ impl Bucket {
         }
     }
 
+    /// Tokens for a datagram that goes, even if there are none.
+    pub(crate) fn take_datagram(&mut self, bytes: usize) {
+        self.take(bytes);
+        // Who is alone has all, and owes nothing to those who come later.
+        if self.limit.is_some() && self.sharers > 0 {
+            let halves = i64::try_from(bytes).unwrap_or(i64::MAX).saturating_mul(2);
+            self.credit = self.credit.saturating_sub(halves);
+        }
+    }
+
+    /// Whether datagrams have had their half while TCP flows want more.
+    fn have_datagrams_had_theirs(&self) -> bool {
+        self.limit.is_some() && self.sharers > 0 && self.credit <= 0
+    }
+
+    /// Whether a datagram of the guest's may go, for which the tokens are taken then. If not it is to be dropped.
+    #[must_use]
+    pub(crate) fn admit(&mut self, bytes: usize) -> bool {
+        let may = !self.have_datagrams_had_theirs();
+        if may {
+            self.take_datagram(bytes);
+        }
+        may
+    }
+
+    /// Whether datagrams wait where they are.
+    pub(crate) fn have_datagrams_to_wait(&self) -> bool {
+        self.is_dry() || self.have_datagrams_had_theirs()
+    }
+
+    /// When they need not any more, if nothing else changes.
+    pub(crate) fn datagrams_at(&self) -> Option<Instant> {
+        let (rate, _) = self.limit?;
+        let missing = u64::try_from(1_i64.saturating_sub(self.credit)).unwrap_or(0);
+        let time = Duration::from_micros(missing.saturating_mul(1_000_000).div_ceil(rate));
+        self.have_datagrams_had_theirs().then_some(self.filled + time).max(self.ready_at())
+    }
+
     /// Whether nothing may go now.
     pub(crate) fn is_dry(&self) -> bool {
         self.dry
+    }
+
+    /// Whether no frame of the guest's is read until what datagrams took is paid for. While TCP flows want more, what
+    /// datagrams may take is bounded, and the flows' own frames are among them.
+    pub(crate) fn holds_frames(&self) -> bool {
+        self.is_in_debt() && self.sharers == 0
     }
 
     /// Whether more has gone than may.
@@ -163,6 +220,11 @@ impl Bucket {
         let micros = missing.saturating_mul(1_000_000).saturating_sub(self.spare).div_ceil(rate);
         Some(self.filled + Duration::from_micros(micros))
     }
+}
+
+/// The most that datagrams may have saved, in halves of a token.
+fn most_credit(rate: u64) -> i64 {
+    2 * signed(rate / DATAGRAM_BURST).max(LEAST_CREDIT)
 }
 
 fn signed(n: u64) -> i64 {
@@ -228,6 +290,38 @@ mod tests {
         assert_eq!(wants(&mut bucket, 1_000, 1), 200_000);
         bucket.set_rate(Some(Rate { bytes_per_second: 5_000, burst: Some(100_000) }), at(1_000_001));
         assert_eq!((bucket.sharers(), bucket.share()), (1, 100_000));
+    }
+
+    #[test]
+    fn datagrams_have_half_while_others_want_more_however_often_is_looked() {
+        for (rate, step) in [(1_000, 10), (1_000, 50_000), (12_345, 7_777), (100_000_000, 100)] {
+            let mut bucket = bucket(rate, None);
+            bucket.count_sharer(false, true);
+            let mut theirs = 0;
+            let mut now = 0;
+            // Theirs goes at once, and what has been saved with it.
+            let (saved, seconds) = (most_credit(rate).unsigned_abs() / 2, 20);
+            while now < seconds * 1_000_000 {
+                assert_eq!(bucket.datagrams_at().is_some(), bucket.have_datagrams_to_wait());
+                while bucket.admit(100) {
+                    theirs += 100;
+                }
+                let at_last = bucket.datagrams_at().expect("they wait");
+                assert!(at_last > at(now), "{rate}");
+                now += step.max((at_last - at(now)).total_micros());
+                bucket.fill(at(now));
+                assert!(bucket.is_dry() || bucket.admit(0));
+                // Others take the rest.
+                bucket.take(bucket.left());
+            }
+            let fair = saved + rate * seconds / 2;
+            assert!(
+                theirs >= fair * 9 / 10 && theirs <= fair + fair / 10 + 100,
+                "{rate}: {theirs} of {fair}"
+            );
+            bucket.count_sharer(true, false);
+            assert!((0..100).all(|_| bucket.admit(1_000)), "alone they have all");
+        }
     }
 
     #[test]

@@ -217,7 +217,9 @@ impl Udp {
         let size = packet.datagram_size.unwrap_or(usize::MAX);
         if let Some(inbound) = self.inbound.get_mut(&key) {
             inbound.used = now;
-            sh.sent.take(payload.len());
+            if !sh.sent.admit(payload.len()) {
+                return sh.stats.dropped_datagrams.add(parts(payload, size).count());
+            }
             parts(payload, size).for_each(|part| inbound.account.sent.add(part.len()));
             let Arrival { port, real, local, ways } = inbound.arrival;
             let server = self.servers.entry(inbound.arrival.lane()).or_default();
@@ -232,7 +234,9 @@ impl Udp {
             return;
         }
         let Some((id, real)) = self.route(sh, now, packet, key) else { return };
-        sh.sent.take(payload.len());
+        if !sh.sent.admit(payload.len()) {
+            return sh.stats.dropped_datagrams.add(parts(payload, size).count());
+        }
         if let Some(peer) = self.flows.get_mut(id).and_then(|flow| flow.peers.first_mut()) {
             parts(payload, size).for_each(|part| peer.account.sent.add(part.len()));
         }
@@ -778,7 +782,7 @@ pub(crate) fn read_all(
     let mut buffer = std::mem::take(&mut sh.datagram);
     let mut failures = 0;
     for count in 0.. {
-        if sh.tap.is_blocked() || sh.received.is_dry() || count >= TURN_DATAGRAMS {
+        if sh.tap.is_blocked() || sh.received.have_datagrams_to_wait() || count >= TURN_DATAGRAMS {
             // Nothing but errors: it is the socket that fails, and will.
             if failures < TURN_DATAGRAMS {
                 sh.come_back(token);
@@ -787,7 +791,7 @@ pub(crate) fn read_all(
         }
         match receive(fd, &mut buffer) {
             Ok(Received { len, size, from: Some(from), local }) => {
-                sh.received.take(len);
+                sh.received.take_datagram(len);
                 let all = buffer.get_mut(..len).unwrap_or_default();
                 let size = size.unwrap_or(len).max(1);
                 if all.is_empty() {

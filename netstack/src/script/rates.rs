@@ -422,3 +422,122 @@ fn who_has_gone_has_no_share() {
     assert_eq!((script.engine.sharers(), script.stats().tcp_flows), ([0, 0], 0));
     script.engine.check_bounds();
 }
+
+/// UDP datagrams that come to a socket of the host's.
+fn datagrams_at(server: &UdpSocket) -> usize {
+    let mut buffer = [0; 2_000];
+    std::iter::from_fn(|| server.recv(&mut buffer).ok()).sum()
+}
+
+#[test]
+fn datagrams_leave_connections_their_part() {
+    for (rate, steps) in [(RATE, 210), (10 * RATE, 60)] {
+        let rate = Some(Rate { bytes_per_second: rate, burst: Some(BURST as u64) });
+        for out in [false, true] {
+            let mut script = if out { script(rate, None) } else { script(None, rate) };
+            let (mut peer, mut server) = open(&mut script);
+            server.set_nonblocking(true).expect("non-blocking");
+            let other = UdpSocket::bind("127.0.0.1:0").expect("socket");
+            other.set_nonblocking(true).expect("non-blocking");
+            let port = other.local_addr().expect("address").port();
+            let datagram = udp((GUEST_V4, 5_000), (GATEWAY_V4, port), &[9; 1_000]);
+            script.send_ip(&datagram);
+            script.settle();
+            let guest = other.recv_from(&mut [0; 2_000]).expect("a datagram").1;
+            let (mut by_tcp, mut by_udp) = (0, 0);
+            for step in 0..steps {
+                // By then the burst is gone, and what may go at once of datagrams.
+                if step == 30 {
+                    (by_tcp, by_udp) = (0, 0);
+                }
+                // All that can go, and more.
+                if out {
+                    if step < 10 {
+                        (0..45).for_each(|_| peer.send(&mut script, TcpControl::Psh, &[8; 1_000]));
+                    } else {
+                        while script.try_send_frame(false, 0x0800, &datagram) {}
+                    }
+                } else {
+                    let _ = server.write(&[7; 20_000]);
+                    for _ in 0..30 {
+                        let _ = other.send_to(&[9; 1_000], guest);
+                    }
+                }
+                script.advance_millis(10);
+                for _ in 0..8 {
+                    script.settle();
+                }
+                assert!(script.engine.is_quiet(script.now), "it spins");
+                by_udp += datagrams_at(&other);
+                by_tcp += if out { drain(&mut server) } else { 0 };
+                while let Some(frame) = script.try_recv() {
+                    match frame.packet().protocol {
+                        ingress::UDP => by_udp += frame.packet().payload().len() - 8,
+                        _ if frame.tcp().payload().is_empty() => {}
+                        _ => by_tcp += peer.take(&mut script, &frame),
+                    }
+                }
+            }
+            let all = by_tcp + by_udp;
+            assert!(
+                all > 170_000 && by_tcp * 100 >= all * 40 && by_udp * 100 >= all * 40,
+                "{out}: {by_tcp} {by_udp}"
+            );
+        }
+    }
+}
+
+#[test]
+fn datagrams_that_are_few_wait_for_no_connection() {
+    let mut script = script(None, LIMIT);
+    let (mut peer, mut server) = open(&mut script);
+    server.set_nonblocking(true).expect("non-blocking");
+    let other = UdpSocket::bind("127.0.0.1:0").expect("socket");
+    let port = other.local_addr().expect("address").port();
+    script.send_ip(&udp((GUEST_V4, 5_000), (GATEWAY_V4, port), b"hello"));
+    script.settle();
+    let guest = other.recv_from(&mut [0; 10]).expect("hello").1;
+    for step in 0..200 {
+        let _ = server.write(&[7; 20_000]);
+        // A fifth of the rate.
+        other.send_to(&[9; 200], guest).expect("send");
+        script.advance_millis(10);
+        let mut came = 0;
+        while let Some(frame) = script.try_recv() {
+            match frame.packet().protocol {
+                ingress::UDP => came += 1,
+                _ => drop(peer.take(&mut script, &frame)),
+            }
+        }
+        assert_eq!(came, 1, "{step}");
+    }
+}
+
+#[test]
+fn a_flood_of_datagrams_holds_up_no_connection_behind_it() {
+    let mut script = script(LIMIT, None);
+    let (mut peer, _server) = open(&mut script);
+    // It wants more for seconds.
+    for _ in 0..400 {
+        peer.send(&mut script, TcpControl::Psh, &[8; 1_000]);
+    }
+    script.advance_millis(100);
+    let other = UdpSocket::bind("127.0.0.1:0").expect("socket");
+    let to = other.local_addr().expect("address").port();
+    for _ in 0..60 {
+        script.send_ip(&udp((GUEST_V4, 5_000), (GATEWAY_V4, to), &[9; 1_000]));
+    }
+    let (_listener, port) = listener(false);
+    let mut late = Peer::new(false, port);
+    late.guest.1 = 41_000;
+    late.send(&mut script, TcpControl::Syn, b"");
+    let mut answered = false;
+    for _ in 0..5 {
+        script.advance_millis(10);
+        while let Some(frame) = script.try_recv() {
+            answered |= frame.tcp().syn() && frame.tcp().dst_port() == 41_000;
+        }
+    }
+    // Six tenths of a second's datagrams were before it.
+    assert!(answered && script.stats().dropped_datagrams > 0, "{}", script.stats().dropped_datagrams);
+}
