@@ -582,8 +582,12 @@ impl Engine {
             parent: parent.clone(),
             dir: dir.clone(),
             name: lower_name.clone(),
-            meta: found.meta,
             key: found.key,
+            kind: found.meta.kind,
+            perm: found.meta.perm,
+            uid: found.meta.uid,
+            gid: found.meta.gid,
+            rdev: found.meta.rdev,
             has_record: found.marks.record.is_some(),
             has_acl: found.marks.acl,
             no_capability: found.marks.was_read && !found.marks.capability,
@@ -595,7 +599,7 @@ impl Engine {
     /// holds the parent's lock.
     pub(crate) fn remember_plain(&self, plain: Plain) -> Option<Attr> {
         let Plain { ino, stat, named } = plain;
-        let meta = named.meta;
+        let meta = named.meta();
         self.table.remember_name(ino, named).then(|| self.report_as(ino, meta, stat, 0))
     }
 
