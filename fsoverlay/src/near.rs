@@ -111,7 +111,7 @@ struct Seat {
 #[derive(Debug)]
 enum Role {
     Ordinary { _leaving: Leaving },
-    Companion(Companion),
+    Companion(Box<Companion>),
 }
 
 /// A worker ends when the mount is gone: then nobody may sleep on.
@@ -235,7 +235,8 @@ impl Near {
             match become_companion() {
                 Ok(()) => {
                     let progress = Progress::new(0, Duration::ZERO);
-                    return Role::Companion(Companion { near: Arc::downgrade(self), bound, progress });
+                    let near = Arc::downgrade(self);
+                    return Role::Companion(Box::new(Companion { near, bound, progress }));
                 }
                 Err(err) => tracing::debug!(%err, "nobody is served on his own processor"),
             }
@@ -385,7 +386,11 @@ impl Near {
             self.served.fetch_add(1, Ordering::Relaxed);
             match progress.count(asker, &self.best) {
                 Worth::GoOn => {}
-                Worth::Follow => self.follow(bound, progress.asker),
+                Worth::Follow => {
+                    if !self.follow(bound, progress.asker) {
+                        progress.not_away();
+                    }
+                }
                 Worth::Stop => return self.give_up(companion),
             }
             if self.phase.go_on(Phase::answer) {
@@ -427,8 +432,9 @@ impl Near {
         companion.progress = Progress::new(self.asker.load(Ordering::Relaxed), before);
     }
 
-    /// Goes where the asker is.
-    fn follow(&self, bound: &mut Bound, asker: u32) {
+    /// Goes where the asker is; false if it is there.
+    fn follow(&self, bound: &mut Bound, asker: u32) -> bool {
+        let before = bound.processor();
         if let Ok(processor) = processor_of(&self.proc, asker) {
             bound.bind(processor);
             self.processor.store(bound.processor().unwrap_or(processor), Ordering::SeqCst);
@@ -437,6 +443,7 @@ impl Near {
                 bound.release();
             }
         }
+        bound.processor() != before
     }
 
     /// All is as before; for some time, if there is something to be said against it. Nothing is done where somebody else

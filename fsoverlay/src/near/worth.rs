@@ -10,7 +10,8 @@ pub(super) const STREAK: u32 = 32;
 /// 240 us, docs/decisions/0009; more where other virtual machines have the host's.)
 pub(super) const SLOW: Duration = Duration::from_millis(1);
 
-/// After so many requests the companion looks whether it is worth it, and, if it is not, where the asker is now.
+/// After so many requests the companion looks whether it is worth it, and, if it is not or they have become slow, where
+/// the asker is now.
 pub(super) const LOOK: u32 = 8;
 
 /// How many of these, at most, came from another thread than the one before: one between makes two.
@@ -21,6 +22,10 @@ const WORTH: u32 = 80;
 
 /// How many looks in a row may find that it is not.
 const PATIENCE: u32 = 8;
+
+/// Who has left the companion's processor stays where he is, and his requests take four times as long: if they take so
+/// many times as long as when both were together, it looks where he is.
+const AWAY: u32 = 2;
 
 /// After so many ticks without a request all is as before.
 const QUIET: u32 = 4;
@@ -101,8 +106,12 @@ pub(super) struct Progress {
     requests: u32,
     others: u32,
     looked: Instant,
+    /// How long each took by the last look.
+    pace: Duration,
     /// How many looks in a row found that it is not worth it.
     in_vain: u32,
+    /// How long a request takes while both are on one processor, about.
+    together: Duration,
 }
 
 /// What a look finds.
@@ -116,7 +125,16 @@ pub(super) enum Worth {
 
 impl Progress {
     pub(super) fn new(asker: u32, before: Duration) -> Self {
-        Self { asker, before, requests: 0, others: 0, looked: Instant::now(), in_vain: 0 }
+        Self {
+            asker,
+            before,
+            requests: 0,
+            others: 0,
+            looked: Instant::now(),
+            pace: Duration::ZERO,
+            in_vain: 0,
+            together: Duration::ZERO,
+        }
     }
 
     /// Counts a request of a thread (0: of nobody's).
@@ -140,13 +158,25 @@ impl Progress {
         self.requests = 0;
         let worth = pace * 100 < self.before * WORTH;
         self.in_vain = if worth { 0 } else { self.in_vain + 1 };
+        self.pace = pace;
         if others > OTHERS || self.in_vain >= PATIENCE {
             Worth::Stop
-        } else if worth {
+        } else if worth && pace <= self.together.saturating_mul(AWAY) {
+            self.together = self.together - self.together / 8 + pace / 8;
             Worth::GoOn
         } else {
             Worth::Follow
         }
+    }
+
+    /// The asker is on the companion's processor: what took longer takes longer there, too. (Or he has just come back, and
+    /// is about to leave again: so not all of it is believed at once.)
+    pub(super) fn not_away(&mut self) {
+        self.together = if self.together.is_zero() {
+            self.pace
+        } else {
+            self.pace.min(self.together.saturating_mul(AWAY))
+        };
     }
 }
 
@@ -251,6 +281,8 @@ mod tests {
     fn it_goes_on_while_it_is_worth_it() {
         let micros = Duration::from_micros;
         let mut it = Progress::new(1, micros(20));
+        assert_eq!(it.look(micros(9)), Worth::Follow, "nobody has seen yet that they are together");
+        it.not_away();
         assert_eq!(it.look(micros(9)), Worth::GoOn);
         for _ in 1..PATIENCE {
             assert_eq!(it.look(micros(30)), Worth::Follow, "the asker may have moved");
@@ -263,16 +295,42 @@ mod tests {
     }
 
     #[test]
+    fn who_seems_to_have_left_is_looked_for() {
+        let micros = Duration::from_micros;
+        let mut it = Progress::new(1, micros(1000));
+        it.look(micros(10));
+        it.not_away();
+        assert_eq!(it.look(micros(19)), Worth::GoOn);
+        // Faster than before there was a companion, and slower than with one.
+        for _ in 0..2 * PATIENCE {
+            assert_eq!(it.look(micros(90)), Worth::Follow);
+        }
+        assert_eq!(it.look(micros(10)), Worth::GoOn, "found");
+        // There all the time: these take longer.
+        let looks = (0..10).take_while(|_| {
+            let follow = it.look(micros(90)) == Worth::Follow;
+            it.not_away();
+            follow
+        });
+        assert_eq!(looks.count(), 3, "not believed at once");
+        // Nor is it believed for ever.
+        for _ in 0..32 {
+            assert_eq!(it.look(micros(10)), Worth::GoOn);
+        }
+        assert_eq!(it.look(micros(90)), Worth::Follow);
+    }
+
+    #[test]
     fn it_stops_when_several_ask() {
         // So slow before that anything is worth it.
         let mut it = Progress::new(1, Duration::MAX / 100);
         let best = Best::new();
         let mut ask =
             |askers: [u32; LOOK as usize]| askers.map(|asker| it.count(asker, &best))[LOOK as usize - 1];
-        assert_eq!(ask([1, 1, 1, 2, 1, 1, 1, 1]), Worth::GoOn, "one between");
-        assert_eq!(ask([1, 0, 1, 0, 1, 0, 1, 0]), Worth::GoOn, "nobody's");
+        assert_ne!(ask([1, 1, 1, 2, 1, 1, 1, 1]), Worth::Stop, "one between");
+        assert_ne!(ask([1, 0, 1, 0, 1, 0, 1, 0]), Worth::Stop, "nobody's");
         assert_eq!(ask([1, 2, 1, 2, 1, 1, 1, 1]), Worth::Stop);
-        assert_eq!(ask([1; 8]), Worth::GoOn, "counted anew");
+        assert_ne!(ask([1; 8]), Worth::Stop, "counted anew");
     }
 
     #[test]
