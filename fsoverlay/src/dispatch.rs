@@ -24,7 +24,9 @@ use std::cell::Cell;
 use std::ffi::OsStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, OnceLock, Weak, mpsc};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use fuser::{INodeNo, Notifier, ReplyLseek, Request};
@@ -50,11 +52,11 @@ pub(crate) struct Shared {
     near: OnceLock<Arc<Near>>,
     waiter: Mutex<Option<mpsc::Sender<Task>>>,
     /// Who forgets where the workers do not.
-    forgetter: Mutex<Option<mpsc::Sender<Forget>>>,
+    forgetter: Mutex<Option<Forgetter>>,
     /// Names that wait for the kernel to forget them.
     forgetting: AtomicUsize,
     /// Threads of requests that take long.
-    aside: Mutex<Vec<std::thread::JoinHandle<()>>>,
+    aside: Mutex<Vec<JoinHandle<()>>>,
     /// Requests that a limit on rates holds back.
     pub(crate) later: Later,
 }
@@ -96,13 +98,20 @@ enum Forget {
     Memory,
 }
 
+/// The thread that does it.
+#[derive(Debug)]
+struct Forgetter {
+    told: mpsc::Sender<Forget>,
+    thread: JoinHandle<()>,
+}
+
 /// How many names a worker that gives way forgets itself after a request.
 const FEW: u32 = 64;
 
 /// How long those beyond are collected.
 const FORGET_AFTER: Duration = Duration::from_millis(10);
 
-/// When memory is given back.
+/// When memory is given back, after the table has shrunk last.
 const GIVE_BACK_AFTER: Duration = Duration::from_millis(500);
 
 /// Something that needs an answer of the kernel, which a worker must not wait for: the kernel may first
@@ -169,8 +178,14 @@ impl Shared {
         for far in &self.engine.far {
             far.stop();
         }
-        let ended = (self.waiter.lock().take(), self.forgetter.lock().take());
-        drop(ended);
+        let waiter = self.waiter.lock().take();
+        drop(waiter);
+        let forgetter = self.forgetter.lock().take();
+        if let Some(Forgetter { told, thread }) = forgetter {
+            drop(told);
+            thread.thread().unpark();
+            let _ = thread.join();
+        }
         // One may have started another.
         loop {
             let aside = std::mem::take(&mut *self.aside.lock());
@@ -224,9 +239,10 @@ impl Shared {
         if !few && self.forget_elsewhere(Forget::Lookups(ino, count)) {
             return;
         }
-        self.engine.table.forget(ino.0, count);
-        if self.engine.table.has_shrunk() {
-            self.forget_elsewhere(Forget::Memory);
+        let table = &self.engine.table;
+        table.forget(ino.0, count);
+        if table.has_shrunk() && !self.forget_elsewhere(Forget::Memory) {
+            table.set_shrunk();
         }
     }
 
@@ -234,15 +250,17 @@ impl Shared {
     fn forget_elsewhere(self: &Arc<Self>, what: Forget) -> bool {
         let mut forgetter = self.forgetter.lock();
         self.start_forgetter(&mut forgetter);
-        forgetter.as_ref().is_some_and(|forgetter| forgetter.send(what).is_ok())
+        forgetter.as_ref().is_some_and(|forgetter| forgetter.told.send(what).is_ok())
     }
 
-    fn start_forgetter(self: &Arc<Self>, forgetter: &mut Option<mpsc::Sender<Forget>>) {
+    fn start_forgetter(self: &Arc<Self>, forgetter: &mut Option<Forgetter>) {
         if forgetter.is_none() {
             let (sender, told) = mpsc::channel();
             let shared = Arc::downgrade(self);
             let started = start("fsoverlay-forget", move || forget_what_is_told(&shared, &told));
-            *forgetter = started.is_ok().then_some(sender);
+            *forgetter = started.ok().map(|thread| Forgetter { told: sender, thread });
+            // Whoever gives way does not try for each name.
+            FORGOTTEN.set(0);
         }
     }
 
@@ -278,22 +296,37 @@ impl Shared {
 /// Forgets until there is nobody any more who tells. It is not woken for each number: that costs who tells more than
 /// forgetting does.
 fn forget_what_is_told(shared: &Weak<Shared>, told: &mpsc::Receiver<Forget>) {
-    while let Ok(first) = told.recv() {
-        std::thread::sleep(FORGET_AFTER);
-        let Some(shared) = shared.upgrade() else { return };
-        let mut give_back = false;
-        for forget in std::iter::once(first).chain(told.try_iter()) {
-            match forget {
-                Forget::Lookups(ino, count) => shared.engine.table.forget(ino.0, count),
-                Forget::Memory => give_back = true,
+    let mut give_back: Option<Instant> = None;
+    loop {
+        let first = match give_back {
+            None => told.recv().map_err(|mpsc::RecvError| RecvTimeoutError::Disconnected),
+            Some(due) => told.recv_timeout(due.saturating_duration_since(Instant::now())),
+        };
+        match first {
+            Ok(first) => {
+                // Cut short when the mount is gone.
+                std::thread::park_timeout(FORGET_AFTER);
+                let Some(shared) = shared.upgrade() else { return };
+                let fs = FuseFs { shared };
+                let mut shrunk = false;
+                for forget in std::iter::once(first).chain(told.try_iter()) {
+                    match forget {
+                        Forget::Lookups(ino, count) => {
+                            fs.guarded(Opcode::Forget, ino, || fs.engine().table.forget(ino.0, count));
+                        }
+                        Forget::Memory => shrunk = true,
+                    }
+                }
+                if shrunk | fs.engine().table.has_shrunk() {
+                    // More of it will come.
+                    give_back = Some(Instant::now() + GIVE_BACK_AFTER);
+                }
             }
-        }
-        give_back |= shared.engine.table.has_shrunk();
-        drop(shared);
-        if give_back {
-            // More of it will come.
-            std::thread::sleep(GIVE_BACK_AFTER);
-            crate::sys::give_memory_back();
+            Err(RecvTimeoutError::Timeout) => {
+                give_back = None;
+                crate::sys::give_memory_back();
+            }
+            Err(RecvTimeoutError::Disconnected) => return,
         }
     }
 }
@@ -622,7 +655,7 @@ mod tests {
     use super::*;
     use crate::engine::tests::Scratch;
     use crate::errno::set_gives_way;
-    use crate::sync::tests::{in_time, without_threads};
+    use crate::sync::tests::without_threads;
 
     #[test]
     fn of_many_names_that_are_forgotten_who_gives_way_takes_a_few() {
@@ -646,7 +679,8 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 set_gives_way();
-                *shared.forgetter.lock() = Some(sender);
+                let thread = std::thread::spawn(|| {});
+                *shared.forgetter.lock() = Some(Forgetter { told: sender, thread });
                 for ino in &all[..few + 20] {
                     shared.forget(*ino, 1);
                 }
@@ -660,6 +694,8 @@ mod tests {
                 }
             });
         });
-        in_time(|| (known() == 0).then_some(()));
+        // With the end of all this is done what was still to do.
+        fs.shared.stop();
+        assert_eq!((known(), Arc::strong_count(&fs.shared)), (0, 1));
     }
 }

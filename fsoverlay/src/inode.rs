@@ -556,6 +556,11 @@ impl Table {
         self.shrunk.load(Ordering::Relaxed) && self.shrunk.swap(false, Ordering::Relaxed)
     }
 
+    /// Somebody is to ask again.
+    pub(crate) fn set_shrunk(&self) {
+        self.shrunk.store(true, Ordering::Relaxed);
+    }
+
     fn remove_dead(&self, ino: u64, key: Key) {
         let mut shard = self.shard(ino).lock();
         // The number may have been taken over by a node made since, of the same object or another.

@@ -126,6 +126,7 @@ pub(crate) fn free_ports(count: u16) -> u16 {
     let begin = 20_000 + u16::try_from(std::process::id() % 100).unwrap_or_default() * 100;
     loop {
         let first = begin + NEXT.fetch_add(count, Ordering::Relaxed);
+        assert!(first + count <= 32_768, "no port is free");
         let is_free = |port: u16| {
             let any = (Ipv6Addr::UNSPECIFIED, port);
             TcpListener::bind(any).is_ok() && UdpSocket::bind(any).is_ok()
