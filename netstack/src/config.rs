@@ -270,6 +270,9 @@ pub(crate) const INSIDE_SOCKET: Duration = Duration::from_secs(1);
 /// Connections in a row for which it did not come in time, and then no more is asked for: whoever was stopped, as the
 /// program's own processes may be from inside, would cost each connection that time.
 pub(crate) const INSIDE_LATE: u32 = 3;
+/// For how long; then for one connection, to see whether an answer comes again, and so on. Who is late need not be lost: a
+/// control group that was frozen goes on, and in `rootlet run` it is init, which has the payload to start first.
+pub(crate) const INSIDE_PAUSE: Duration = Duration::from_secs(30);
 
 /// Pipes at once that connections from the host's loopback to published ports have data in, and the bytes that each of
 /// them takes. Beyond that the data is copied.

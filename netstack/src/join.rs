@@ -40,7 +40,9 @@ use nix::sys::socket::{MsgFlags, Shutdown, SockaddrStorage, getsockname};
 use smoltcp::time::Instant;
 
 use crate::calls::{connect, pipe2, recv, send, shutdown, splice};
-use crate::config::{HALF_OPEN_SPARE, INBOUND_CONNECT, INSIDE_LATE, INSIDE_SOCKET, JOIN_PIPE, MAX_PIPES};
+use crate::config::{
+    HALF_OPEN_SPARE, INBOUND_CONNECT, INSIDE_LATE, INSIDE_PAUSE, INSIDE_SOCKET, JOIN_PIPE, MAX_PIPES,
+};
 use crate::defect::At;
 use crate::flow::{Endpoint, FlowId, FlowKey, TimerKey, enqueue};
 use crate::flowlog::{Account, Traffic};
@@ -225,6 +227,9 @@ pub(crate) struct Join {
     /// is none of another: many connections may come at once.
     late: u32,
     missed: Option<Instant>,
+    /// Nobody is asked until then; then one is, to see whether it answers again, and the others go on not to be until it
+    /// does.
+    paused: Option<Instant>,
     /// Who is to get the next ones.
     unasked: VecDeque<(FlowId, Family)>,
     pub(crate) flows: Flows<Joined>,
@@ -243,6 +248,7 @@ impl Join {
             asked: VecDeque::new(),
             late: 0,
             missed: None,
+            paused: None,
             unasked: VecDeque::new(),
             flows: Flows::default(),
             deadlines: BTreeSet::new(),
@@ -270,7 +276,7 @@ impl Join {
         {
             return Err(fd);
         }
-        if self.inside.is_none() {
+        if !self.asks(now) {
             return Err(fd);
         }
         // Across the TAP it is none of these, so no older one has to give way: the guest could have them all end like that.
@@ -326,8 +332,17 @@ impl Join {
         true
     }
 
-    /// Wants a socket for a flow.
+    /// Whether sockets are asked for now.
+    fn asks(&self, now: Instant) -> bool {
+        self.inside.is_some() && self.paused.is_none_or(|until| until <= now)
+    }
+
+    /// Wants a socket for a flow, which is to be asked for.
     fn want(&mut self, sh: &mut Shared, now: Instant, id: FlowId) {
+        // Only for this one.
+        if let Some(until) = &mut self.paused {
+            *until = now + INSIDE_PAUSE;
+        }
         self.wait_until(sh, id, now + INSIDE_SOCKET);
         let flows = &self.flows;
         let Some(flow) = flows.get(id) else { return };
@@ -345,8 +360,9 @@ impl Join {
             if self.flows.get(flow).is_none() {
                 continue;
             }
-            // That nobody is there is said when the answers are read.
-            if inside.ask(flow, family).is_err() {
+            // That nobody is there is said when the answers are read. If no answer is to come, which would have it tried
+            // again, the queue is full of questions that nobody has read: this one counts as not answered, too.
+            if inside.ask(flow, family).is_err() && !self.asked.is_empty() {
                 return self.unasked.push_front((flow, family));
             }
             // The timer is set: the flow waits no longer than for this answer.
@@ -385,11 +401,12 @@ impl Join {
                 self.missed = Some(now);
             }
         }
-        if self.late >= INSIDE_LATE && self.inside.is_some() {
+        if self.late >= INSIDE_LATE && self.paused.is_none() && self.inside.is_some() {
             tracing::warn!(
-                "nobody answers who makes sockets inside: connections from the loopback cross the interface from here on"
+                "nobody answers who makes sockets inside: connections from the loopback cross the interface until that changes"
             );
-            self.let_go(sh, now, tcp);
+            self.paused = Some(now + INSIDE_PAUSE);
+            self.cross_waiting(sh, now, tcp);
         }
         self.ask(now);
         let asked = self.asked.front().map(|asked| asked.until);
@@ -410,6 +427,9 @@ impl Join {
                         continue;
                     }
                     self.late = 0;
+                    if self.paused.take().is_some() {
+                        tracing::info!("who makes sockets inside answers again");
+                    }
                     match made.socket {
                         Ok(socket) => {
                             let fd = sh.budget.hold(socket);
@@ -439,6 +459,11 @@ impl Join {
     /// There will be no more sockets: who waits for one goes the way of all others, and so do those that come from now on.
     fn let_go(&mut self, sh: &mut Shared, now: Instant, tcp: &mut Tcp) {
         self.inside = None;
+        self.cross_waiting(sh, now, tcp);
+    }
+
+    /// Who waits for a socket goes the way of all others.
+    fn cross_waiting(&mut self, sh: &mut Shared, now: Instant, tcp: &mut Tcp) {
         self.asked.clear();
         self.unasked.clear();
         let waits = |flow: &Joined| matches!(flow.phase, Phase::Waiting(_));
@@ -523,7 +548,7 @@ impl Join {
         flow.entry.key = flow.ways[1];
         flow.entry.account = Account::new(now);
         flow.phase = Phase::Waiting(sh.budget.room());
-        if self.inside.is_none() {
+        if !self.asks(now) {
             return self.cross(sh, now, tcp, id);
         }
         self.want(sh, now, id);

@@ -5,15 +5,17 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd as _, RawFd};
 use std::rc::Rc;
 
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
+use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 
 use super::good::{Good, open_files, own_memory};
 use super::*;
 use crate::calls::{Call, Fault, set_plan};
+use crate::config::{INSIDE_PAUSE, INSIDE_SOCKET};
 
 /// Errors of every kind: no room, no right, no way, and those of connections.
 const ERRORS: [Errno; 16] = [
@@ -73,11 +75,18 @@ fn is_reset(frame: &Out) -> bool {
 }
 
 fn is_connecting(frame: &Out) -> bool {
-    matches!(
-        ingress::parse_frame(frame.ethernet(), [0x52, 0x54, 0, 0, 0, 2], true),
-        Ok(Inbound::Ip(packet)) if packet.protocol == ingress::TCP
-            && TcpPacket::new_checked(packet.payload()).is_ok_and(|segment| segment.syn() && !segment.ack())
-    )
+    connecting_port(frame).is_some()
+}
+
+/// From which port it does.
+fn connecting_port(frame: &Out) -> Option<u16> {
+    let Ok(Inbound::Ip(packet)) = ingress::parse_frame(frame.ethernet(), [0x52, 0x54, 0, 0, 0, 2], true)
+    else {
+        return None;
+    };
+    let segment = TcpPacket::new_checked(packet.payload()).ok()?;
+    let connects = packet.protocol == ingress::TCP && segment.syn() && !segment.ack();
+    connects.then(|| segment.src_port())
 }
 
 /// Lets the engine do what there is to do. It has to come to an end.
@@ -604,6 +613,10 @@ impl Joining {
 
     pub(super) fn with(spec: &StackSpec) -> Self {
         let (sockets, maker) = crate::inside_sockets().expect("socket pair");
+        Self::through(spec, sockets, maker)
+    }
+
+    fn through(spec: &StackSpec, sockets: crate::InsideSockets, maker: crate::SocketMaker) -> Self {
         let port = Publish {
             host_ip: Some(ip("127.0.0.1")),
             host_port: 0,
@@ -751,40 +764,67 @@ fn joined_connections_whose_calls_fail_cross_the_tap_or_are_reset_or_do_without(
     }
 }
 
+const REST: Duration = Duration::from_millis(1);
+
+/// Of so many connections that come at once, how many cross the TAP at once. The others do after a second, or this fails.
+fn cross(script: &mut Script, many: usize) -> usize {
+    let clients: Vec<TcpStream> =
+        (0..many).map(|_| TcpStream::connect(script.published[0]).expect("connect")).collect();
+    let wanted = many as u64;
+    script.wait_for("flows", |script| script.stats().tcp_flows == wanted);
+    // Whoever gets no answer says it again.
+    let mut known = std::collections::HashSet::new();
+    let mut crossing = |script: &Script| {
+        let ports = std::iter::from_fn(|| script.try_recv()).filter_map(|frame| connecting_port(&frame));
+        ports.filter(|port| known.insert(*port)).count()
+    };
+    let at_once = crossing(script);
+    if at_once < many {
+        script.advance(INSIDE_SOCKET - REST);
+        assert_eq!(crossing(script), 0);
+        script.advance(REST);
+        assert_eq!(crossing(script), many - at_once);
+    }
+    // The inside gives no answer at any of the server's places.
+    drop(clients);
+    for _ in 0..2 {
+        script.advance(Duration::from_secs(11));
+        crossing(script);
+    }
+    assert_eq!(script.stats().tcp_flows, 0);
+    at_once
+}
+
+/// Whether the maker has a question before it.
+fn is_asked(maker: &crate::SocketMaker) -> bool {
+    let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    recv(maker.as_fd().as_raw_fd(), &mut [0; 64], peek).is_ok()
+}
+
 #[test]
-fn who_does_not_answer_for_sockets_is_let_go_after_a_few_connections() {
-    let name = "script::faults::who_does_not_answer_for_sockets_is_let_go_after_a_few_connections";
+fn questions_that_nobody_reads_count_when_there_is_no_room_for_more() {
+    let name = "script::faults::questions_that_nobody_reads_count_when_there_is_no_room_for_more";
     if !hostile::in_empty_namespace(name) {
         return;
     }
-    const NEARLY: Duration = Duration::from_millis(999);
-    const REST: Duration = Duration::from_millis(1);
+    let (sockets, maker) = crate::inside_sockets().expect("socket pair");
+    // The kernel makes some thousands of it.
+    setsockopt(&sockets.as_fd(), sockopt::SndBuf, &1).expect("SO_SNDBUF");
+    let mut joining = Joining::through(&spec(), sockets, maker);
+    for _ in 0..3 {
+        assert_eq!(cross(&mut joining.script, 40), 0);
+    }
+    assert_eq!(cross(&mut joining.script, 40), 40);
+}
+
+#[test]
+fn who_does_not_answer_for_sockets_is_asked_again_after_a_pause() {
+    let name = "script::faults::who_does_not_answer_for_sockets_is_asked_again_after_a_pause";
+    if !hostile::in_empty_namespace(name) {
+        return;
+    }
     let mut joining = Joining::new();
     let script = &mut joining.script;
-    // How many of some that come at once cross the TAP at once. The others do after that time.
-    let cross = |script: &mut Script, many: usize| -> usize {
-        let clients: Vec<TcpStream> =
-            (0..many).map(|_| TcpStream::connect(script.published[0]).expect("connect")).collect();
-        let wanted = many as u64;
-        script.wait_for("flows", |script| script.stats().tcp_flows == wanted);
-        let crossing =
-            |script: &Script| std::iter::from_fn(|| script.try_recv()).filter(is_connecting).count();
-        let at_once = crossing(script);
-        if at_once < many {
-            script.advance(NEARLY);
-            assert_eq!(crossing(script), 0);
-            script.advance(REST);
-            assert_eq!(crossing(script), many - at_once);
-        }
-        // The inside gives no answer at any of the server's places.
-        drop(clients);
-        for _ in 0..2 {
-            script.advance(Duration::from_secs(11));
-            crossing(script);
-        }
-        assert_eq!(script.stats().tcp_flows, 0);
-        at_once
-    };
     assert_eq!(cross(script, 1), 0);
     assert_eq!(cross(script, 1), 0);
     // An answer in time makes up for them, and those that come too late do not.
@@ -801,7 +841,31 @@ fn who_does_not_answer_for_sockets_is_let_go_after_a_few_connections() {
     assert!(joining.maker.answer());
     script.settle();
     assert_eq!(cross(script, 1), 0);
-    assert!(!joining.maker.answer(), "the stack has not let it go");
-    // From now on nobody waits.
+    assert!(joining.maker.answer());
+    // From now on nobody waits, until the pause is over, of which the last ones have seen the first 22 seconds.
+    script.advance(INSIDE_PAUSE - Duration::from_secs(22) - REST);
     assert_eq!(cross(script, 5), 5);
+    assert!(!is_asked(&joining.maker));
+    // Then one does. It is paused again from when it was asked for on: so much has gone by since then.
+    assert_eq!(cross(script, 20), 19);
+    assert!(is_asked(&joining.maker));
+    script.advance(INSIDE_PAUSE - Duration::from_secs(23) - REST);
+    assert_eq!(cross(script, 2), 2);
+    assert_eq!(cross(script, 2), 1);
+    // What was asked for before is answered too late.
+    assert!(joining.maker.answer());
+    script.settle();
+    assert_eq!(cross(script, 1), 1);
+    // As soon as it answers in time it is asked each time.
+    let clients: Vec<TcpStream> = (1..=3)
+        .map(|joined| {
+            let client = TcpStream::connect(script.published[0]).expect("connect");
+            script.wait_for("flow", |script| script.stats().tcp_flows == joined);
+            assert!(joining.maker.answer());
+            script.wait_for("joined", |script| script.stats().tcp_joined == 1 + joined);
+            client
+        })
+        .collect();
+    drop(clients);
+    assert_eq!(script.stats().tcp_joined, 4);
 }
