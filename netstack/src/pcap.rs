@@ -62,6 +62,8 @@ struct Inner {
     file: Mutex<Option<File>>,
     /// What is in it goes then.
     replaces: bool,
+    /// That it could not, so no stack has started with it.
+    refused: AtomicBool,
     /// The file, or that nothing is to be written: what comes first counts.
     begin: Sender<Option<File>>,
 }
@@ -89,7 +91,7 @@ pub struct Captured {
     pub seen: u64,
     /// Those of them that were left out because the file did not take them fast enough.
     pub dropped: u64,
-    /// Everything else is in the file.
+    /// Everything else is in the file: not if it takes no more, nor if it could not be emptied.
     pub complete: bool,
 }
 
@@ -141,6 +143,7 @@ impl Capture {
             done: Mutex::new(done),
             file: Mutex::new(Some(file)),
             replaces,
+            refused: AtomicBool::new(false),
             begin,
         };
         let capture = Self(Arc::new(inner));
@@ -157,15 +160,19 @@ impl Capture {
 
     /// The stack has started. If it fails nothing is written: the file cannot be emptied, as it was to be.
     pub(crate) fn begin(&self) -> io::Result<()> {
-        let Inner { file, replaces, begin, .. } = &*self.0;
+        let Inner { file, replaces, refused, begin, .. } = &*self.0;
+        let Ok(mut place) = file.lock() else { return Ok(()) };
         // Once, for how many stacks it may be.
-        let Some(mut file) = file.lock().ok().and_then(|mut file| file.take()) else { return Ok(()) };
-        if *replaces && file.metadata()?.is_file() {
-            file.set_len(0)?;
-            file.rewind()?;
+        let Some(mut file) = place.take() else { return Ok(()) };
+        let emptied = if *replaces { empty(&mut file) } else { Ok(()) };
+        refused.store(emptied.is_err(), Ordering::Relaxed);
+        if emptied.is_ok() {
+            let _ = begin.send(Some(file));
+        } else {
+            // Another stack is not to start without its capture, either.
+            *place = Some(file);
         }
-        let _ = begin.send(Some(file));
-        Ok(())
+        emptied
     }
 
     /// A frame, without its virtio header.
@@ -228,14 +235,23 @@ impl Capture {
     pub fn finish(&self) -> Captured {
         let _ = self.0.begin.send(None);
         let _ = self.0.queue.send(Item::End);
-        let complete = self.0.done.lock().is_ok_and(|done| done.recv_timeout(FINISH_PATIENCE).is_ok());
-        if !complete && !self.0.counts.ended.load(Ordering::Relaxed) {
+        let ended = self.0.done.lock().is_ok_and(|done| done.recv_timeout(FINISH_PATIENCE).is_ok());
+        if !ended && !self.0.counts.ended.load(Ordering::Relaxed) {
             tracing::warn!("nobody takes the capture of the network: its end is lost");
         }
         let counts = &self.0.counts;
         let (seen, dropped) = (counts.seen.load(Ordering::Relaxed), counts.dropped.load(Ordering::Relaxed));
-        Captured { seen, dropped, complete }
+        Captured { seen, dropped, complete: ended && !self.0.refused.load(Ordering::Relaxed) }
     }
+}
+
+/// Takes out what is in an ordinary file.
+fn empty(file: &mut File) -> io::Result<()> {
+    if file.metadata()?.is_file() {
+        file.set_len(0)?;
+        file.rewind()?;
+    }
+    Ok(())
 }
 
 struct Writer {
@@ -560,10 +576,13 @@ pub(crate) mod tests {
         nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_ADD_SEALS(nix::fcntl::SealFlag::F_SEAL_SHRINK))
             .expect("seal");
         let capture = Capture::replace(file).expect("thread");
-        let refused = capture.begin().expect_err("it cannot be emptied");
-        assert_eq!(refused.raw_os_error(), Some(nix::errno::Errno::EPERM as i32));
+        // Nor does another stack start with it then.
+        for _ in 0..2 {
+            let refused = capture.begin().expect_err("it cannot be emptied");
+            assert_eq!(refused.raw_os_error(), Some(nix::errno::Errno::EPERM as i32));
+        }
         capture.frame(Direction::FromGuest, b"frame");
-        assert!(capture.finish().complete);
+        assert!(!capture.finish().complete);
         assert_eq!(read(copy), b"before");
     }
 
