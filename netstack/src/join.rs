@@ -489,7 +489,8 @@ impl Join {
         host::tune_tcp(fd.as_fd());
         sys::avoid_port(fd.as_fd(), guest.port);
         // What answers is to be the guest itself. Only its own address the kernel gives to a socket, and reaches from there:
-        // what leads to this one from another address of the inside's is known to the link.
+        // what leads to this one from another address of the inside's is known to the link. With ip_nonlocal_bind, which only
+        // the inside can set for itself, it gives any; then nobody answers, or whoever the inside has at that address.
         if let Err(errno) = host::bind_address(&fd, guest.ip) {
             tracing::debug!(%errno, "the inside has not the server's address");
             return self.cross(sh, now, tcp, id);

@@ -132,7 +132,7 @@ pub(crate) fn socket_maker() -> Vec<Instruction> {
         p.load_arg(1);
         p.mask(!(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK).cast_unsigned());
         p.unless(Test::Equal(libc::SOCK_STREAM.cast_unsigned()), refuse(Errno::EPERM));
-        // Which that is by default; there are others (IPPROTO_MPTCP).
+        // For a stream socket 0 is TCP; there are others (IPPROTO_MPTCP).
         p.load_arg(2);
         p.when(Test::Equal(0), ALLOW);
         p.unless(Test::Equal(libc::IPPROTO_TCP.cast_unsigned()), refuse(Errno::EPROTONOSUPPORT));
