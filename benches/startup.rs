@@ -4,14 +4,24 @@
 //! that whatever else the machine does meets all of them alike. Medians and minima; the ratio is
 //! of medians. Others are measured if they are installed. `ROOTLET_BENCH_CHECK=1` makes a ratio
 //! above the limit a failure.
+//!
+//! And what rootlet's own network costs until it can be used: a command that connects to a server on the host and ends,
+//! with that network and with the host's. The difference is of medians, too; bash connects, if it is installed.
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a program of our own, for people to read")]
 
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// What `rootlet run -- true` with everything may take, in times of fork and exec.
 const LIMIT: f64 = 12.0;
+
+/// What it may take until the network can be used.
+const FIRST_CONNECTION: Duration = Duration::from_millis(5);
+
+const OURS: &str = "rootlet: the first connection by its own network";
+const HOSTS: &str = "rootlet --network host: the first connection";
 
 struct Contender {
     name: &'static str,
@@ -46,6 +56,17 @@ fn main() {
         let root = format!("--root={bundle}/crun");
         contenders.push(contender("crun", &["crun", &root, "run", "--bundle", bundle, "rootlet-bench"]));
     }
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || listener.incoming().for_each(drop));
+    if found("bash") {
+        let connect = |host: &str| format!("exec 3<>/dev/tcp/{host}/{port}");
+        let allow = format!("--allow-host-loopback={port}");
+        let ours = [rootlet, "run", &allow, "--", "bash", "-c", &connect("host.containers.internal")];
+        let hosts = [rootlet, "run", "--network", "host", "--", "bash", "-c", &connect("localhost")];
+        contenders.push(contender(OURS, &ours));
+        contenders.push(contender(HOSTS, &hosts));
+    }
     contenders.retain(|contender| {
         let works = run(contender, &home).is_some();
         if !works {
@@ -72,6 +93,14 @@ fn main() {
             milliseconds(minimum),
             milliseconds(median) / milliseconds(base),
             contender.name
+        );
+    }
+    let of = |name| contenders.iter().find(|one| one.name == name).map(|one| median(&one.times));
+    if let (Some(ours), Some(hosts)) = (of(OURS), of(HOSTS)) {
+        println!(
+            "\nuntil rootlet's network can be used: {:.2} ms (wanted: {:.0})",
+            milliseconds(ours) - milliseconds(hosts),
+            milliseconds(FIRST_CONNECTION)
         );
     }
     let ratio = milliseconds(median(&contenders[1].times)) / milliseconds(base);
