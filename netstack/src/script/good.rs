@@ -84,3 +84,39 @@ pub(super) fn own_memory() -> usize {
 pub(super) fn open_files() -> usize {
     std::fs::read_dir("/proc/self/fd").expect("descriptors").count()
 }
+
+#[test]
+fn what_has_come_and_gone_leaves_no_timer() {
+    let server = UdpSocket::bind("127.0.0.1:0").expect("socket");
+    let (listener, port) = listener(false);
+    let mut spec = spec();
+    spec.dns.upstreams = vec![server.local_addr().expect("address")];
+    let mut script = Script::new(&spec, true);
+    let sink = UdpSocket::bind("127.0.0.1:0").expect("socket");
+    let sink_port = sink.local_addr().expect("address").port();
+    let whole = udp((GUEST_V4, 5_000), (GATEWAY_V4, sink_port), &[9; 64]);
+    for id in 0..200u16 {
+        for (at, end) in [(0, 40), (40, 72)] {
+            script.send_ip(&v4_fragment(&whole, id, at, end));
+        }
+        // No fragment of this one ever comes.
+        script.send_ip(&v4_fragment(&whole, id | 0x8000, 0, 40));
+        script.settle();
+        while script.try_recv().is_some() {}
+        let query = crate::dns::message::tests::query(id, "some.name", 1, true);
+        script.send_ip(&udp((GUEST_V4, 5_000), (GATEWAY_V4, 53), &query));
+        script.settle();
+        let mut buffer = [0; 512];
+        let (len, from) = server.recv_from(&mut buffer).expect("query");
+        buffer[2] |= 0x80;
+        server.send_to(&buffer[..len], from).expect("answer");
+        script.expect("the answer", |_| true);
+        let mut peer = Peer::new(false, port);
+        peer.guest.1 = 1_000 + id;
+        peer.open(&mut script);
+        drop(accept(&listener));
+        peer.send(&mut script, TcpControl::Rst, b"");
+    }
+    assert_eq!((script.stats().tcp_flows, script.engine.open_queries()), (0, 0));
+    assert!(script.engine.timers() <= 4, "{}", script.engine.timers());
+}

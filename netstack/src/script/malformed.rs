@@ -188,7 +188,7 @@ fn listener_and_sink() -> (TcpListener, UdpSocket) {
 
 #[test]
 fn the_samples_are_right() {
-    if !hostile::in_empty_namespace("script::malformed::the_samples_are_right") {
+    if !in_empty_namespace("script::malformed::the_samples_are_right") {
         return;
     }
     let (listener, sink) = listener_and_sink();
@@ -313,7 +313,7 @@ impl Stream {
 
 #[test]
 fn frames_that_are_nearly_right_harm_nobody() {
-    if !hostile::in_empty_namespace("script::malformed::frames_that_are_nearly_right_harm_nobody") {
+    if !in_empty_namespace("script::malformed::frames_that_are_nearly_right_harm_nobody") {
         return;
     }
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
@@ -425,4 +425,51 @@ fn storm(seed: u64) {
     let left = (stats.tcp_flows, stats.udp_flows, stats.ping_flows, script.engine.descriptors());
     assert_eq!(left, (1, 0, 0, 1), "{stats:?} {:?}", script.engine.flows(0, 10));
     script.engine.check_bounds();
+}
+
+#[test]
+fn ipv6_lengths_that_cannot_be_are_malformed() {
+    let server = UdpSocket::bind("[::1]:0").expect("socket");
+    server.set_nonblocking(true).expect("non-blocking");
+    let port = server.local_addr().expect("address").port();
+    let mut script = Script::new(&spec(), true);
+    let good = udp((GUEST_V6, 5_000), (GATEWAY_V6, port), b"datagram");
+    let mut malformed = 0;
+    let mut bad = |script: &mut Script, what: &str, packet: &[u8]| {
+        script.send_ip(packet);
+        script.nothing_comes(what);
+        malformed += 1;
+        assert_eq!(script.stats().dropped_malformed, malformed, "{what}");
+    };
+    // A jumbogram (RFC 2675): the length is in an option, and the header's is nothing.
+    let mut jumbo = [&good[..40], &[17, 0, 0xc2, 4, 0, 1, 0, 0], &good[40..]].concat();
+    jumbo[6] = 0;
+    jumbo[4..6].fill(0);
+    bad(&mut script, "a jumbogram", &jumbo);
+    let mut longer = good.clone();
+    longer[5] += 1;
+    bad(&mut script, "more than there is", &longer);
+    let mut header = good.clone();
+    header.truncate(39);
+    bad(&mut script, "half a header", &header);
+    let mut extension = [&good[..40], &[17, 200, 1, 4, 0, 0, 0, 0], &good[40..]].concat();
+    extension[6] = 60;
+    extension[5] += 8;
+    bad(&mut script, "an extension header behind the end", &extension);
+    let mut endless = good[..40].to_vec();
+    endless[6] = 60;
+    for next in [60, 60, 60, 60, 60, 60, 60, 60, 17] {
+        endless.extend([next, 0, 1, 4, 0, 0, 0, 0]);
+    }
+    endless.extend(&good[40..]);
+    let len = u16::try_from(endless.len() - 40).expect("length");
+    endless[4..6].copy_from_slice(&len.to_be_bytes());
+    bad(&mut script, "nine extension headers", &endless);
+    let mut udp_len = good.clone();
+    udp_len[45] = 7;
+    bad(&mut script, "less than a UDP header", &udp_len);
+    server.recv(&mut [0; 10]).expect_err("none of them");
+    script.send_ip(&good);
+    script.settle();
+    assert_eq!(server.recv(&mut [0; 10]).expect("datagram"), 8);
 }

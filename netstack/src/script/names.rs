@@ -1,7 +1,6 @@
 //! Rules by name and the flows that they are about, in a network namespace where every address is the host's own.
 
 use super::dns::Dns;
-use super::hostile::in_empty_namespace;
 use super::*;
 use crate::config::PIN_GRACE;
 use crate::dns::message::tests::query;

@@ -1,7 +1,6 @@
 //! Data that may not go as fast as it comes. Virtual time alone says how much may go.
 
-use super::faults::Joining;
-use super::hostile::in_empty_namespace;
+use super::joined::Joining;
 use super::*;
 use crate::rate::{Rate, Rates};
 

@@ -1,5 +1,6 @@
 //! Datagrams that go together, both ways.
 
+use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::UdpGsoSegment;
 
 use super::*;
@@ -151,11 +152,11 @@ fn a_kernel_without_super_segments_of_udp_gets_single_datagrams() {
 #[test]
 fn what_the_host_received_together_stays_apart_for_the_guest() {
     let mut ends = Ends::new(false, true);
-    nix::sys::socket::setsockopt(&ends.server, UdpGsoSegment, &4).expect("UDP_SEGMENT");
+    setsockopt(&ends.server, UdpGsoSegment, &4).expect("UDP_SEGMENT");
     ends.send(b"aaaabbbbcc");
     assert_eq!(ends.frames(), [(GSO_UDP_L4, 4, b"aaaabbbbcc".to_vec())]);
     let mut ends = Ends::new(false, false);
-    nix::sys::socket::setsockopt(&ends.server, UdpGsoSegment, &4).expect("UDP_SEGMENT");
+    setsockopt(&ends.server, UdpGsoSegment, &4).expect("UDP_SEGMENT");
     ends.send(b"aaaabbbbcc");
     let expected = text(&["aaaa", "bbbb", "cc"]).into_iter().map(|part| (0, 0, part));
     assert_eq!(ends.frames(), expected.collect::<Vec<_>>());
