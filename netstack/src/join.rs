@@ -450,16 +450,12 @@ impl Join {
                 Err(Errno::EINTR) => {}
                 Err(errno) => {
                     tracing::debug!(%errno, "nobody makes sockets inside any more");
-                    return self.let_go(sh, now, tcp);
+                    // Who waits goes the way of all others, and so do those that come from now on.
+                    self.inside = None;
+                    return self.cross_waiting(sh, now, tcp);
                 }
             }
         }
-    }
-
-    /// There will be no more sockets: who waits for one goes the way of all others, and so do those that come from now on.
-    fn let_go(&mut self, sh: &mut Shared, now: Instant, tcp: &mut Tcp) {
-        self.inside = None;
-        self.cross_waiting(sh, now, tcp);
     }
 
     /// Who waits for a socket goes the way of all others.
