@@ -155,19 +155,47 @@ impl IcmpError {
 /// The caller sees to it that the original was no ICMP error and had one sender and one receiver (RFC 1122 section
 /// 3.2.2, RFC 4443 section 2.4).
 pub(crate) fn icmp_error(tap: &mut Tap, from: IpAddr, to: IpAddr, error: IcmpError, original: &[u8]) {
+    extended_icmp_error(tap, from, to, error, original, &[]);
+}
+
+/// The same, with what a router has said beyond the error, its MPLS labels for example: an extension structure as RFC 4884
+/// has it, or nothing.
+pub(crate) fn extended_icmp_error(
+    tap: &mut Tap,
+    from: IpAddr,
+    to: IpAddr,
+    error: IcmpError,
+    original: &[u8],
+    extension: &[u8],
+) {
     // As much of it as fits into the least packet that everybody must take (RFC 1812: 576; RFC 4443: 1,280).
-    let most = if to.is_ipv6() { 1280 - 48 } else { 576 - 28 };
+    let most: usize = if to.is_ipv6() { 1280 - 48 } else { 576 - 28 };
+    // What stands before an extension is of whole words, a least number of bytes, and as long as a field of the header says.
+    let (word_len, shift) = if to.is_ipv6() { (8, 24) } else { (4, 16) };
+    let room = most.saturating_sub(extension.len()) / word_len * word_len;
+    let (most, quoted_len, words, extension) = if extension.is_empty() || room < LEAST_BEFORE_EXTENSION {
+        (most, original.len().min(most), 0, &[][..])
+    } else {
+        let padded = original.len().next_multiple_of(word_len).clamp(LEAST_BEFORE_EXTENSION, room);
+        (room, padded, u32::from(small(padded / word_len)), extension)
+    };
     let original = &original[..original.len().min(most)];
     let header_len = ip_header_len(to);
-    let len = header_len + 8 + original.len();
+    let len = header_len + 8 + quoted_len + extension.len();
     let packet = tap.packet_mut(len);
     packet[header_len] = error.kind;
     packet[header_len + 1] = error.code;
-    packet[header_len + 4..header_len + 8].copy_from_slice(&error.word.to_be_bytes());
-    packet[header_len + 8..].copy_from_slice(original);
+    packet[header_len + 4..header_len + 8].copy_from_slice(&(error.word | words << shift).to_be_bytes());
+    let (quoted, behind) = packet[header_len + 8..].split_at_mut(quoted_len);
+    quoted[..original.len()].copy_from_slice(original);
+    quoted[original.len()..].fill(0);
+    behind.copy_from_slice(extension);
     finish_icmp(packet, from, to);
     tap.send_ip(len, Offload::NONE);
 }
+
+/// What is quoted of a packet if extensions follow it is padded to that (RFC 4884 section 3).
+const LEAST_BEFORE_EXTENSION: usize = 128;
 
 /// Sends an ICMP message (header and all; its checksum is filled in), in fragments if the link demands it.
 pub(crate) fn icmp(tap: &mut Tap, from: IpAddr, to: IpAddr, message: &[u8]) {

@@ -10,6 +10,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, Sockaddr
 
 use crate::calls::{bind, connect, getsockopt, setsockopt, socket};
 use crate::config::{DESCRIPTOR_ROOM, Outbound};
+use crate::sys;
 
 /// How many descriptors the stack may use, and does: half of the process's limit, and a sixteenth of what that is above
 /// 4,096. The others are for the rest of the process, which must not run out of them whatever the guest does; where there
@@ -194,6 +195,7 @@ pub(crate) fn datagram_socket(
         IpAddr::V4(_) => setsockopt(&fd, sockopt::Ipv4RecvErr, &true),
         IpAddr::V6(_) => setsockopt(&fd, sockopt::Ipv6RecvErr, &true),
     };
+    sys::want_extensions(fd.as_fd(), ip.is_ipv6());
     Ok(budget.hold(fd))
 }
 

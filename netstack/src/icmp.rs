@@ -295,7 +295,7 @@ impl Icmp {
             let protocol = if destination.is_ipv6() { ICMPV6 } else { ICMP };
             let original = crate::ingress::rebuild(ping.guest.ip, destination, protocol, 64, &request);
             let from = error.offender.filter(|ip| !ip.is_loopback()).unwrap_or(destination);
-            emit::icmp_error(&mut sh.tap, from, ping.guest.ip, icmp, &original);
+            emit::extended_icmp_error(&mut sh.tap, from, ping.guest.ip, icmp, &original, &error.extension);
         }
         let _ = host::socket_error(ping.fd.as_fd());
     }

@@ -30,6 +30,7 @@ mod peer;
 mod world;
 
 // The link, and datagrams.
+mod errors;
 mod fragments;
 mod full;
 mod link;

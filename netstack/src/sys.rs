@@ -180,6 +180,22 @@ pub(crate) fn avoid_port(fd: BorrowedFd<'_>, port: u16) {
     let _ = unsafe { libc::setsockopt(fd.as_raw_fd(), libc::IPPROTO_IP, IP_LOCAL_PORT_RANGE, from, len) };
 }
 
+/// Has the error queue of a socket say where in an ICMP error its extensions begin, where the kernel can (Linux 5.9).
+pub(crate) fn want_extensions(fd: BorrowedFd<'_>, is_v6: bool) {
+    /// From linux/in.h and linux/in6.h.
+    const IP_RECVERR_RFC4884: libc::c_int = 26;
+    const IPV6_RECVERR_RFC4884: libc::c_int = 31;
+    let (level, option) = if is_v6 {
+        (libc::IPPROTO_IPV6, IPV6_RECVERR_RFC4884)
+    } else {
+        (libc::IPPROTO_IP, IP_RECVERR_RFC4884)
+    };
+    let on: libc::c_int = 1;
+    let len = libc::socklen_t::try_from(size_of_val(&on)).unwrap_or(0);
+    // SAFETY: the value outlives the call, and the length is its own. If it fails nothing is said of them.
+    let _ = unsafe { libc::setsockopt(fd.as_raw_fd(), level, option, (&raw const on).cast(), len) };
+}
+
 /// The memory of a receive and a transmit ring: one private anonymous mapping of twice `capacity` bytes, of which each
 /// ring uses [`ring_len`].
 #[derive(Debug)]

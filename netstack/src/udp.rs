@@ -11,7 +11,7 @@
 //! a guest that sends from, or to, a million ports costs a bounded number of sockets.
 //!
 //! ICMP errors come out of the host socket's error queue (ip(7), IP_RECVERR) and are sent on with the guest's own
-//! datagram as the cause. Datagrams from the guest have been put together from their fragments before they come here.
+//! datagram as the cause, and with their extensions (RFC 4884). Datagrams from the guest have been put together from their fragments before they come here.
 //!
 //! Datagrams that follow each other to the same destination, of one size but for the last, go to the kernel by one call
 //! (udp(7), UDP_SEGMENT): they wait in `Outgoing` while there are frames to be read. What the kernel has put together
@@ -568,7 +568,7 @@ impl Udp {
                 Some(ip) if ip != peer.real.ip() && !ip.is_loopback() => ip,
                 _ => peer.seen.ip,
             };
-            emit::icmp_error(&mut sh.tap, from, flow.guest.ip, icmp, &original);
+            emit::extended_icmp_error(&mut sh.tap, from, flow.guest.ip, icmp, &original, &error.extension);
         }
         // A pending error would fail the next datagram.
         let _ = host::socket_error(flow.fd.as_fd());
@@ -828,8 +828,11 @@ pub(crate) fn socket_addr(addr: &SockaddrStorage) -> Option<SocketAddr> {
 pub(crate) struct QueuedError {
     /// Where the datagram was sent to.
     pub(crate) destination: SocketAddr,
-    /// What it contained.
+    /// What it contained, as far as it was quoted. If `extension` followed there may be zeroes behind it, which nothing
+    /// tells from its own; and with a kernel before 5.9 the extension.
     pub(crate) payload: Vec<u8>,
+    /// What else the error said (RFC 4884), if it is to be believed: a whole extension structure.
+    pub(crate) extension: Vec<u8>,
     /// Who complained.
     pub(crate) offender: Option<IpAddr>,
     /// What the guest is to be told; `None` if the error arose on the host itself and means nothing to it.
@@ -843,7 +846,7 @@ pub(crate) fn receive_error(fd: &HostFd) -> nix::Result<Option<QueuedError>> {
     let mut parts = [IoSliceMut::new(&mut buffer)];
     let flags = MsgFlags::MSG_ERRQUEUE | MsgFlags::MSG_DONTWAIT;
     let message = recvmsg::<SockaddrStorage>(fd.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
-    let len = message.bytes;
+    let (len, is_cut) = (message.bytes, message.flags.contains(MsgFlags::MSG_TRUNC));
     let destination = message.address.as_ref().and_then(socket_addr);
     let found = message.cmsgs().ok().into_iter().flatten().find_map(|control| match control {
         ControlMessageOwned::Ipv4RecvErr(error, from) => {
@@ -866,6 +869,16 @@ pub(crate) fn receive_error(fd: &HostFd) -> nix::Result<Option<QueuedError>> {
         matches!(errno, Ok(Errno::EHOSTUNREACH | Errno::ENETUNREACH))
             .then(|| IcmpError::unreachable(is_v6, Unreachable::Host))
     };
-    let payload = buffer.get(..len).unwrap_or_default().to_vec();
-    Ok(Some(QueuedError { destination, payload, offender, icmp }))
+    let mut payload = buffer.get(..len).unwrap_or_default().to_vec();
+    // See `sock_ee_data_rfc4884` of linux/errqueue.h. What was cut says nothing, nor does what the kernel found wrong.
+    let [a, b, flags, _] = error.ee_data.to_ne_bytes();
+    let begin = usize::from(u16::from_ne_bytes([a, b]));
+    let mut extension = Vec::new();
+    if from_network && begin > 0 && begin <= payload.len() {
+        extension = payload.split_off(begin);
+        if flags != 0 || is_cut {
+            extension.clear();
+        }
+    }
+    Ok(Some(QueuedError { destination, payload, extension, offender, icmp }))
 }
