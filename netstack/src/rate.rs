@@ -8,7 +8,10 @@
 //! While TCP flows want more than may go, datagrams have half at most: they come first, and a flood of them would leave
 //! nothing else. What has come for the guest beyond that waits in the host's queues, too. What the guest sends beyond it is
 //! dropped ([`Bucket::admit`]), as behind it in the TAP, which is read then in any case, is what its connections send.
-//! Nothing else is dropped for a rate.
+//!
+//! The datagrams of a super-segment come at once, whatever the rate: the debt for all of them could be one of a minute,
+//! for which everything else would wait. Those go that are paid for soon, and the others are dropped
+//! ([`Bucket::admit_run`]), as a link drops what its queue has no room for. Nothing else is dropped for a rate.
 //!
 //! TCP flows that want more than may go share what there is in equal parts ([`Bucket::share`]), and take turns where that
 //! would be too little for each (`flows.rs`), whether they cross the TAP or not.
@@ -18,7 +21,7 @@
 
 use smoltcp::time::{Duration, Instant};
 
-/// Least rate, in bytes per second: the longest frame is paid for in about a minute.
+/// Least rate, in bytes per second: the longest datagram is paid for in about a minute.
 const LEAST: u64 = 1_000;
 /// Greatest rate and burst; beyond any machine, and far from overflow.
 const MOST: u64 = 1 << 40;
@@ -26,10 +29,10 @@ const MOST: u64 = 1 << 40;
 const LEAST_BURST: u64 = 64 * 1024;
 /// The least that one flow gets while there is that much: else only small segments would go.
 const LEAST_PART: usize = 1_500;
-/// What datagrams may take at once while TCP flows want more: this part of what goes in a second, and one of usual size at
-/// least.
+/// What datagrams may take at once while TCP flows want more, and how much those of a super-segment may owe: this part of
+/// what goes in a second, and one of usual size at least.
 const DATAGRAM_BURST: u64 = 10;
-const LEAST_CREDIT: i64 = 1_500;
+const LEAST_AT_ONCE: i64 = 1_500;
 
 /// A rate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -179,6 +182,28 @@ impl Bucket {
         may
     }
 
+    /// How many of the datagrams that came as one super-segment may go, for which the tokens are taken then: the others
+    /// would have to wait for longer than it takes to pay for [`at_once`]. They are to be dropped.
+    #[must_use]
+    pub(crate) fn admit_run(&mut self, lengths: impl Iterator<Item = usize>) -> usize {
+        let Some((rate, _)) = self.limit else { return lengths.count() };
+        let mut admitted = 0;
+        for len in lengths {
+            // One that comes alone goes, however long it is.
+            let waits = if admitted == 0 {
+                self.have_datagrams_had_theirs()
+            } else {
+                self.tokens <= -at_once(rate) || self.sharers > 0 && self.credit <= -most_credit(rate)
+            };
+            if waits {
+                break;
+            }
+            self.take_datagram(len);
+            admitted += 1;
+        }
+        admitted
+    }
+
     /// Whether datagrams wait where they are.
     pub(crate) fn have_datagrams_to_wait(&self) -> bool {
         self.is_dry() || self.have_datagrams_had_theirs()
@@ -224,7 +249,12 @@ impl Bucket {
 
 /// The most that datagrams may have saved, in halves of a token.
 fn most_credit(rate: u64) -> i64 {
-    2 * signed(rate / DATAGRAM_BURST).max(LEAST_CREDIT)
+    2 * at_once(rate)
+}
+
+/// What datagrams may take at once.
+fn at_once(rate: u64) -> i64 {
+    signed(rate / DATAGRAM_BURST).max(LEAST_AT_ONCE)
 }
 
 fn signed(n: u64) -> i64 {
@@ -322,6 +352,26 @@ mod tests {
             bucket.count_sharer(true, false);
             assert!((0..100).all(|_| bucket.admit(1_000)), "alone they have all");
         }
+    }
+
+    #[test]
+    fn of_datagrams_that_come_together_those_go_that_are_soon_paid_for() {
+        let run = |bucket: &mut Bucket, count: usize| bucket.admit_run(std::iter::repeat_n(1_000, count));
+        let mut unlimited = Bucket::new(None, at(0));
+        assert_eq!(run(&mut unlimited, 100), 100);
+        for (rate, beyond) in [(1_000, 2), (100_000, 10), (100_000_000, 100)] {
+            let mut bucket = bucket(rate, Some(100_000));
+            assert_eq!(run(&mut bucket, 99), 99, "what is there");
+            assert_eq!(run(&mut bucket, 101), 1 + beyond.min(100), "{rate}");
+        }
+        // One goes, however long it is.
+        let mut alone = bucket(1_000, Some(LEAST_BURST));
+        alone.take(usize::try_from(LEAST_BURST).expect("small"));
+        assert_eq!(alone.admit_run([60_000, 1].into_iter()), 1);
+        // Nor do they owe more of their half.
+        let mut shared = bucket(100_000, Some(100_000));
+        shared.count_sharer(false, true);
+        assert_eq!((run(&mut shared, 50), run(&mut shared, 50)), (20, 0));
     }
 
     #[test]

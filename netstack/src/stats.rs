@@ -71,7 +71,8 @@ counters! {
     dropped_multicast,
     /// Frames from an address that is not the guest's.
     dropped_source,
-    /// Datagrams dropped because the host's or the TAP's queue was full, or because nobody in the guest asked for them.
+    /// Datagrams dropped because the host's or the TAP's queue was full, because they were more than may go, or because
+    /// nobody in the guest asked for them.
     dropped_datagrams,
 }
 

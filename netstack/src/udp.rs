@@ -217,9 +217,7 @@ impl Udp {
         let size = packet.datagram_size.unwrap_or(usize::MAX);
         if let Some(inbound) = self.inbound.get_mut(&key) {
             inbound.used = now;
-            if !sh.sent.admit(payload.len()) {
-                return sh.stats.dropped_datagrams.add(parts(payload, size).count());
-            }
+            let Some(payload) = admit(sh, payload, size) else { return };
             parts(payload, size).for_each(|part| inbound.account.sent.add(part.len()));
             let Arrival { port, real, local, ways } = inbound.arrival;
             let server = self.servers.entry(inbound.arrival.lane()).or_default();
@@ -234,9 +232,7 @@ impl Udp {
             return;
         }
         let Some((id, real)) = self.route(sh, now, packet, key) else { return };
-        if !sh.sent.admit(payload.len()) {
-            return sh.stats.dropped_datagrams.add(parts(payload, size).count());
-        }
+        let Some(payload) = admit(sh, payload, size) else { return };
         if let Some(peer) = self.flows.get_mut(id).and_then(|flow| flow.peers.first_mut()) {
             parts(payload, size).for_each(|part| peer.account.sent.add(part.len()));
         }
@@ -649,6 +645,15 @@ fn parts(payload: &[u8], size: usize) -> impl Iterator<Item = &[u8]> {
     payload.chunks(size.max(1)).chain(empty)
 }
 
+/// The datagrams of the guest's that may go now, of those that came together: the first of them, or `None`. The others are
+/// lost.
+fn admit<'a>(sh: &mut Shared, payload: &'a [u8], size: usize) -> Option<&'a [u8]> {
+    let admitted = sh.sent.admit_run(parts(payload, size).map(<[u8]>::len));
+    sh.stats.dropped_datagrams.add(parts(payload, size).count() - admitted);
+    let len = payload.len().min(size.max(1).saturating_mul(admitted));
+    payload.get(..len).filter(|_| admitted > 0)
+}
+
 /// Sends an ICMP error about the guest's packet.
 pub(crate) fn unreachable(sh: &mut Shared, packet: &Packet<'_>, what: Unreachable) {
     if emit::deserves_icmp_error(packet) && !sh.tap.is_congested() {
@@ -791,13 +796,14 @@ pub(crate) fn read_all(
         }
         match receive(fd, &mut buffer) {
             Ok(Received { len, size, from: Some(from), local }) => {
-                sh.received.take_datagram(len);
                 let all = buffer.get_mut(..len).unwrap_or_default();
                 let size = size.unwrap_or(len).max(1);
+                let admitted = sh.received.admit_run(parts(all, size).map(<[u8]>::len));
+                sh.stats.dropped_datagrams.add(parts(all, size).count() - admitted);
                 if all.is_empty() {
                     each(sh, all, from, local);
                 }
-                for datagram in all.chunks_mut(size) {
+                for datagram in all.chunks_mut(size).take(admitted) {
                     each(sh, datagram, from, local);
                 }
             }

@@ -540,3 +540,75 @@ fn a_flood_of_datagrams_holds_up_no_connection_behind_it() {
     // Six tenths of a second's datagrams were before it.
     assert!(answered && script.stats().dropped_datagrams > 0, "{}", script.stats().dropped_datagrams);
 }
+
+/// Payload of each of the datagrams that come together.
+const EACH: u16 = 1_400;
+
+/// As many as a super-segment takes.
+fn together() -> Vec<u8> {
+    vec![9; 45 * usize::from(EACH)]
+}
+
+#[test]
+fn of_datagrams_that_the_guest_sends_together_no_more_go_than_are_soon_paid_for() {
+    // The debt for all 45 would be one of a minute, and of half a second; at a high rate it is of no account.
+    for (rate, left, going, millis) in
+        [(1_000, 2_000, 3, 2_210), (RATE, 2_000, 9, 110), (20 * RATE, 2_000, 45, 40), (1_000, BURST, 45, 0)]
+    {
+        let server = UdpSocket::bind("127.0.0.1:0").expect("socket");
+        server.set_nonblocking(true).expect("non-blocking");
+        let port = server.local_addr().expect("address").port();
+        let mut script = script(Some(Rate { bytes_per_second: rate, burst: Some(BURST as u64) }), None);
+        let ask = |script: &mut Script, len: usize| {
+            script.send_ip(&udp((GUEST_V4, 5_000), (GATEWAY_V4, port), &vec![9; len]));
+            script.settle();
+        };
+        if left < BURST {
+            ask(&mut script, BURST - left);
+            assert_eq!(datagrams_at(&server), 2_000, "cut by the buffer");
+        }
+        runs::send_run(&script, EACH, &udp((GUEST_V4, 5_000), (GATEWAY_V4, port), &together()));
+        script.settle();
+        assert_eq!(datagrams_at(&server), going * usize::from(EACH), "{rate}");
+        assert_eq!(script.stats().dropped_datagrams, 45 - going as u64);
+        // What else the guest sends waits for them, and no longer.
+        ask(&mut script, 10);
+        if millis > 0 {
+            script.advance_millis(millis / 2);
+            assert_eq!(datagrams_at(&server), 0, "{rate}");
+            script.advance_millis(millis - millis / 2);
+        }
+        assert_eq!(datagrams_at(&server), 10, "{rate}");
+    }
+}
+
+#[test]
+fn of_datagrams_that_come_for_the_guest_together_no_more_go_than_are_soon_paid_for() {
+    let rate = Some(Rate { bytes_per_second: 1_000, burst: None });
+    let mut script = script(None, rate);
+    let server = UdpSocket::bind("127.0.0.1:0").expect("socket");
+    let port = server.local_addr().expect("address").port();
+    script.send_ip(&udp((GUEST_V4, 5_000), (GATEWAY_V4, port), b"hello"));
+    script.settle();
+    let guest = server.recv_from(&mut [0; 10]).expect("hello").1;
+    let payload = |script: &mut Script| {
+        script.settle();
+        let frames = std::iter::from_fn(|| script.try_recv());
+        frames.map(|frame| frame.packet().payload().len() - 8).sum::<usize>()
+    };
+    for len in [1_000; 63].into_iter().chain([BURST - 63_000 - 2_000]) {
+        server.send_to(&vec![9; len], guest).expect("send");
+    }
+    assert_eq!(payload(&mut script), BURST - 2_000);
+    let segment = nix::sys::socket::sockopt::UdpGsoSegment;
+    nix::sys::socket::setsockopt(&server, segment, &EACH.into()).expect("segments");
+    server.send_to(&together(), guest).expect("send");
+    assert_eq!(payload(&mut script), 3 * usize::from(EACH));
+    assert_eq!(script.stats().dropped_datagrams, 42);
+    // The debt is one of two seconds.
+    server.send_to(b"again", guest).expect("send");
+    script.advance_millis(2_000);
+    assert_eq!(payload(&mut script), 0);
+    script.advance_millis(300);
+    assert_eq!(payload(&mut script), 5);
+}

@@ -213,7 +213,7 @@ fn the_guest_s_runs_to_two_servers_do_not_mix() {
 }
 
 /// A super-segment of the guest's, of which each datagram has `size` bytes.
-fn send_run(script: &Script, size: u16, packet: &[u8]) {
+pub(super) fn send_run(script: &Script, size: u16, packet: &[u8]) {
     let mut frame = vec![0; VNET_HEADER_LEN];
     frame[0] = 1;
     frame[1] = GSO_UDP_L4;
