@@ -246,6 +246,7 @@ type Job = Box<dyn FnOnce() + Send>;
 #[derive(Default)]
 struct Pool {
     jobs: VecDeque<Job>,
+    /// Those that are about to be there included.
     threads: usize,
     idle: usize,
     /// How often there was none to be had.
@@ -314,7 +315,8 @@ impl Far {
     }
 
     /// Runs something on a thread of the mount's. False, and it is dropped, if too much waits already, or
-    /// if there is no thread and none to be had.
+    /// if there is no thread and none to be had. (What others gave meanwhile, since one was about to be there, is dropped
+    /// then, too.)
     pub(crate) fn run(self: &Arc<Self>, job: impl FnOnce() + Send + 'static) -> bool {
         let mut pool = self.pool.lock();
         let room = pool.jobs.len() < MAX_JOBS;
@@ -326,27 +328,24 @@ impl Far {
             self.changed.notify_one();
             return room;
         }
+        // It counts from now on, and is started without the lock: that may take long.
+        pool.threads += 1;
+        drop(pool);
         let far = self.clone();
-        match start("fsoverlay-far", move || far.serve()) {
-            Ok(_) => {
-                pool.threads += 1;
-                room
-            }
-            Err(err) => {
-                // Those that there are take it. Without any it must not wait: not all that does is ever given up.
-                let idle = pool.threads == 0;
-                let dropped = if idle && room { pool.jobs.pop_back() } else { None };
-                pool.missed += 1;
-                let missed = pool.missed;
-                drop(pool);
-                drop(dropped);
-                // The payload can bring it about.
-                if missed.is_power_of_two() {
-                    tracing::warn!(%err, count = missed, "no thread for a remote file system");
-                }
-                room && !idle
-            }
+        let Err(err) = start("fsoverlay-far", move || far.serve()) else { return room };
+        let mut pool = self.pool.lock();
+        pool.threads -= 1;
+        // Those that there are take it. Without any it must not wait: not all that does is ever given up.
+        let dropped = if pool.threads == 0 { std::mem::take(&mut pool.jobs) } else { VecDeque::new() };
+        pool.missed += 1;
+        let missed = pool.missed;
+        drop(pool);
+        // The payload can bring it about.
+        if missed.is_power_of_two() {
+            tracing::warn!(%err, count = missed, "no thread for a remote file system");
         }
+        // (Another one that was about to be there may have done it and gone again. To take it for dropped does no harm.)
+        room && dropped.is_empty()
     }
 
     fn serve(&self) {
@@ -489,7 +488,7 @@ mod tests {
     use std::sync::mpsc::channel;
 
     use super::*;
-    use crate::sync::tests::{in_time, without_threads};
+    use crate::sync::tests::{in_time, while_starting, without_threads};
 
     #[test]
     fn all_but_one_mount_of_a_file_system_repeat_it() {
@@ -599,6 +598,31 @@ nonsense
         assert_eq!(receiver.recv(), Ok("first"));
         assert!(without_threads(|| far.run(job("second"))));
         assert_eq!(receiver.recv(), Ok("second"));
+    }
+
+    #[test]
+    fn nobody_waits_for_a_thread_that_is_being_started_or_relies_on_one_that_is_not() {
+        let far = some_far();
+        let (sender, receiver) = channel();
+        let job = |name: &'static str| {
+            let sender = sender.clone();
+            move || sender.send(name).expect("somebody listens")
+        };
+        // Whoever comes while the first one is being started has the lock, and relies on that thread or his own.
+        let (theirs, relies) = (far.clone(), job("relies"));
+        let comes = move || assert!(without_threads(|| theirs.run(relies)));
+        assert!(!while_starting(comes, || without_threads(|| far.run(job("first")))));
+        {
+            let pool = far.pool.lock();
+            assert_eq!((pool.jobs.len(), pool.threads), (0, 0), "what nobody would do is dropped");
+        }
+        let (theirs, relies) = (far.clone(), job("relies"));
+        let comes = move || assert!(without_threads(|| theirs.run(relies)));
+        assert!(while_starting(comes, || far.run(job("first"))));
+        assert_eq!([receiver.recv(), receiver.recv()], [Ok("first"), Ok("relies")]);
+        drop(sender);
+        assert!(receiver.try_recv().is_err());
+        assert_eq!(far.pool.lock().threads, 1);
     }
 
     /// Whether it was given up.

@@ -92,6 +92,8 @@ impl<T> RwLock<T> {
 /// Starts a thread; where too many processes run already there is none.
 pub(crate) fn start(name: &str, main: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
     #[cfg(test)]
+    tests::come_between();
+    #[cfg(test)]
     if tests::THREADLESS.get() {
         return Err(io::ErrorKind::WouldBlock.into());
     }
@@ -137,11 +139,34 @@ pub(crate) fn start_here() {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::cell::Cell;
+    use std::cell::{Cell, RefCell};
     use std::time::{Duration, Instant};
 
     thread_local! {
         pub(super) static THREADLESS: Cell<bool> = const { Cell::new(false) };
+        static BETWEEN: RefCell<Option<Box<dyn FnOnce()>>> = const { RefCell::new(None) };
+    }
+
+    pub(super) fn come_between() {
+        if let Some(between) = BETWEEN.take() {
+            between();
+        }
+    }
+
+    /// Runs something, and has another thread do something else while the first thread that it starts is being started:
+    /// it ends within that time.
+    pub(crate) fn while_starting<T>(
+        other: impl FnOnce() + Send + 'static,
+        operation: impl FnOnce() -> T,
+    ) -> T {
+        BETWEEN.set(Some(Box::new(|| {
+            let thread = std::thread::spawn(other);
+            in_time(|| thread.is_finished().then_some(()));
+            thread.join().expect("no panic");
+        })));
+        let done = operation();
+        assert!(BETWEEN.take().is_none(), "none was started");
+        done
     }
 
     /// Runs something that can start no thread.
