@@ -263,9 +263,19 @@ impl Near {
             _ => {}
         }
         // Who has stopped it, or finds it stopped.
-        if self.phase.get() == Phase::Leaves && !self.seen_off.swap(true, Ordering::AcqRel) {
+        while self.phase.get() == Phase::Leaves && !self.seen_off.swap(true, Ordering::SeqCst) {
+            #[cfg(test)]
+            tests::step();
             self.see_off();
-            self.seen_off.store(false, Ordering::Release);
+            #[cfg(test)]
+            tests::step();
+            self.seen_off.store(false, Ordering::SeqCst);
+            // Whoever came by until here has left it to this worker, maybe after the last look: at a request that he had
+            // answered by then, or another time that the companion was stopped. So it looks again; not at a request that
+            // waits now, since whoever answers that comes by after this.
+            if self.waiting(NOW) == Waiting::Request {
+                break;
+            }
         }
     }
 
@@ -588,15 +598,19 @@ mod tests {
                 queue.write_all(b"a").expect("write");
             }
             let (worker, read) = (near.clone(), requests.try_clone().expect("dup"));
+            let answered = Arc::new(AtomicBool::new(!waits));
+            let theirs = answered.clone();
             let worker = std::thread::spawn(move || {
                 worker.after_ordinary(1);
                 if waits {
                     assert_eq!(worker.phase.get(), Phase::Leaves, "the request comes first");
                     assert_eq!(one(&read), b'a');
+                    theirs.store(true, Ordering::SeqCst);
                     worker.after_ordinary(1);
                 }
             });
-            until(&near, || near.phase.get() == Phase::Leaves && is_seen_off(&near));
+            until(&near, || answered.load(Ordering::SeqCst) && is_seen_off(&near));
+            assert_eq!(near.phase.get(), Phase::Leaves);
             // Another worker need not.
             near.after_ordinary(1);
             assert!(!worker.is_finished(), "{why:?}");
@@ -605,6 +619,64 @@ mod tests {
             queue.write_all(b"b").expect("write");
             assert_eq!(near.phase.get(), Phase::Last);
             until(&near, || worker.is_finished());
+            worker.join().expect("no panic");
+        }
+    }
+
+    thread_local! {
+        /// Is called before this thread sees a companion off, and before it says that it does not any more.
+        static STEP: RefCell<Option<Box<dyn FnMut()>>> = const { RefCell::new(None) };
+    }
+
+    pub(super) fn step() {
+        if let Some(mut between) = STEP.take() {
+            between();
+            STEP.set(Some(between));
+        }
+    }
+
+    #[test]
+    fn who_is_about_to_see_nobody_off_any_more_looks_whether_others_rely_on_him() {
+        // He found a request, which another worker has answered by then; or the companion has had its last, and has been
+        // called and stopped again by then.
+        for called_again in [false, true] {
+            let (near, requests, mut queue) = alone(Phase::Leaves);
+            if !called_again {
+                queue.write_all(b"a").expect("write");
+            }
+            let (sender, steps) = channel();
+            let theirs = near.clone();
+            let worker = std::thread::spawn(move || {
+                let (near, mut count) = (theirs.clone(), 0);
+                STEP.set(Some(Box::new(move || {
+                    count += 1;
+                    if count == 2 {
+                        assert_eq!(one(&requests), b'a');
+                        if called_again {
+                            for step in [Phase::fall_asleep, Phase::call, Phase::wake] {
+                                assert!(near.phase.go_on(step));
+                            }
+                            near.stop(None);
+                        }
+                        // As the other worker, who leaves it to this one.
+                        near.after_ordinary(1);
+                        assert_eq!(near.phase.get(), Phase::Leaves);
+                    }
+                    sender.send(count).expect("somebody listens");
+                })));
+                theirs.after_ordinary(1);
+                drop(STEP.take());
+            });
+            assert_eq!(steps.recv(), Ok(1));
+            if called_again {
+                near.begin();
+                queue.write_all(b"a").expect("write");
+            }
+            assert_eq!([steps.recv(), steps.recv()], [Ok(2), Ok(3)], "nobody sees it off: {called_again}");
+            // The companion has its last request.
+            near.begin();
+            queue.write_all(b"b").expect("write");
+            assert_eq!((steps.recv(), steps.recv().is_err()), (Ok(4), true));
             worker.join().expect("no panic");
         }
     }
