@@ -21,8 +21,8 @@
 //! A link that is removed takes its lines back with a last one, `INO BTIME x x`. When most of the file says
 //! nothing any more it is written anew beside itself, synced, and renamed into its place: at any moment one of
 //! the two is there, whole. Whoever writes the line with which that begins waits for it, and so does whoever asks
-//! for a link meanwhile; but between two such times at least half as many lines are written as the second
-//! of them reads. So the file and the memory that it takes are bounded by how many links there
+//! for a link meanwhile; but between two such times, even if the first was in vain, there are at least a fortieth as
+//! many changes as the second of them writes lines. So the file and the memory that it takes are bounded by how many links there
 //! are; by [`MAX_SIZE`] and [`MAX_LINKS`] besides, beyond which a new link gets no record (`ENOSPC`), and an upper
 //! with such a file is refused. Its blocks count for a [`Quota`].
 
@@ -353,6 +353,10 @@ impl Sidecar {
         if index.file.is_none() {
             index.file = Some(self.open_file()?);
         }
+        if index.file.as_ref().is_some_and(|file| file.length + line.len() as u64 >= self.most) {
+            // No line would be refused for what only those who give way have left.
+            self.tidy_beyond(index, 1);
+        }
         let Some(file) = &mut index.file else { return Err(Errno::IO) };
         if file.torn {
             line.insert(0, '\n');
@@ -394,13 +398,17 @@ impl Sidecar {
 
     /// Writes the file anew if most of it says nothing any more.
     fn tidy(&self, index: &mut Index) {
+        // It is synced, which takes long: who gives way leaves it to the next one, unless that is very long in coming.
+        self.tidy_beyond(index, if gives_way() { 8 } else { 1 });
+    }
+
+    /// The same if so many times more of it says nothing than it may have anyway.
+    fn tidy_beyond(&self, index: &mut Index, times: u64) {
         let Some(file) = &index.file else { return };
         let (waste, before) = (index.waste(), file.length);
         // Where there is hardly room for more, less of it is worth the while.
-        let allowed = if before > self.most / 8 * 7 { index.lines / 8 } else { index.lines };
-        // It is synced, which takes long: who gives way leaves it to the next one, unless that is very long in coming.
-        let more = if gives_way() { 8 } else { 1 };
-        if waste <= more * (SLACK + allowed) || waste <= index.stuck_at {
+        let allowed = SLACK + if before > self.most / 8 * 7 { index.lines / 8 } else { index.lines };
+        if waste <= times * allowed || waste <= index.stuck_at {
             return;
         }
         match self.write_anew(&index.said) {
@@ -415,7 +423,8 @@ impl Sidecar {
             Err(err) => {
                 tracing::debug!(?err, "the owners of links cannot be written anew");
                 let _ = rustix::fs::unlinkat(&self.work, NEW_NAME, AtFlags::empty());
-                index.stuck_at = waste + SLACK;
+                // What was written in vain is as much as if it had not been.
+                index.stuck_at = waste + allowed;
             }
         }
     }
@@ -750,6 +759,98 @@ mod tests {
         assert_eq!(again.owner(&link(first / 2, 1)), Ok(Some((5, 6))));
         assert_eq!(again.owner(&link(first + second - 1, 1)), Ok(Some((5, 6))));
         assert_eq!(again.owner(&link(0, 1)), Ok(None));
+    }
+
+    /// Counts how many lines are written anew, and how often.
+    #[derive(Default)]
+    struct Rewritten {
+        lines: u64,
+        times: u32,
+        last: Option<(u64, u64)>,
+    }
+
+    impl Rewritten {
+        /// To be called after each change. What was in vain counts as well.
+        fn look(&mut self, sidecar: &Sidecar) {
+            let now = sidecar.with(|index| {
+                let file = stat_fd(index.file.as_ref().expect("open").fd.as_fd())?;
+                Ok(((file.key.ino, index.stuck_at), index.lines))
+            });
+            let (now, lines) = now.expect("read");
+            if self.last.replace(now).is_some_and(|last| last != now) {
+                (self.lines, self.times) = (self.lines + lines, self.times + 1);
+            }
+        }
+    }
+
+    #[test]
+    fn however_little_room_is_left_few_lines_are_written_anew_for_a_change() {
+        let work = Work::new("little-room");
+        let mut sidecar = work.open().expect("opened");
+        sidecar.most = 1 << 20;
+        let make = |sidecar: &Sidecar, ino| {
+            let link = link(ino, 1);
+            sidecar.set_owner(&link, Some((5, 6))).is_ok()
+                && sidecar.set_number(&link, "no=2000000000000005").is_ok()
+                && sidecar.set_links(&link, 3).is_ok()
+        };
+        let made = (1..).take_while(|&ino| make(&sidecar, ino)).count() as u64;
+        // There is just no more room than that for some changes.
+        let (room, mut rewritten, mut changes) = (SLACK, Rewritten::default(), 0);
+        (1..=room).for_each(|ino| sidecar.forget(&link(ino, 1)));
+        for ino in room + 1..=made {
+            // What says most about a link that goes, and what says least about one that comes.
+            sidecar.forget(&link(ino, 1));
+            rewritten.look(&sidecar);
+            let _ = sidecar.set_owner(&link(made + ino, 1), Some((5, 6)));
+            rewritten.look(&sidecar);
+            changes += 2;
+            assert!(work.length() <= 1 << 20);
+        }
+        assert!(rewritten.times > 1, "there is something to count");
+        assert!(rewritten.lines < changes * 40, "{} lines for {changes} changes", rewritten.lines);
+    }
+
+    #[test]
+    fn what_cannot_be_written_anew_is_not_tried_all_the_time() {
+        let work = Work::new("in-vain");
+        let sidecar = work.open().expect("opened");
+        let links = 20_000;
+        (1..=links).for_each(|ino| assert_eq!(sidecar.set_owner(&link(ino, 1), Some((5, 6))), Ok(())));
+        // It cannot be made where something stands that is not a file.
+        let new = work.0.join(NEW_NAME);
+        rustix::fs::mkdirat(rustix::fs::CWD, &new, Mode::RWXU).expect("made");
+        let mut rewritten = Rewritten::default();
+        let change = |i: u32| assert_eq!(sidecar.set_owner(&link(1, 1), Some((i, i))), Ok(()));
+        for i in 0..80_000 {
+            change(i);
+            rewritten.look(&sidecar);
+        }
+        assert_eq!(rewritten.times, 3, "each time as many lines later as there are links");
+        let before = work.length();
+        std::fs::remove_dir(&new).expect("removed");
+        (80_000..105_000).for_each(change);
+        assert!(work.length() < before / 2, "{before}, then {}", work.length());
+    }
+
+    #[test]
+    fn nothing_is_refused_because_who_gives_way_writes_it_anew_late() {
+        let thread = std::thread::spawn(|| {
+            let work = Work::new("late-room");
+            let mut sidecar = work.open().expect("opened");
+            sidecar.most = 200_000;
+            let mut links = 0;
+            while links == 0 || work.length() < 120_000 {
+                links += 1;
+                assert_eq!(sidecar.set_owner(&link(links, 1), Some((5, 6))), Ok(()));
+            }
+            crate::errno::set_gives_way();
+            for i in 0..20_000 {
+                assert_eq!(sidecar.set_owner(&link(1, 1), Some((i, i))), Ok(()), "change {i}");
+                assert!(work.length() <= 200_000);
+            }
+        });
+        thread.join().expect("no panic");
     }
 
     #[test]
