@@ -36,12 +36,13 @@ use crate::engine::Engine;
 use crate::errno::{Errno, FAR, LONG, Res, far_mount, gives_way, hurried, is_much};
 use crate::far::{Far, GiveUp};
 use crate::fs::{FuseFs, TTL, errno};
+use crate::helper::Helper;
 use crate::hooks::{Direction, Opcode};
 use crate::inode::{Link, Node};
 use crate::journal::path_of;
-use crate::later::Later;
+use crate::later::{Called, Later};
 use crate::near::Near;
-use crate::sync::{Mutex, start};
+use crate::sync::{Mutex, start_with};
 
 /// What the file system shares with the [`crate::Server`].
 #[derive(Debug)]
@@ -50,9 +51,9 @@ pub(crate) struct Shared {
     pub(crate) notifier: OnceLock<Notifier>,
     /// Where somebody can be served on his own processor.
     near: OnceLock<Arc<Near>>,
-    waiter: Mutex<Option<mpsc::Sender<Task>>>,
+    waiter: Helper<Task>,
     /// Who forgets where the workers do not.
-    forgetter: Mutex<Option<Forgetter>>,
+    forgetter: Helper<Forget>,
     /// Names that wait for the kernel to forget them.
     forgetting: AtomicUsize,
     /// Threads of requests that take long.
@@ -98,13 +99,6 @@ enum Forget {
     Memory,
 }
 
-/// The thread that does it.
-#[derive(Debug)]
-struct Forgetter {
-    told: mpsc::Sender<Forget>,
-    thread: JoinHandle<()>,
-}
-
 /// How many names a worker that gives way forgets itself after a request.
 const FEW: u32 = 64;
 
@@ -138,8 +132,8 @@ impl Shared {
             engine,
             notifier: OnceLock::new(),
             near: OnceLock::new(),
-            waiter: Mutex::new(None),
-            forgetter: Mutex::new(None),
+            waiter: Helper::new("fsoverlay-wait"),
+            forgetter: Helper::new("fsoverlay-forget"),
             forgetting: AtomicUsize::new(0),
             aside: Mutex::default(),
             later: Later::default(),
@@ -151,7 +145,8 @@ impl Shared {
     /// start what others wait for.
     pub(crate) fn prepare(self: &Arc<Self>) {
         if self.near.get().is_some() {
-            self.start_forgetter(&mut self.forgetter.lock());
+            // Without it, the workers forget.
+            let _ = self.forgetter.prepare(self.forgetter_main());
         }
         if !self.engine.far.is_empty() && !self.later.ready() {
             tracing::warn!("no thread to look after requests to remote file systems");
@@ -172,20 +167,15 @@ impl Shared {
     }
 
     /// Ends the threads beside the workers, once the mount is gone: the one that waits for the kernel
-    /// holds a reference to all this, and a copy-up that still goes on changes the upper.
+    /// holds a reference to all this, and a copy-up that still goes on changes the upper. (Nothing that the kernel was
+    /// asked about a mount lasts longer than the mount.)
     pub(crate) fn stop(&self) {
         self.later.stop();
         for far in &self.engine.far {
             far.stop();
         }
-        let waiter = self.waiter.lock().take();
-        drop(waiter);
-        let forgetter = self.forgetter.lock().take();
-        if let Some(Forgetter { told, thread }) = forgetter {
-            drop(told);
-            thread.thread().unpark();
-            let _ = thread.join();
-        }
+        self.waiter.stop();
+        self.forgetter.stop();
         // One may have started another.
         loop {
             let aside = std::mem::take(&mut *self.aside.lock());
@@ -199,23 +189,25 @@ impl Shared {
         }
     }
 
-    /// Hands something to the thread that may wait for the kernel; gives it back if there is none.
-    fn hand_over(self: &Arc<Self>, task: Task) -> Result<(), Task> {
-        let mut waiter = self.waiter.lock();
-        if waiter.is_none() {
-            let (sender, receiver) = mpsc::channel::<Task>();
-            let shared = Arc::downgrade(self);
-            let started = start("fsoverlay-wait", move || {
-                while let Ok(task) = receiver.recv() {
-                    let Some(shared) = shared.upgrade() else { return };
-                    shared.perform(task);
+    /// Hands something to the thread that may wait for the kernel. Where there is none, what can be done without the
+    /// kernel is done here.
+    fn hand_over(self: &Arc<Self>, task: Task) {
+        let shared = Arc::downgrade(self);
+        let main = move |tasks: mpsc::Receiver<Task>| {
+            for task in tasks {
+                let Some(shared) = shared.upgrade() else { return };
+                shared.perform(task);
+            }
+        };
+        let Err(undone) = self.waiter.give(task, main) else { return };
+        for task in undone.tasks {
+            match task {
+                Task::Seek(seek) => answer_seek(&self.engine, seek),
+                // Whoever meets it next brings it up again.
+                Task::ForgetName(_) => {
+                    self.forgetting.fetch_sub(1, Ordering::AcqRel);
                 }
-            });
-            *waiter = started.is_ok().then_some(sender);
-        }
-        match &*waiter {
-            Some(sender) => sender.send(task).map_err(|mpsc::SendError(task)| task),
-            None => Err(task),
+            }
         }
     }
 
@@ -236,32 +228,33 @@ impl Shared {
     /// that gives way takes a few itself, before the numbers are used again, and passes all others on.
     pub(crate) fn forget(self: &Arc<Self>, ino: INodeNo, count: u64) {
         let few = !gives_way() || FORGOTTEN.replace(FORGOTTEN.get().saturating_add(1)) < FEW;
-        if !few && self.forget_elsewhere(Forget::Lookups(ino, count)) {
-            return;
+        if !few {
+            return self.forget_elsewhere(Forget::Lookups(ino, count));
         }
         let table = &self.engine.table;
         table.forget(ino.0, count);
-        if table.has_shrunk() && !self.forget_elsewhere(Forget::Memory) {
-            table.set_shrunk();
+        if table.has_shrunk() {
+            self.forget_elsewhere(Forget::Memory);
         }
     }
 
-    /// False if there is no thread for it.
-    fn forget_elsewhere(self: &Arc<Self>, what: Forget) -> bool {
-        let mut forgetter = self.forgetter.lock();
-        self.start_forgetter(&mut forgetter);
-        forgetter.as_ref().is_some_and(|forgetter| forgetter.told.send(what).is_ok())
+    /// Here, if there is no thread for it.
+    fn forget_elsewhere(self: &Arc<Self>, what: Forget) {
+        let Err(undone) = self.forgetter.give(what, self.forgetter_main()) else { return };
+        // Whoever gives way does not try for each name.
+        FORGOTTEN.set(0);
+        let table = &self.engine.table;
+        for what in undone.tasks {
+            match what {
+                Forget::Lookups(ino, count) => table.forget(ino.0, count),
+                Forget::Memory => table.set_shrunk(),
+            }
+        }
     }
 
-    fn start_forgetter(self: &Arc<Self>, forgetter: &mut Option<Forgetter>) {
-        if forgetter.is_none() {
-            let (sender, told) = mpsc::channel();
-            let shared = Arc::downgrade(self);
-            let started = start("fsoverlay-forget", move || forget_what_is_told(&shared, &told));
-            *forgetter = started.ok().map(|thread| Forgetter { told: sender, thread });
-            // Whoever gives way does not try for each name.
-            FORGOTTEN.set(0);
-        }
+    fn forgetter_main(self: &Arc<Self>) -> impl FnOnce(mpsc::Receiver<Forget>) + Send + 'static {
+        let shared = Arc::downgrade(self);
+        move |told| forget_what_is_told(&shared, &told)
     }
 
     /// Not on a worker: the kernel's pages come back as WRITE requests.
@@ -284,10 +277,10 @@ impl Shared {
         }
         let links = node.inner.lock().links.clone();
         for link in links {
-            if self.forgetting.fetch_add(1, Ordering::AcqRel) >= MAX_FORGETTING
-                || self.hand_over(Task::ForgetName(link)).is_err()
-            {
+            if self.forgetting.fetch_add(1, Ordering::AcqRel) >= MAX_FORGETTING {
                 self.forgetting.fetch_sub(1, Ordering::AcqRel);
+            } else {
+                self.hand_over(Task::ForgetName(link));
             }
         }
     }
@@ -487,11 +480,12 @@ impl FuseFs {
         });
         if let Some(patience) = patience {
             let request: Arc<dyn GiveUp> = waiting.clone();
-            if let Some(due) = far.wait_for(Arc::downgrade(&request), patience)
-                && !self.watch(far.clone(), due)
-            {
-                // Also those that rely on this.
-                return far.give_up_all();
+            if let Some(due) = far.wait_for(Arc::downgrade(&request), patience) {
+                self.watch(far.clone(), due);
+            }
+            // It has been, where nobody would do so later.
+            if waiting.reply.lock().is_none() {
+                return;
             }
         }
         let fs = self.clone();
@@ -514,17 +508,19 @@ impl FuseFs {
         }
     }
 
-    /// Sees to it that requests to a far mount are given up in time, as long as there are any. False if there is
-    /// no thread that could.
-    fn watch(&self, far: Arc<Far>, due: Instant) -> bool {
+    /// Sees to it that requests to a far mount are given up in time, as long as there are any: at once, if there is
+    /// no thread that could do so later.
+    fn watch(&self, far: Arc<Far>, due: Instant) {
         let fs = self.clone();
-        self.shared.later.at(due, move || {
-            if let Some(next) = far.give_up_late(Instant::now())
-                && !fs.watch(far.clone(), next)
-            {
-                far.give_up_all();
+        self.shared.later.at(due, move |called| match called {
+            Called::InTime => {
+                if let Some(next) = far.give_up_late(Instant::now()) {
+                    fs.watch(far, next);
+                }
             }
-        })
+            // Also those that rely on this.
+            Called::NoThread => far.give_up_all(),
+        });
     }
 
     /// Whether what is asked of an object may never be answered; [`FuseFs::afar`] is for it then.
@@ -543,11 +539,11 @@ impl FuseFs {
     }
 
     /// Runs a handler on a thread of its own; if there are too many, here, or later if this thread is not to do what takes
-    /// long.
+    /// long and there is one that waits.
     pub(crate) fn aside(&self, what: Opcode, ino: INodeNo, handler: impl FnOnce(&Self) + Send + 'static) {
         if let Err(handler) = self.start_aside(what, ino, handler, |fs, handler| handler(fs)) {
-            if gives_way() && self.shared.later.ready() {
-                return self.aside_at(what, ino, AGAIN, handler);
+            if gives_way() {
+                return self.delayed(what, ino, AGAIN, handler);
             }
             handler(self);
         }
@@ -568,23 +564,11 @@ impl FuseFs {
                 return Err(task);
             }
         }
-        // What a thread that cannot be started was to do comes back.
-        let task = Arc::new(Mutex::new(Some(task)));
-        let (fs, theirs) = (self.clone(), task.clone());
-        let main = move || {
-            let task = theirs.lock().take();
-            if let Some(task) = task {
-                fs.guarded(what, ino, || perform(&fs, task));
-            }
-        };
+        let fs = self.clone();
         // Not under the lock: who gives way may wait long for whoever starts it.
-        match start("fsoverlay-long", main) {
-            Ok(thread) => self.shared.aside.lock().push(thread),
-            Err(_) => {
-                let task = task.lock().take();
-                return task.map_or(Ok(()), Err);
-            }
-        }
+        let thread =
+            start_with("fsoverlay-long", task, move |task| fs.guarded(what, ino, || perform(&fs, task)))?;
+        self.shared.aside.lock().push(thread);
         Ok(())
     }
 
@@ -595,22 +579,7 @@ impl FuseFs {
     }
 
     /// Serves a request when its time has come, on a thread of its own; at once where nothing can wait.
-    pub(crate) fn delayed(
-        &self,
-        what: Opcode,
-        ino: INodeNo,
-        delay: Duration,
-        serve: impl FnOnce(&Self) + Send + 'static,
-    ) {
-        if !self.shared.later.ready() {
-            return self.aside(what, ino, serve);
-        }
-        self.aside_at(what, ino, delay, serve);
-    }
-
-    /// Where there is no thread when the time has come, the request waits on: the thread that waits for all of
-    /// them must not wait for one.
-    fn aside_at<S: FnOnce(&Self) + Send + 'static>(
+    pub(crate) fn delayed<S: FnOnce(&Self) + Send + 'static>(
         &self,
         what: Opcode,
         ino: INodeNo,
@@ -619,15 +588,15 @@ impl FuseFs {
     ) {
         let fs = self.clone();
         let due = Instant::now().checked_add(delay).unwrap_or_else(|| Instant::now() + TTL);
-        let begin = move || {
+        self.shared.later.at(due, move |called| {
             if let Err(serve) = fs.start_aside(what, ino, serve, |fs, serve| serve(fs)) {
-                fs.aside_at(what, ino, AGAIN, serve);
+                match called {
+                    // Where there is no thread it waits on: the one that waits for all of them must not wait for one.
+                    Called::InTime => fs.delayed(what, ino, AGAIN, serve),
+                    Called::NoThread => fs.guarded(what, ino, || serve(&fs)),
+                }
             }
-        };
-        if !self.shared.later.at(due, begin) {
-            // Dropped, so answered with an error.
-            tracing::debug!(?what, "no thread waits");
-        }
+        });
     }
 
     /// Answers a seek once the kernel has written back what it holds of the file: a series of WRITE
@@ -635,10 +604,8 @@ impl FuseFs {
     pub(crate) fn seek_after_flush(&self, seek: Seek) {
         let ino = INodeNo(seek.node.ino);
         let started = self.start_aside(Opcode::Lseek, ino, seek, |fs, seek| fs.shared.flush_and_seek(seek));
-        if let Err(seek) = started
-            && let Err(Task::Seek(seek)) = self.shared.hand_over(Task::Seek(seek))
-        {
-            answer_seek(self.engine(), seek);
+        if let Err(seek) = started {
+            self.shared.hand_over(Task::Seek(seek));
         }
     }
 }
@@ -680,13 +647,13 @@ mod tests {
             scope.spawn(|| {
                 set_gives_way();
                 let thread = std::thread::spawn(|| {});
-                *shared.forgetter.lock() = Some(Forgetter { told: sender, thread });
+                shared.forgetter.set(Some((sender, thread)));
                 for ino in &all[..few + 20] {
                     shared.forget(*ino, 1);
                 }
                 assert_eq!((known(), told.lock().try_iter().count()), (many - few, 20));
                 // Where there is no thread for it, it takes them all.
-                *shared.forgetter.lock() = None;
+                shared.forgetter.set(None);
                 without_threads(|| shared.forget(all[few + 20], 1));
                 assert_eq!(known(), many - few - 1);
                 for ino in &all[few..] {
@@ -697,5 +664,28 @@ mod tests {
         // With the end of all this is done what was still to do.
         fs.shared.stop();
         assert_eq!((known(), Arc::strong_count(&fs.shared)), (0, 1));
+    }
+
+    #[test]
+    fn in_the_end_nobody_asks_the_kernel_any_more() {
+        let scratch = Scratch::new("waiter");
+        let shared = Shared::new(Engine::open(&scratch.spec()).expect("an overlay"));
+        let link = || Link { parent: shared.engine.root().clone(), name: (*b"name").into() };
+        let ((tell, told), (sender, tasks)) = (mpsc::channel(), mpsc::channel());
+        let thread = std::thread::spawn(move || {
+            let asked = tasks.iter().count();
+            // So long that whoever does not wait for it would be gone.
+            (0..10_000).for_each(|_| std::thread::yield_now());
+            tell.send(asked).expect("somebody listens");
+        });
+        shared.waiter.set(Some((sender, thread)));
+        shared.hand_over(Task::ForgetName(link()));
+        shared.stop();
+        assert_eq!(told.try_recv(), Ok(1));
+        // Whoever meets a name now starts no other thread, and none is for ever about to be forgotten.
+        shared.forgetting.store(1, Ordering::Release);
+        shared.hand_over(Task::ForgetName(link()));
+        assert_eq!(shared.forgetting.load(Ordering::Acquire), 0);
+        assert_eq!(Arc::strong_count(&shared), 1);
     }
 }

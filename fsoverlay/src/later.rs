@@ -2,13 +2,22 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
-use std::sync::{Arc, Condvar, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Instant;
 
-use crate::sync::{Mutex, start};
+use crate::helper::{Helper, Undone};
 
-type Job = Box<dyn FnOnce() + Send>;
+/// Why something is called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Called {
+    /// Its moment has come. It must be short, and must not panic.
+    InTime,
+    /// At once, and by whoever tried to start the thread: there is none to be had, and so nobody who would call it in
+    /// time. To ask for a later moment again would be in vain.
+    NoThread,
+}
+
+type Job = Box<dyn FnOnce(Called) + Send>;
 
 /// Orders by time alone; the earliest first.
 struct Timed {
@@ -36,113 +45,78 @@ impl Ord for Timed {
     }
 }
 
-#[derive(Default)]
-struct State {
-    jobs: BinaryHeap<Timed>,
-    count: u64,
-    thread: Option<JoinHandle<()>>,
-    over: bool,
-}
-
-#[derive(Default)]
-struct Shared {
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
 /// See the module.
-#[derive(Default)]
+#[derive(Debug)]
 pub(crate) struct Later {
-    shared: Arc<Shared>,
+    helper: Helper<(Instant, Job)>,
 }
 
-impl std::fmt::Debug for Later {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Later").field("waiting", &self.shared.state.lock().jobs.len()).finish()
+impl Default for Later {
+    fn default() -> Self {
+        Self { helper: Helper::new("fsoverlay-later") }
     }
 }
 
 impl Later {
     /// Starts the thread, which goes on until [`Later::stop`]; false if there is none to be had.
     pub(crate) fn ready(&self) -> bool {
-        self.started(&mut self.shared.state.lock())
+        let started = self.helper.prepare(run);
+        started.map_err(give_up).is_ok()
     }
 
-    fn started(&self, state: &mut State) -> bool {
-        if state.thread.is_none() && !state.over {
-            let shared = self.shared.clone();
-            state.thread = start("fsoverlay-later", move || run(&shared)).ok();
+    /// Calls `job` once `due` is there; after [`Later::stop`] it is dropped instead.
+    pub(crate) fn at(&self, due: Instant, job: impl FnOnce(Called) + Send + 'static) {
+        if let Err(undone) = self.helper.give((due, Box::new(job)), run) {
+            give_up(undone);
         }
-        state.thread.is_some() || state.over
-    }
-
-    /// Runs `job` once `due` is there. It must be short, and must not panic; after [`Later::stop`] it is
-    /// dropped instead. False, and it is dropped, if there is no thread for it ([`Later::ready`]): to run it
-    /// here and now is nothing that a job which comes back to this could bear.
-    #[must_use]
-    pub(crate) fn at(&self, due: Instant, job: impl FnOnce() + Send + 'static) -> bool {
-        let mut state = self.shared.state.lock();
-        if !self.started(&mut state) {
-            return false;
-        }
-        if state.over {
-            return true;
-        }
-        state.count += 1;
-        let due = Reverse((due, state.count));
-        state.jobs.push(Timed { due, job: Box::new(job) });
-        drop(state);
-        self.shared.changed.notify_one();
-        true
     }
 
     /// Ends the thread; what still waits never happens.
     pub(crate) fn stop(&self) {
-        let (thread, jobs) = {
-            let mut state = self.shared.state.lock();
-            state.over = true;
-            (state.thread.take(), std::mem::take(&mut state.jobs))
-        };
-        self.shared.changed.notify_one();
-        drop(jobs);
-        if let Some(thread) = thread {
-            let _ = thread.join();
+        self.helper.stop();
+    }
+}
+
+/// For the jobs of others, too, which came while the thread was about to be there.
+fn give_up(undone: Undone<(Instant, Job)>) {
+    if !undone.over {
+        for (_, job) in undone.tasks {
+            job(Called::NoThread);
         }
     }
 }
 
-fn run(shared: &Shared) {
-    let mut state = shared.state.lock();
+fn run(queue: Receiver<(Instant, Job)>) {
+    let mut jobs = BinaryHeap::<Timed>::new();
+    let mut count = 0;
     loop {
-        if state.over {
-            return;
-        }
-        let now = Instant::now();
-        state = match state.jobs.peek().map(|timed| timed.due.0.0) {
-            None => shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
-            Some(due) if due > now => {
-                let waited = shared.changed.wait_timeout(state, due - now);
-                waited.unwrap_or_else(PoisonError::into_inner).0
-            }
-            Some(_) => {
-                let next = state.jobs.pop();
-                drop(state);
-                if let Some(timed) = next {
-                    (timed.job)();
-                }
-                shared.state.lock()
-            }
+        // Whether it is over comes first, then what is new, then what is due.
+        let next = match jobs.peek().map(|timed| timed.due.0.0) {
+            None => queue.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            Some(due) => queue.recv_timeout(due.saturating_duration_since(Instant::now())),
         };
+        match next {
+            Ok((due, job)) => {
+                count += 1;
+                jobs.push(Timed { due: Reverse((due, count)), job });
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                if let Some(timed) = jobs.pop() {
+                    (timed.job)(Called::InTime);
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc;
+    use std::sync::{Arc, mpsc};
     use std::time::Duration;
 
     use super::*;
-    use crate::sync::tests::without_threads;
+    use crate::sync::tests::{while_starting, without_threads};
 
     #[test]
     fn the_earliest_comes_first_and_what_is_left_is_dropped() {
@@ -151,29 +125,37 @@ mod tests {
         let (now, hour) = (Instant::now(), Duration::from_secs(3600));
         let send = |n: u8| {
             let sender = sender.clone();
-            move || sender.send(n).expect("somebody listens")
+            move |called| sender.send((n, called)).expect("somebody listens")
         };
-        assert!(later.at(now + hour, send(3)));
-        assert!(later.at(now + Duration::from_millis(2), send(2)));
-        assert!(later.at(now, send(1)));
-        assert_eq!([receiver.recv(), receiver.recv()], [Ok(1), Ok(2)]);
+        later.at(now + hour, send(3));
+        later.at(now + Duration::from_millis(2), send(2));
+        later.at(now, send(1));
+        assert_eq!([receiver.recv(), receiver.recv()], [1, 2].map(|n| Ok((n, Called::InTime))));
         later.stop();
+        later.at(now, send(4));
         drop(sender);
         assert!(receiver.recv().is_err());
     }
 
     #[test]
-    fn without_a_thread_nothing_runs_and_the_caller_learns_of_it() {
-        let later = Later::default();
+    fn without_a_thread_all_are_called_at_once() {
+        let later = Arc::new(Later::default());
         let (sender, receiver) = mpsc::channel();
-        let mine = sender.clone();
-        let job = move || mine.send("too early").expect("somebody listens");
-        assert!(!without_threads(|| later.at(Instant::now(), job)));
-        assert!(!without_threads(|| later.ready()));
+        let hour = Instant::now() + Duration::from_secs(3600);
+        let send = |n: u8| {
+            let sender = sender.clone();
+            move |called| sender.send((n, called)).expect("somebody listens")
+        };
+        without_threads(|| later.at(hour, send(1)));
+        assert_eq!(receiver.try_recv(), Ok((1, Called::NoThread)));
+        // Also the one who relied on a thread that was about to be there.
+        let (theirs, relies) = (later.clone(), send(2));
+        let comes = move || theirs.at(hour, relies);
+        assert!(!while_starting(comes, || without_threads(|| later.ready())));
+        assert_eq!(receiver.try_recv(), Ok((2, Called::NoThread)));
         assert!(later.ready());
-        assert!(without_threads(|| later.at(Instant::now(), move || sender.send("now").expect("listens"))));
-        assert_eq!((receiver.recv(), receiver.recv().is_err()), (Ok("now"), true));
+        without_threads(|| later.at(Instant::now(), send(3)));
+        assert_eq!(receiver.recv(), Ok((3, Called::InTime)));
         later.stop();
-        assert!(later.at(Instant::now(), || {}));
     }
 }

@@ -83,6 +83,7 @@ mod far;
 mod fs;
 mod generated;
 mod handle;
+mod helper;
 mod hooks;
 mod inode;
 mod journal;

@@ -9,7 +9,7 @@
 use std::cell::RefCell;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{MutexGuard, PoisonError, RwLockReadGuard, RwLockWriteGuard, TryLockError, mpsc};
+use std::sync::{Arc, MutexGuard, PoisonError, RwLockReadGuard, RwLockWriteGuard, TryLockError, mpsc};
 use std::thread::{Builder, JoinHandle};
 
 /// A mutex whose `lock` always succeeds.
@@ -105,6 +105,24 @@ pub(crate) fn start(name: &str, main: impl FnOnce() + Send + 'static) -> io::Res
         starter.send(order).map_err(|_| ended())?;
         started.recv().map_err(|_| ended())?
     })
+}
+
+/// The same for something that comes back where there is none.
+pub(crate) fn start_with<T: Send + 'static>(
+    name: &str,
+    task: T,
+    main: impl FnOnce(T) + Send + 'static,
+) -> Result<JoinHandle<()>, T> {
+    let task = Arc::new(Mutex::new(Some(task)));
+    let theirs = task.clone();
+    let run = move || {
+        // In a statement of its own, for the lock not to be held.
+        let task = theirs.lock().take();
+        if let Some(task) = task {
+            main(task);
+        }
+    };
+    start(name, run).map_err(|_| task.lock().take().expect("a thread that was not started takes nothing"))
 }
 
 /// A thread that somebody wants to have started.
