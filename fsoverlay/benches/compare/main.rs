@@ -5,7 +5,7 @@
 //!                        and {at} are filled in, e.g.
 //!                        --mount 'fo2=fuse-overlayfs -o lowerdir={lower},upperdir={upper},workdir={work} {at}'
 //! --work A,B             only these (the names in the first column)
-//! --who ours,kernel      only these contenders
+//! --who ours,kernel      only these contenders. `least`, which is measured only where it is named: see below
 //! --layers 1,10,100      numbers of layers (1)
 //! --rounds N             5
 //! --scale PERCENT        smaller trees, for a quick look (100)
@@ -29,6 +29,9 @@
 //! where it was.
 //!
 //! Medians are printed: ours in milliseconds, and ours ÷ each of the others. `bare` is the directory itself.
+//!
+//! `least` is the least that any FUSE server does (`least.rs`, docs/decisions/0011): one thread that answers from memory, on
+//! the processor of the asker if that one waits for each answer. It takes part in works of one asker over one layer.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -36,13 +39,14 @@
     reason = "a program of our own, for people to read"
 )]
 
+mod least;
 mod place;
 mod trees;
 mod works;
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
-use std::os::fd::{AsFd as _, AsRawFd};
+use std::os::fd::{AsFd as _, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -51,7 +55,7 @@ use fsoverlay::{LayerSpec, Overlay, OverlaySpec, OwnerForm, Records, UpperSpec};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
-use crate::works::{WORKS, Work};
+use crate::works::{Asks, WORKS, Work};
 
 /// Who is measured.
 #[derive(Clone)]
@@ -64,8 +68,20 @@ enum How {
     Ours,
     /// The same with FUSE passthrough.
     Passthrough,
+    /// A tree in memory, served by another process of ours.
+    Least,
     /// A command that mounts.
     Command(String),
+}
+
+impl How {
+    fn takes_part(&self, work: &Work, layers: usize) -> bool {
+        match self {
+            Self::Bare => layers == 1,
+            Self::Least => layers == 1 && work.asks != Asks::AtOnce,
+            _ => true,
+        }
+    }
 }
 
 /// The directories of one mount.
@@ -122,6 +138,7 @@ fn main() -> ExitCode {
         contenders.push(("through".to_owned(), How::Passthrough));
     }
     if let Some(only) = value("--who") {
+        contenders.push(("least".to_owned(), How::Least));
         contenders.retain(|(name, _)| only.split(',').any(|one| one == name));
     }
     let keep = args.iter().any(|arg| arg == "--keep");
@@ -179,7 +196,7 @@ fn compare(work: &Work, layers: usize, contenders: &[(String, How)], options: &O
     let mut failed: Vec<String> = Vec::new();
     for round in 0..options.rounds + 1 {
         for (name, how) in contenders {
-            if matches!(how, How::Bare) && layers > 1 || failed.contains(name) {
+            if !how.takes_part(work, layers) || failed.contains(name) {
                 continue;
             }
             let output = measure(work, how, (&tree, layers), options, base);
@@ -236,6 +253,7 @@ fn measure(
         How::Kernel => "kernel",
         How::Ours => "ours",
         How::Passthrough => "passthrough",
+        How::Least => "least",
         How::Command(command) => command,
     };
     let output = Command::new(std::env::current_exe().unwrap())
@@ -298,6 +316,13 @@ fn inside(args: &[String]) {
         }
         "ours" => server = Some(start_server(&dirs, "plain")),
         "passthrough" => server = Some(start_server(&dirs, "passthrough")),
+        "least" => {
+            if work.asks == Asks::InTurns {
+                // So is its server.
+                least::stay_here();
+            }
+            server = Some(start_server(&dirs, "least"));
+        }
         command => {
             let fill = |word: &str| {
                 word.replace("{lower}", &joined(&dirs.lowers))
@@ -388,6 +413,10 @@ fn start_server(dirs: &Dirs, mode: &str) -> Server {
 /// Mounts and serves until the mount is gone; says so by one byte.
 fn serve(args: &[String]) {
     let [mode, at, upper, work, lowers @ ..] = args else { panic!("directories") };
+    if mode == "least" {
+        let tree = least::Tree::read(Path::new(&lowers[0]));
+        return least::serve(tree, mount_fuse(at), say_ready);
+    }
     // As for `run`, or as the program mounts without further options.
     let recorded = std::env::var_os("FSOVERLAY_RECORDED").is_some();
     let records = if recorded { Records::Everywhere } else { Records::IfMarked };
@@ -403,16 +432,25 @@ fn serve(args: &[String]) {
         ..OverlaySpec::default()
     })
     .unwrap();
+    let fuse = mount_fuse(at);
+    let proc = std::fs::File::open("/proc").unwrap();
+    let server = overlay.with_proc(proc.into()).serve(fuse).unwrap();
+    say_ready();
+    server.join();
+}
+
+fn mount_fuse(at: &str) -> OwnedFd {
     let fuse = std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse").unwrap();
     let data = fsoverlay::mount_data(fuse.as_raw_fd(), 0, 0);
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     mount(Some("overlay"), Path::new(at), Some("fuse"), flags, Some(&*data)).unwrap();
-    let proc = std::fs::File::open("/proc").unwrap();
-    let server = overlay.with_proc(proc.into()).serve(fuse.into()).unwrap();
+    fuse.into()
+}
+
+/// The bench reads one byte; what comes later has no reader.
+fn say_ready() {
     let mut out = std::io::stdout();
     out.write_all(b"s").and_then(|()| out.flush()).unwrap();
-    // The bench reads one byte; what comes later has no reader.
-    server.join();
 }
 
 /// Private memory in KiB and CPU time in nanoseconds of the process that serves in this mount namespace.

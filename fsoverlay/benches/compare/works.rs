@@ -16,6 +16,7 @@ pub(crate) struct Work {
     pub(crate) layered: bool,
     /// It changes the tree.
     pub(crate) writes: bool,
+    pub(crate) asks: Asks,
     /// The server's memory afterwards is of interest.
     pub(crate) memory: bool,
     pub(crate) run: fn(&Path) -> Vec<(&'static str, Duration)>,
@@ -23,12 +24,32 @@ pub(crate) struct Work {
     pub(crate) check: fn(&Path, usize),
 }
 
+/// Who asks the file system for something while a work goes on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Asks {
+    /// One thread, which waits for each answer. (git's few, for the files that it knows, are taken for one.)
+    InTurns,
+    /// One thread, and the kernel for it: it reads ahead, and writes back.
+    Ahead,
+    /// Several at once.
+    AtOnce,
+}
+
 const fn work(
     name: &'static str,
     tree: &'static str,
     run: fn(&Path) -> Vec<(&'static str, Duration)>,
 ) -> Work {
-    Work { name, tree, layered: false, writes: false, memory: false, run, check: |_, _| {} }
+    Work {
+        name,
+        tree,
+        layered: false,
+        writes: false,
+        asks: Asks::InTurns,
+        memory: false,
+        run,
+        check: |_, _| {},
+    }
 }
 
 pub(crate) const WORKS: &[Work] = &[
@@ -37,17 +58,17 @@ pub(crate) const WORKS: &[Work] = &[
     Work { layered: true, ..work("missing", "files", missing) },
     Work { layered: true, ..work("small", "files", small) },
     Work { layered: true, ..work("small with stat", "files", small_with_stat) },
-    work("threads", "files", threads),
-    work("read", "big", read),
-    Work { writes: true, ..work("read upper", "big", read_upper) },
-    Work { writes: true, check: check_write, ..work("write", "big", write) },
+    Work { asks: Asks::AtOnce, ..work("threads", "files", threads) },
+    Work { asks: Asks::Ahead, ..work("read", "big", read) },
+    Work { writes: true, asks: Asks::Ahead, ..work("read upper", "big", read_upper) },
+    Work { writes: true, asks: Asks::Ahead, check: check_write, ..work("write", "big", write) },
     Work { writes: true, check: check_create, ..work("create", "empty", create) },
     Work { writes: true, check: check_untar, ..work("untar", "tar", untar) },
     Work { writes: true, check: check_git, ..work("git", "repo", git) },
-    Work { writes: true, check: check_make, ..work("make", "c", make) },
-    Work { writes: true, check: check_dpkg, ..work("dpkg", "deb", dpkg) },
-    Work { writes: true, check: check_npm, ..work("npm", "npm", npm) },
-    Work { writes: true, check: check_cargo, ..work("cargo", "rust", cargo) },
+    Work { writes: true, asks: Asks::AtOnce, check: check_make, ..work("make", "c", make) },
+    Work { writes: true, asks: Asks::AtOnce, check: check_dpkg, ..work("dpkg", "deb", dpkg) },
+    Work { writes: true, asks: Asks::AtOnce, check: check_npm, ..work("npm", "npm", npm) },
+    Work { writes: true, asks: Asks::AtOnce, check: check_cargo, ..work("cargo", "rust", cargo) },
 ];
 
 pub(crate) const SMALL_DIRS: usize = 1000;
