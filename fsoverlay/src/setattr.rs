@@ -54,6 +54,15 @@ impl Engine {
         if nothing && atime.is_none() && mtime.is_none() {
             return self.attr(node);
         }
+        // The kernel writes back the times of a file that has lost a name, or has another one now. Of these only that of the
+        // last modification can be set, and it is there already. A file of a layer would be copied for it: in vain, once it
+        // has no name. (With one it has to be, since the layer counts the name that is covered now.)
+        if nothing && let (Kind::File, None, Some(SetTime::At(time))) = (node.kind, atime, mtime) {
+            let attr = self.attr(node)?;
+            if attr.stat.mtime == time && (attr.stat.nlink == 0 || node.is_upper()) {
+                return Ok(attr);
+            }
+        }
         if let Some(size) = size.filter(|_| node.is_upper()) {
             // What the file had is given back, block by block.
             let goes = || self.stat(node).map_or(0, |stat| stat.size.saturating_sub(size));
@@ -155,5 +164,47 @@ impl Engine {
         };
         let set = SetAttr { uid: id(uid)?, gid: id(gid)?, ..SetAttr::default() };
         self.set_attr(node, set).map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::tests::Scratch;
+
+    #[test]
+    fn a_file_without_a_name_is_not_copied_for_a_time_that_is_there_already() {
+        let scratch = Scratch::new("same-time");
+        for name in ["one", "two", "three"] {
+            std::fs::write(scratch.dir.join("lower").join(name), "below").expect("written");
+        }
+        std::fs::hard_link(scratch.dir.join("lower/one"), scratch.dir.join("lower/other")).expect("linked");
+        let engine = &scratch.engine;
+        let time_of = |node| engine.attr(node).expect("its attributes").stat.mtime;
+        let set = |node, perm, time| {
+            let set = SetAttr { perm, mtime: Some(SetTime::At(time)), ..SetAttr::default() };
+            engine.set_attr(node, set).expect("set")
+        };
+        let [one, two, three] = [&b"one"[..], b"two", b"three"].map(|name| {
+            let node = engine.lookup(engine.root(), name).expect("there");
+            engine.unlink(engine.root(), name).expect("removed");
+            node
+        });
+        assert_eq!(set(&two, None, time_of(&two)).stat.mtime, time_of(&two));
+        assert!(!two.is_upper());
+        let before = time_of(&two);
+        let earlier = Time { sec: before.sec - 1, ..before };
+        assert_eq!(set(&two, None, earlier).stat.mtime, earlier);
+        assert!(two.is_upper(), "another time is a change");
+        assert_eq!(
+            set(&three, Some(0o640), time_of(&three)).meta.perm,
+            0o640,
+            "and so is the same with more"
+        );
+        // The layer counts two names of it.
+        assert_eq!(set(&one, None, time_of(&one)).stat.nlink, 1);
+        assert!(one.is_upper());
+        let other = engine.lookup(engine.root(), b"other").expect("there");
+        assert_eq!((other.ino, other.is_upper()), (one.ino, true));
     }
 }
