@@ -157,7 +157,6 @@ fn bind_one(addr: SocketAddr, port: &Publish) -> Result<Bound, Error> {
             setsockopt(&fd, sockopt::ReuseAddr, &true)?;
         } else {
             udp::want_local_address(&fd, addr.is_ipv6())?;
-            udp::want_runs(&fd);
         }
         bind(fd.as_raw_fd(), &SockaddrStorage::from(addr))?;
         if port.protocol == Protocol::Tcp {
@@ -239,6 +238,7 @@ impl Forward {
                     (Place::Tcp(id), self.watch(sh, Token::TcpListener(id), flags))
                 }
                 Protocol::Udp => {
+                    udp::want_runs(sh, &socket.fd);
                     let id = self.udp.insert_with(|_| socket);
                     (Place::Udp(id), self.watch(sh, Token::UdpListener(id), udp::READABLE))
                 }

@@ -9,9 +9,14 @@
 //! nothing else. What has come for the guest beyond that waits in the host's queues, too. What the guest sends beyond it is
 //! dropped ([`Bucket::admit`]), as behind it in the TAP, which is read then in any case, is what its connections send.
 //!
-//! The datagrams of a super-segment come at once, whatever the rate: the debt for all of them could be one of a minute,
-//! for which everything else would wait. Those go that are paid for soon, and the others are dropped
+//! The datagrams of a super-segment of the guest's come at once, whatever the rate: the debt for all of them could be one
+//! of a minute, for which everything else would wait. Those go that are paid for soon, and the others are dropped
 //! ([`Bucket::admit_run`]), as a link drops what its queue has no room for. Nothing else is dropped for a rate.
+//!
+//! What comes for the guest is never dropped: the host's kernel puts datagrams together (UDP_GRO) that nobody sent
+//! together. At rates at which it would take long to pay for as many as that, it is not asked to
+//! ([`Bucket::takes_runs`]), and they wait in its queues one by one. It is asked when a socket is opened: those that are
+//! open when the rate is lowered get runs still, and the debt for one at the least rate is one of a minute.
 //!
 //! TCP flows that want more than may go share what there is in equal parts ([`Bucket::share`]), and take turns where that
 //! would be too little for each (`flows.rs`), whether they cross the TAP or not.
@@ -27,10 +32,12 @@ const LEAST: u64 = 1_000;
 const MOST: u64 = 1 << 40;
 /// Shortest burst: a super-segment.
 const LEAST_BURST: u64 = 64 * 1024;
+/// The longest run of datagrams that the host's kernel puts together.
+const LONGEST_RUN: i64 = 64 * 1024;
 /// The least that one flow gets while there is that much: else only small segments would go.
 const LEAST_PART: usize = 1_500;
-/// What datagrams may take at once while TCP flows want more, and how much those of a super-segment may owe: this part of
-/// what goes in a second, and one of usual size at least.
+/// What datagrams may take at once while TCP flows want more, and how much those of a super-segment may owe while none do:
+/// this part of what goes in a second, and one of usual size at least.
 const DATAGRAM_BURST: u64 = 10;
 const LEAST_AT_ONCE: i64 = 1_500;
 
@@ -175,15 +182,17 @@ impl Bucket {
     /// Whether a datagram of the guest's may go, for which the tokens are taken then. If not it is to be dropped.
     #[must_use]
     pub(crate) fn admit(&mut self, bytes: usize) -> bool {
-        let may = !self.have_datagrams_had_theirs();
-        if may {
-            self.take_datagram(bytes);
-        }
-        may
+        self.admit_run(std::iter::once(bytes)) == 1
     }
 
-    /// How many of the datagrams that came as one super-segment may go, for which the tokens are taken then: the others
-    /// would have to wait for longer than it takes to pay for [`at_once`]. They are to be dropped.
+    /// How many of the datagrams that came as one super-segment may go, for which the tokens are taken then. The others
+    /// are to be dropped.
+    ///
+    /// Those that are alone go until they owe what may go [`at_once`]. While TCP flows want more there never are tokens to
+    /// speak of, and what counts is the datagrams' half. They may owe what it brings in a second, for a super-segment is
+    /// more than they may have saved: with less, some of each would be lost although all are less than the half. (Below
+    /// 100,000 bytes per second some of the longest are lost even so: the alternative is that connections wait for them for
+    /// many seconds. A few they do wait at the least rates, at which a datagram of usual size takes longer than a second.)
     #[must_use]
     pub(crate) fn admit_run(&mut self, lengths: impl Iterator<Item = usize>) -> usize {
         let Some((rate, _)) = self.limit else { return lengths.count() };
@@ -192,8 +201,10 @@ impl Bucket {
             // One that comes alone goes, however long it is.
             let waits = if admitted == 0 {
                 self.have_datagrams_had_theirs()
+            } else if self.sharers == 0 {
+                self.tokens <= -at_once(rate)
             } else {
-                self.tokens <= -at_once(rate) || self.sharers > 0 && self.credit <= -most_credit(rate)
+                self.credit <= -signed(rate).max(most_credit(rate))
             };
             if waits {
                 break;
@@ -202,6 +213,11 @@ impl Bucket {
             admitted += 1;
         }
         admitted
+    }
+
+    /// Whether what comes together may be taken together, since the debt for it is soon paid.
+    pub(crate) fn takes_runs(&self) -> bool {
+        self.limit.is_none_or(|(rate, _)| at_once(rate) >= LONGEST_RUN)
     }
 
     /// Whether datagrams wait where they are.
@@ -368,10 +384,44 @@ mod tests {
         let mut alone = bucket(1_000, Some(LEAST_BURST));
         alone.take(usize::try_from(LEAST_BURST).expect("small"));
         assert_eq!(alone.admit_run([60_000, 1].into_iter()), 1);
-        // Nor do they owe more of their half.
-        let mut shared = bucket(100_000, Some(100_000));
-        shared.count_sharer(false, true);
-        assert_eq!((run(&mut shared, 50), run(&mut shared, 50)), (20, 0));
+        // Of their half they owe what it brings in a second.
+        for (rate, most) in [(1_000, 3), (100_000, 60)] {
+            let mut shared = bucket(rate, Some(100_000));
+            shared.count_sharer(false, true);
+            assert_eq!((run(&mut shared, 100), run(&mut shared, 1)), (most, 0));
+        }
+    }
+
+    #[test]
+    fn super_segments_that_are_less_than_the_datagrams_half_go() {
+        const EACH: usize = 1_400;
+        for rate in [125_000, 250_000, 500_000] {
+            let mut bucket = bucket(rate, None);
+            bucket.count_sharer(false, true);
+            let (mut offered, mut gone, mut others, mut debt) = (0, 0, 0, 0);
+            for millis in 1..=60_000 {
+                bucket.fill(at(millis * 1_000));
+                others += bucket.left() as u64;
+                bucket.take(bucket.left());
+                // Four fifths of the half.
+                if offered < rate * millis / 2_500 {
+                    offered += 45 * EACH as u64;
+                    gone += (bucket.admit_run(std::iter::repeat_n(EACH, 45)) * EACH) as u64;
+                    debt = debt.max(bucket.debt());
+                }
+            }
+            assert!(gone * 100 >= offered * 95, "{rate}: {gone} of {offered}");
+            assert!(debt < rate && others >= rate * 60 / 2, "{rate}: {debt} {others}");
+        }
+    }
+
+    #[test]
+    fn what_comes_together_is_taken_together_if_that_is_soon_paid() {
+        assert!(Bucket::new(None, at(0)).takes_runs());
+        assert_eq!(
+            [1_000, 655_359, 655_360].map(|rate| bucket(rate, None).takes_runs()),
+            [false, false, true]
+        );
     }
 
     #[test]

@@ -11,7 +11,8 @@
 //! a guest that sends from, or to, a million ports costs a bounded number of sockets.
 //!
 //! ICMP errors come out of the host socket's error queue (ip(7), IP_RECVERR) and are sent on with the guest's own
-//! datagram as the cause, and with their extensions (RFC 4884). Datagrams from the guest have been put together from their fragments before they come here.
+//! datagram as the cause, and with their extensions (RFC 4884). Datagrams from the guest have been put together from their
+//! fragments before they come here.
 //!
 //! Datagrams that follow each other to the same destination, of one size but for the last, go to the kernel by one call
 //! (udp(7), UDP_SEGMENT): they wait in `Outgoing` while there are frames to be read. What the kernel has put together
@@ -390,7 +391,7 @@ impl Udp {
         }
         let fd = match opened {
             Ok(fd) => {
-                want_runs(&fd);
+                want_runs(sh, &fd);
                 fd
             }
             Err(errno) => {
@@ -739,9 +740,11 @@ pub(crate) fn want_local_address(fd: &impl AsFd, is_v6: bool) -> nix::Result<()>
     }
 }
 
-/// Asks for datagrams that came together to be given together. Kernels before 5.0 do not.
-pub(crate) fn want_runs(fd: &impl AsFd) {
-    let _ = calls::setsockopt(fd, sockopt::UdpGroSegment, &true);
+/// Asks for datagrams that came together to be given together, if not too few may go at once. Kernels before 5.0 do not.
+pub(crate) fn want_runs(sh: &Shared, fd: &impl AsFd) {
+    if sh.received.takes_runs() {
+        let _ = calls::setsockopt(fd, sockopt::UdpGroSegment, &true);
+    }
 }
 
 /// What was received.
@@ -796,14 +799,13 @@ pub(crate) fn read_all(
         }
         match receive(fd, &mut buffer) {
             Ok(Received { len, size, from: Some(from), local }) => {
+                sh.received.take_datagram(len);
                 let all = buffer.get_mut(..len).unwrap_or_default();
                 let size = size.unwrap_or(len).max(1);
-                let admitted = sh.received.admit_run(parts(all, size).map(<[u8]>::len));
-                sh.stats.dropped_datagrams.add(parts(all, size).count() - admitted);
                 if all.is_empty() {
                     each(sh, all, from, local);
                 }
-                for datagram in all.chunks_mut(size).take(admitted) {
+                for datagram in all.chunks_mut(size) {
                     each(sh, datagram, from, local);
                 }
             }
