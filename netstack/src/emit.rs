@@ -158,8 +158,8 @@ pub(crate) fn icmp_error(tap: &mut Tap, from: IpAddr, to: IpAddr, error: IcmpErr
     extended_icmp_error(tap, from, to, error, original, &[]);
 }
 
-/// The same, with what a router has said beyond the error, its MPLS labels for example: an extension structure as RFC 4884
-/// has it, or nothing.
+/// The same, with what a router has said beyond the error, its MPLS labels for example: an extension structure (RFC 4884)
+/// with which the host's kernel found nothing wrong, or nothing.
 pub(crate) fn extended_icmp_error(
     tap: &mut Tap,
     from: IpAddr,
@@ -186,9 +186,9 @@ pub(crate) fn extended_icmp_error(
     packet[header_len] = error.kind;
     packet[header_len + 1] = error.code;
     packet[header_len + 4..header_len + 8].copy_from_slice(&(error.word | words << shift).to_be_bytes());
+    // The padding, if any, is zero already.
     let (quoted, behind) = packet[header_len + 8..].split_at_mut(quoted_len);
     quoted[..original.len()].copy_from_slice(original);
-    quoted[original.len()..].fill(0);
     behind.copy_from_slice(extension);
     finish_icmp(packet, from, to);
     tap.send_ip(len, Offload::NONE);

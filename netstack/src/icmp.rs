@@ -279,7 +279,7 @@ impl Icmp {
         let Some(ping) = self.pings.get(id) else { return };
         // The kernel bounds the queue.
         while let Ok(error) = udp::receive_error(&ping.fd) {
-            let Some(error) = error else { continue };
+            let Some(mut error) = error else { continue };
             let destination = error.destination.ip();
             let (Some(icmp), true) =
                 (error.icmp, ping.destinations.iter().any(|known| known.ip == destination))
@@ -287,15 +287,15 @@ impl Icmp {
                 continue;
             };
             // The queue holds our request, with the host's identifier.
-            let mut request = error.payload;
+            let request = &mut error.payload;
             if request.len() < 8 {
                 continue;
             }
             request[4..6].copy_from_slice(&ping.guest.port.to_be_bytes());
             let protocol = if destination.is_ipv6() { ICMPV6 } else { ICMP };
-            let original = crate::ingress::rebuild(ping.guest.ip, destination, protocol, 64, &request);
-            let from = error.offender.filter(|ip| !ip.is_loopback()).unwrap_or(destination);
-            emit::extended_icmp_error(&mut sh.tap, from, ping.guest.ip, icmp, &original, &error.extension);
+            let original = crate::ingress::rebuild(ping.guest.ip, destination, protocol, 64, request);
+            let (from, extension) = error.complaint().unwrap_or((destination, &[]));
+            emit::extended_icmp_error(&mut sh.tap, from, ping.guest.ip, icmp, &original, extension);
         }
         let _ = host::socket_error(ping.fd.as_fd());
     }

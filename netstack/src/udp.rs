@@ -561,11 +561,8 @@ impl Udp {
             }
             let original = emit::original_udp(flow.guest, peer.seen, &error.payload);
             // The gateway that stands for loopback must not be told apart.
-            let from = match error.offender {
-                Some(ip) if ip != peer.real.ip() && !ip.is_loopback() => ip,
-                _ => peer.seen.ip,
-            };
-            emit::extended_icmp_error(&mut sh.tap, from, flow.guest.ip, icmp, &original, &error.extension);
+            let (from, extension) = error.complaint().unwrap_or((peer.seen.ip, &[]));
+            emit::extended_icmp_error(&mut sh.tap, from, flow.guest.ip, icmp, &original, extension);
         }
         // A pending error would fail the next datagram.
         let _ = host::socket_error(flow.fd.as_fd());
@@ -837,14 +834,23 @@ pub(crate) struct QueuedError {
     /// Where the datagram was sent to.
     pub(crate) destination: SocketAddr,
     /// What it contained, as far as it was quoted. If `extension` followed there may be zeroes behind it, which nothing
-    /// tells from its own; and with a kernel before 5.9 the extension.
+    /// tells from its own; and what the kernel does not take for an extension: before 5.9 that is everything.
     pub(crate) payload: Vec<u8>,
-    /// What else the error said (RFC 4884), if it is to be believed: a whole extension structure.
+    /// What else the error said (RFC 4884): a whole extension structure, of the version that the kernel looks into, with
+    /// which it found nothing wrong.
     pub(crate) extension: Vec<u8>,
-    /// Who complained.
+    /// Who complained. See [`Self::complaint`].
     pub(crate) offender: Option<IpAddr>,
     /// What the guest is to be told; `None` if the error arose on the host itself and means nothing to it.
     pub(crate) icmp: Option<IcmpError>,
+}
+
+impl QueuedError {
+    /// Who complained, and what else they said; `None` if that was the host itself behind its loopback address. Extensions
+    /// may name its interfaces (RFC 5837), which are no business of the guest's.
+    pub(crate) fn complaint(&self) -> Option<(IpAddr, &[u8])> {
+        self.offender.filter(|ip| !ip.is_loopback()).map(|ip| (ip, &self.extension[..]))
+    }
 }
 
 /// The next error of a socket's queue; `None` if it means nothing to us.
@@ -878,13 +884,15 @@ pub(crate) fn receive_error(fd: &HostFd) -> nix::Result<Option<QueuedError>> {
             .then(|| IcmpError::unreachable(is_v6, Unreachable::Host))
     };
     let mut payload = buffer.get(..len).unwrap_or_default().to_vec();
-    // See `sock_ee_data_rfc4884` of linux/errqueue.h. What was cut says nothing, nor does what the kernel found wrong.
+    // See `sock_ee_data_rfc4884` of linux/errqueue.h. What was cut says nothing, nor does what the kernel found wrong. It
+    // looks into structures of version 2 only, and finds nothing wrong with others (`ip_icmp_error_rfc4884_validate`).
     let [a, b, flags, _] = error.ee_data.to_ne_bytes();
     let begin = usize::from(u16::from_ne_bytes([a, b]));
     let mut extension = Vec::new();
     if from_network && begin > 0 && begin <= payload.len() {
         extension = payload.split_off(begin);
-        if flags != 0 || is_cut {
+        let is_known = matches!(extension[..], [version, _, _, _, ..] if version >> 4 == 2);
+        if flags != 0 || is_cut || !is_known {
             extension.clear();
         }
     }

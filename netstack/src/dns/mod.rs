@@ -687,7 +687,8 @@ fn errors(fd: &HostFd, query: &[u8]) -> (bool, usize) {
 }
 
 /// Whether what follows the headers in an ICMP error begins as `query` does, its identifier included. Behind it may be what
-/// the kernel takes for more of it: zeroes to the length that a quotation has where extensions follow, and those (RFC 4884).
+/// the kernel takes for more of it: zeroes to the length that a quotation has where extensions follow (RFC 4884), and with
+/// kernels before 5.9 those.
 fn quotes(quoted: &[u8], query: &[u8]) -> bool {
     let least = quoted.len().min(query.len()).clamp(message::HEADER, LEAST_QUOTED);
     quoted.get(..least).is_some_and(|quoted| query.starts_with(quoted))

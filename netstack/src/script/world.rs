@@ -169,6 +169,7 @@ pub(super) fn in_empty_namespace(name: &str) -> bool {
         return true;
     }
     let setup = "ip link set lo up && ip route add local 0.0.0.0/0 dev lo && ip -6 route add local ::/0 dev lo && \
+                 ip -6 addr add 2001:db8::9 dev lo && \
                  echo 0 0 >/proc/sys/net/ipv4/ping_group_range && exec \"$0\" --exact \"$1\"";
     let status = std::process::Command::new("unshare")
         .args(["--user", "--map-root-user", "--net", "sh", "-c", setup])
