@@ -13,8 +13,9 @@
 //! elsewhere) links belong to the default owner again.
 //!
 //! The file is read when the first link of the upper is looked up, and appended
-//! to: one `write` per line, so that a killed server leaves whole lines. What is not a line (a torn one, any
-//! bytes) says nothing.
+//! to: one `write` per line, so that a killed server leaves whole lines. What is not a line (any bytes) says nothing.
+//! Nor does a last one without its end: it may be torn, and look like another one. It is cut off before a line is
+//! appended, so that it does not get its end from that.
 //!
 //! # How large it gets
 //!
@@ -389,11 +390,29 @@ impl Sidecar {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(&self.work, NAME, flags, Mode::from_raw_mode(0o600))?;
         let length = stat_fd(fd.as_fd())?.size;
-        let mut last = [b'\n'];
-        if let Some(at) = length.checked_sub(1) {
-            rustix::io::pread(&fd, &mut last, at)?;
+        // The end of the one before, and as much as a line may have.
+        let mut last = [0; LONGEST + 1];
+        let at = length.saturating_sub(last.len() as u64);
+        let mut read = 0;
+        while at + (read as u64) < length {
+            match rustix::io::pread(&fd, &mut last[read..], at + read as u64) {
+                Ok(0) => break,
+                Ok(more) => read += more,
+                Err(Errno::INTR) => {}
+                Err(err) => return Err(err),
+            }
         }
-        Ok(File { fd: Arc::new(fd), length, torn: last != [b'\n'] })
+        let whole = match last[..read].iter().rposition(|&b| b == b'\n') {
+            Some(end) => at + end as u64 + 1,
+            None if at == 0 => 0,
+            // Too long for a line, which it does not become by an end.
+            None => return Ok(File { fd: Arc::new(fd), length, torn: true }),
+        };
+        if whole < length {
+            rustix::fs::ftruncate(&fd, whole)?;
+            self.settle(length, whole);
+        }
+        Ok(File { fd: Arc::new(fd), length: whole, torn: false })
     }
 
     /// Writes the file anew if most of it says nothing any more.
@@ -413,10 +432,7 @@ impl Sidecar {
         }
         match self.write_anew(&index.said) {
             Ok(new) => {
-                if let Some(quota) = self.quota.get() {
-                    let bytes = signed(blocks_to(new.length)) - signed(blocks_to(before));
-                    quota.settle(Usage::default(), Growth { bytes, objects: 0 });
-                }
+                self.settle(before, new.length);
                 (index.file, index.written, index.stuck_at) = (Some(new), index.lines, 0);
                 index.unwritten = 0;
             }
@@ -450,6 +466,14 @@ impl Sidecar {
         }
         rustix::fs::renameat(&self.work, NEW_NAME, &self.work, NAME)?;
         Ok(File { fd: Arc::new(fd), length, torn: false })
+    }
+
+    /// The quota learns of another length for which nothing was reserved.
+    fn settle(&self, before: u64, length: u64) {
+        if let Some(quota) = self.quota.get() {
+            let bytes = signed(blocks_to(length)) - signed(blocks_to(before));
+            quota.settle(Usage::default(), Growth { bytes, objects: 0 });
+        }
     }
 
     fn reserve(&self, file: &File, length: u64, frees: bool) -> Res<Room<'_>> {
@@ -647,6 +671,24 @@ mod tests {
         assert_eq!(sidecar.set_owner(&link(6, 1), Some((14, 24))), Ok(()));
         let again = work.open().expect("opened");
         assert_eq!(again.owner(&link(6, 1)), Ok(Some((14, 24))));
+    }
+
+    #[test]
+    fn a_torn_line_never_becomes_another_one() {
+        let work = Work::new("torn");
+        for (text, other) in [("2 1.7 5 6\n1 1.7 1000 10", Some((5, 6))), ("1 1.7 1000 10", None)] {
+            std::fs::write(work.file(), text).expect("written");
+            // Each as it is opened, then with one more line.
+            for more in 3..6 {
+                let sidecar = work.open().expect("opened");
+                let owners = [1, 2].map(|ino| sidecar.owner(&link(ino, 1)));
+                assert_eq!(owners, [Ok(None), Ok(other)], "{text:?}, {more}");
+                assert_eq!(sidecar.set_owner(&link(more, 1), Some((7, 8))), Ok(()));
+            }
+            let again = work.open().expect("opened");
+            let added = [3, 4, 5].map(|ino| again.owner(&link(ino, 1)));
+            assert_eq!(added, [Ok(Some((7, 8))); 3]);
+        }
     }
 
     #[test]
