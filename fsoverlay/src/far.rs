@@ -50,8 +50,8 @@ pub(crate) const MAX_THREADS: usize = 16;
 /// comes to it.
 const MAX_JOBS: usize = 1024;
 
-/// How long a thread waits for more to do.
-const LINGER: Duration = Duration::from_secs(5);
+/// How long a thread waits for more to do. (A test sees what ends it before.)
+const LINGER: Duration = Duration::from_secs(if cfg!(test) { 3600 } else { 5 });
 
 /// How long the first look at all far mounts may hold up the start.
 const FIRST_LOOK: Duration = Duration::from_millis(100);
@@ -257,6 +257,8 @@ struct Pool {
     watched: Option<Instant>,
     /// The last that was heard was nothing.
     silent: bool,
+    /// There is nothing to do any more.
+    over: bool,
 }
 
 /// A request that can be answered without an answer.
@@ -315,10 +317,13 @@ impl Far {
     }
 
     /// Runs something on a thread of the mount's. False, and it is dropped, if too much waits already, or
-    /// if there is no thread and none to be had. (What others gave meanwhile, since one was about to be there, is dropped
+    /// if it is over, or if there is no thread and none to be had. (What others gave meanwhile, since one was about to be there, is dropped
     /// then, too.)
     pub(crate) fn run(self: &Arc<Self>, job: impl FnOnce() + Send + 'static) -> bool {
         let mut pool = self.pool.lock();
+        if pool.over {
+            return false;
+        }
         let room = pool.jobs.len() < MAX_JOBS;
         if room {
             pool.jobs.push_back(Box::new(job));
@@ -357,6 +362,10 @@ impl Far {
                 pool = self.pool.lock();
                 pool.silent = false;
                 continue;
+            }
+            if pool.over {
+                pool.threads -= 1;
+                return;
             }
             pool.idle += 1;
             let waited = self.changed.wait_timeout(pool, LINGER).unwrap_or_else(PoisonError::into_inner);
@@ -423,9 +432,14 @@ impl Far {
         }
     }
 
-    /// What nobody has begun is not begun any more.
+    /// What nobody has begun is not begun any more, and whoever waits for something to do ends.
     pub(crate) fn stop(&self) {
-        let jobs = std::mem::take(&mut self.pool.lock().jobs);
+        let jobs = {
+            let mut pool = self.pool.lock();
+            pool.over = true;
+            std::mem::take(&mut pool.jobs)
+        };
+        self.changed.notify_all();
         drop(jobs);
     }
 }
@@ -445,6 +459,8 @@ impl Engine {
                 let _ = sender.send(());
             });
         }
+        // Those that were refused are not waited for.
+        drop(sender);
         let until = Instant::now() + FIRST_LOOK;
         for _ in &self.far {
             let left = until.saturating_duration_since(Instant::now());
@@ -483,7 +499,7 @@ impl Node {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::sync::mpsc::channel;
 
@@ -578,9 +594,21 @@ nonsense
         assert!(far.run(count()));
     }
 
-    fn some_far() -> Arc<Far> {
+    pub(crate) fn some_far() -> Arc<Far> {
         let root = crate::layer::open_root(Path::new("/")).expect("there");
         Far::new(Arc::new(root), PathBuf::from("far"), 1)
+    }
+
+    #[test]
+    fn no_thread_waits_for_more_when_it_is_over() {
+        let far = some_far();
+        let (sender, receiver) = channel();
+        assert!(far.run(move || sender.send(()).expect("somebody listens")));
+        assert_eq!(receiver.recv(), Ok(()));
+        far.stop();
+        assert!(!far.run(|| ()));
+        // Each thread has it, too.
+        in_time(|| (Arc::strong_count(&far) == 1).then_some(()));
     }
 
     #[test]

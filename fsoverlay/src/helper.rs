@@ -3,7 +3,8 @@
 //! Starting a thread may take long: memory is short, or another thread has to do it
 //! ([`crate::sync::start_elsewhere`]). So it is done with no lock in hand. What others have for the thread meanwhile
 //! goes to its queue, and they go on. If there is no thread to be had, all of that comes back to whoever tried, and
-//! the next one tries again: nothing is left in a queue that nobody reads.
+//! the next one tries again: nothing is left in a queue that nobody reads. One that has ended before its time (which only a
+//! panic makes it do) is started anew by the next one who has something for it.
 
 use std::sync::mpsc::{Receiver, SendError, Sender, channel};
 use std::sync::{Condvar, PoisonError};
@@ -69,15 +70,20 @@ impl<T: Send + 'static> Helper<T> {
     ) -> Result<(), Undone<T>> {
         let (sender, queue) = {
             let mut state = self.state.lock();
-            match &*state {
+            let first = match &*state {
                 State::Starting(sender) | State::Runs(sender, _) => {
-                    // (It does not end before its queue is closed, unless it has panicked.)
                     let sent = first.map_or(Ok(()), |task| sender.send(task));
-                    return sent.map_err(|SendError(task)| Undone { over: false, tasks: vec![task] });
+                    match (sent, &*state) {
+                        (Ok(()), _) => return Ok(()),
+                        // Nobody reads its queue any more, so it has panicked and ends by itself.
+                        (Err(SendError(task)), State::Runs(..)) => Some(task),
+                        // Whoever has started it has yet to say so.
+                        (Err(SendError(task)), _) => return Err(Undone { over: false, tasks: vec![task] }),
+                    }
                 }
                 State::Over => return Err(Undone { over: true, tasks: first.into_iter().collect() }),
-                State::Missing => {}
-            }
+                State::Missing => first,
+            };
             let (sender, queue) = channel();
             *state = State::Starting(sender.clone());
             if let Some(task) = first {
@@ -162,12 +168,35 @@ mod tests {
     }
 
     #[test]
+    fn one_that_has_ended_is_started_anew() {
+        let (helper, (sender, receiver)) = (Helper::new("helper"), channel());
+        let (tell, told) = channel();
+        let ends = move |queue: Receiver<u8>| {
+            drop(queue);
+            tell.send(()).expect("somebody listens");
+        };
+        assert_eq!(helper.prepare(ends), Ok(()));
+        assert_eq!(told.recv(), Ok(()));
+        assert_eq!(helper.give(1, pass_on(&sender)), Ok(()));
+        assert_eq!(helper.give(2, pass_on(&sender)), Ok(()));
+        helper.stop();
+        assert_eq!(receiver.try_iter().collect::<Vec<_>>(), [1, 2]);
+    }
+
+    #[test]
     fn who_stops_it_waits_for_whoever_is_starting_it() {
         let (helper, (sender, receiver)) = (Arc::new(Helper::new("helper")), channel());
         let (theirs, main) = (helper.clone(), pass_on(&sender));
         let (tell, told) = channel();
         let comes = move || {
-            let stops = std::thread::spawn(move || theirs.stop());
+            let (begin, begun) = channel();
+            let stops = std::thread::spawn(move || {
+                begin.send(()).expect("somebody listens");
+                theirs.stop();
+            });
+            assert_eq!(begun.recv(), Ok(()));
+            // So long that whoever does not wait would have stopped it.
+            (0..10_000).for_each(|_| std::thread::yield_now());
             tell.send(stops).expect("somebody listens");
         };
         assert_eq!(while_starting(comes, || helper.give(1, main)), Ok(()));
