@@ -59,6 +59,20 @@ pub(crate) fn hurried<T>(operation: impl FnOnce() -> T) -> T {
     operation()
 }
 
+/// Runs something that is not part of what this thread does, and may take long: it is in no hurry, and changes nothing of
+/// that.
+pub(crate) fn calmly<T>(operation: impl FnOnce() -> T) -> T {
+    struct Before(bool, Option<Arc<Far>>);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            HURRIED.set(self.0);
+            FAR_MOUNT.set(self.1.take());
+        }
+    }
+    let _before = Before(HURRIED.replace(false), FAR_MOUNT.take());
+    operation()
+}
+
 thread_local! {
     /// See [`gives_way`].
     static GIVES_WAY: Cell<bool> = const { Cell::new(false) };

@@ -5,6 +5,7 @@ use std::collections::BinaryHeap;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Instant;
 
+use crate::errno::calmly;
 use crate::helper::{Helper, Undone};
 
 /// Why something is called.
@@ -58,7 +59,8 @@ impl Default for Later {
 }
 
 impl Later {
-    /// Starts the thread, which goes on until [`Later::stop`]; false if there is none to be had.
+    /// Starts the thread, which goes on until [`Later::stop`]; false if there is none to be had. (True also says that
+    /// somebody else is about to start it, who may yet find that there is none: it is for a time when nobody else does.)
     pub(crate) fn ready(&self) -> bool {
         let started = self.helper.prepare(run);
         started.map_err(give_up).is_ok()
@@ -80,9 +82,7 @@ impl Later {
 /// For the jobs of others, too, which came while the thread was about to be there.
 fn give_up(undone: Undone<(Instant, Job)>) {
     if !undone.over {
-        for (_, job) in undone.tasks {
-            job(Called::NoThread);
-        }
+        calmly(|| undone.tasks.into_iter().for_each(|(_, job)| job(Called::NoThread)));
     }
 }
 
@@ -90,7 +90,7 @@ fn run(queue: Receiver<(Instant, Job)>) {
     let mut jobs = BinaryHeap::<Timed>::new();
     let mut count = 0;
     loop {
-        // Whether it is over comes first, then what is new, then what is due.
+        // What is new comes first, then whether it is over, then what is due.
         let next = match jobs.peek().map(|timed| timed.due.0.0) {
             None => queue.recv().map_err(|_| RecvTimeoutError::Disconnected),
             Some(due) => queue.recv_timeout(due.saturating_duration_since(Instant::now())),
@@ -135,6 +135,23 @@ mod tests {
         later.at(now, send(4));
         drop(sender);
         assert!(receiver.recv().is_err());
+    }
+
+    #[test]
+    fn what_others_wait_for_is_not_called_in_the_hurry_of_whoever_calls_it() {
+        use crate::errno::{far_mount, hurried, is_hurried, note_far};
+        let (later, far) = (Later::default(), crate::far::tests::some_far());
+        let (sender, receiver) = mpsc::channel();
+        let job = move |called| {
+            hurried(|| ());
+            let _ = sender.send((called, is_hurried(), far_mount().is_some()));
+        };
+        hurried(|| {
+            note_far(&far);
+            without_threads(|| later.at(Instant::now(), job));
+            assert_eq!((is_hurried(), far_mount().is_some()), (true, true));
+        });
+        assert_eq!(receiver.try_recv(), Ok((Called::NoThread, false, false)));
     }
 
     #[test]
