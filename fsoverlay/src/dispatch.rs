@@ -9,7 +9,8 @@
 //!   ([`crate::far`]), and is given up when that takes too long, unless it may have much to copy;
 //! - a limit on rates holds it back: it waits *without a thread* ([`crate::later`]), and goes on aside, however
 //!   long it is until there is a thread for it;
-//! - it waits for the kernel to write back (a seek), which the kernel may want a worker for: aside as well.
+//! - it waits for the kernel to write back (a seek), which the kernel may want a worker for: aside as well. In a file of
+//!   a far mount it is not one of that mount's threads that waits, since those serve what is written back.
 //!
 //! What the kernel has forgotten needs no answer; a worker that gives way ([`crate::near`]) leaves most of it to another
 //! thread.
@@ -33,9 +34,9 @@ use fuser::{INodeNo, Notifier, ReplyLseek, Request};
 
 use crate::attr::Kind;
 use crate::engine::Engine;
-use crate::errno::{Errno, FAR, LONG, Res, far_mount, gives_way, hurried, is_much};
+use crate::errno::{Errno, FAR, LONG, Res, calmly, far_mount, gives_way, hurried, is_much};
 use crate::far::{Far, GiveUp};
-use crate::fs::{FuseFs, TTL, errno};
+use crate::fs::{FuseFs, TTL, reply_offset};
 use crate::helper::Helper;
 use crate::hooks::{Direction, Opcode};
 use crate::inode::{Link, Node};
@@ -56,6 +57,8 @@ pub(crate) struct Shared {
     forgetter: Helper<Forget>,
     /// Names that wait for the kernel to forget them.
     forgetting: AtomicUsize,
+    /// See [`MAX_FAR_FLUSHES`].
+    far_flushes: AtomicUsize,
     /// Threads of requests that take long.
     aside: Mutex<Vec<JoinHandle<()>>>,
     /// Requests that a limit on rates holds back.
@@ -86,6 +89,11 @@ pub(crate) fn takes_long(what: Opcode, bytes: usize) -> bool {
         _ => false,
     }
 }
+
+/// How many seeks in files of far mounts may wait for the kernel to write back, which a mount that does not answer may
+/// keep it from. Fewer than [`MAX_ASIDE`], whose threads they have, so that all others still get theirs; those beyond
+/// are given up.
+const MAX_FAR_FLUSHES: usize = 16;
 
 /// When somebody for whom no thread was free asks again.
 const AGAIN: Duration = Duration::from_millis(10);
@@ -135,22 +143,29 @@ impl Shared {
             waiter: Helper::new("fsoverlay-wait"),
             forgetter: Helper::new("fsoverlay-forget"),
             forgetting: AtomicUsize::new(0),
+            far_flushes: AtomicUsize::new(0),
             aside: Mutex::default(),
             later: Later::default(),
         })
     }
 
     /// What must be there before a request comes: whoever waits for a far mount is given up by one thread, which
-    /// may not be had any more when it is needed. Then such requests fail at once. And a worker that gives way is not to
-    /// start what others wait for.
-    pub(crate) fn prepare(self: &Arc<Self>) {
+    /// may not be had any more when it is needed. Then such requests fail at once. What a limit on rates holds back waits
+    /// on the same thread: without it there would be no limit, and nothing is to be served. And a worker that gives way is
+    /// not to start what others wait for.
+    pub(crate) fn prepare(self: &Arc<Self>) -> std::io::Result<()> {
         if self.near.get().is_some() {
             // Without it, the workers forget.
             let _ = self.forgetter.prepare(self.forgetter_main());
         }
-        if !self.engine.far.is_empty() && !self.later.ready() {
+        let is_limited = self.engine.hooks.rate.is_some();
+        if (is_limited || !self.engine.far.is_empty()) && !self.later.ready() {
+            if is_limited {
+                return Err(std::io::Error::other("no thread can be had, without which bytes have no limit"));
+            }
             tracing::warn!("no thread to look after requests to remote file systems");
         }
+        Ok(())
     }
 
     pub(crate) fn set_notifier(&self, notifier: Notifier) {
@@ -168,7 +183,8 @@ impl Shared {
 
     /// Ends the threads beside the workers, once the mount is gone: the one that waits for the kernel
     /// holds a reference to all this, and a copy-up that still goes on changes the upper. (Nothing that the kernel was
-    /// asked about a mount lasts longer than the mount.)
+    /// asked about a mount lasts longer than the mount.) A far mount's threads are only told: one that waits for an
+    /// answer of that mount may do so for ever, and is not waited for.
     pub(crate) fn stop(&self) {
         self.later.stop();
         for far in &self.engine.far {
@@ -200,25 +216,34 @@ impl Shared {
             }
         };
         let Err(undone) = self.waiter.give(task, main) else { return };
-        for task in undone.tasks {
-            match task {
-                Task::Seek(seek) => answer_seek(&self.engine, seek),
-                // Whoever meets it next brings it up again.
-                Task::ForgetName(_) => {
-                    self.forgetting.fetch_sub(1, Ordering::AcqRel);
+        // Those of others, too.
+        calmly(|| {
+            for task in undone.tasks {
+                match task {
+                    Task::Seek(seek) => answer_seek(&self.engine, seek),
+                    // Whoever meets it next brings it up again.
+                    Task::ForgetName(_) => {
+                        self.forgetting.fetch_sub(1, Ordering::AcqRel);
+                    }
                 }
             }
-        }
+        });
     }
 
-    fn perform(&self, task: Task) {
+    fn perform(self: &Arc<Self>, task: Task) {
+        let fs = FuseFs { shared: self.clone() };
         match task {
-            Task::Seek(seek) => self.flush_and_seek(seek),
+            Task::Seek(seek) => {
+                fs.guarded(Opcode::Lseek, INodeNo(seek.node.ino), || self.flush_and_seek(seek));
+            }
             Task::ForgetName(link) => {
-                if let Some(notifier) = self.notifier.get() {
-                    let name: &OsStr = std::os::unix::ffi::OsStrExt::from_bytes(&link.name);
-                    let _ = notifier.inval_entry(INodeNo(link.parent.ino), name);
-                }
+                let parent = INodeNo(link.parent.ino);
+                fs.guarded(Opcode::Lookup, parent, || {
+                    if let Some(notifier) = self.notifier.get() {
+                        let name: &OsStr = std::os::unix::ffi::OsStrExt::from_bytes(&link.name);
+                        let _ = notifier.inval_entry(parent, name);
+                    }
+                });
                 self.forgetting.fetch_sub(1, Ordering::AcqRel);
             }
         }
@@ -259,12 +284,17 @@ impl Shared {
 
     /// Not on a worker: the kernel's pages come back as WRITE requests.
     fn flush_and_seek(&self, seek: Seek) {
+        self.flush(INodeNo(seek.node.ino));
+        answer_seek(&self.engine, seek);
+    }
+
+    /// Nor on a thread of a far mount, which may have to serve them.
+    fn flush(&self, ino: INodeNo) {
         if let Some(notifier) = self.notifier.get() {
             // Writes back and drops the pages; a failure is the kernel's
             // not knowing the file, which then holds none.
-            let _ = notifier.inval_inode(INodeNo(seek.node.ino), 0, 0);
+            let _ = notifier.inval_inode(ino, 0, 0);
         }
-        answer_seek(&self.engine, seek);
     }
 
     /// An object is not what its names lead to any more: somebody changed a layer. The kernel knows
@@ -330,6 +360,12 @@ struct Waiting<R, F> {
     refuse: F,
 }
 
+impl<R, F> Waiting<R, F> {
+    fn is_answered(&self) -> bool {
+        self.reply.lock().is_none()
+    }
+}
+
 impl<R: Send, F: Fn(R) + Send + Sync> GiveUp for Waiting<R, F> {
     fn give_up(&self) -> bool {
         let reply = self.reply.lock().take();
@@ -354,7 +390,14 @@ impl FuseFs {
     pub(crate) fn run(&self, what: Opcode, ino: INodeNo, handler: impl FnOnce()) {
         self.engine().counts.request(what);
         // Nobody waits for names to be forgotten, of which there may be many at once.
-        let near = self.shared.near.get().filter(|_| what != Opcode::Forget);
+        let near = self.shared.near.get();
+        if what == Opcode::Forget {
+            self.guarded(what, ino, handler);
+            if let Some(near) = near.filter(|_| !gives_way()) {
+                near.after_forget();
+            }
+            return;
+        }
         if gives_way()
             && let Some(near) = near
         {
@@ -368,7 +411,7 @@ impl FuseFs {
     }
 
     /// Whether this worker leaves a request to another thread ([`FuseFs::aside`]) before it begins: it gives way, and it
-    /// [`takes_long`].
+    /// [`takes_long`]. (What is far goes to its mount's threads, which do not give way either.)
     pub(crate) fn leaves(&self, what: Opcode, bytes: usize) -> bool {
         gives_way() && takes_long(what, bytes)
     }
@@ -403,7 +446,7 @@ impl FuseFs {
         operation: impl Fn(&Self) -> Res<T> + Send + 'static,
     ) {
         self.run(what, ino, || {
-            if self.leaves(what, 0) {
+            if self.leaves(what, 0) && !self.is_far(ino) {
                 return self.aside(what, ino, move |fs| send(operation(fs), reply));
             }
             match hurried(|| operation(self)) {
@@ -427,7 +470,7 @@ impl FuseFs {
         again: impl FnOnce() -> O,
     ) {
         self.run(what, ino, || {
-            if self.leaves(what, 0) {
+            if self.leaves(what, 0) && !self.is_far(ino) {
                 let again = again();
                 return self.aside(what, ino, move |fs| send(again(fs), reply));
             }
@@ -474,25 +517,47 @@ impl FuseFs {
         operation: impl FnOnce(&Self) -> Res<T> + Send + 'static,
     ) {
         let Some(far) = far_mount() else { return send(Err(Errno::IO), reply) };
-        let waiting = Arc::new(Waiting {
-            reply: Mutex::new(Some(reply)),
-            refuse: move |reply| send(Err(Errno::IO), reply),
-        });
+        let waiting = self.wait_for(&far, patience, reply, move |reply| send(Err(Errno::IO), reply));
+        self.run_afar(&far, what, ino, waiting, send, operation);
+    }
+
+    /// A request to a far mount, which is given up by `refuse` when it takes longer than `patience`: maybe at once, where
+    /// nobody would do so later.
+    fn wait_for<R: Send + 'static, F: Fn(R) + Send + Sync + 'static>(
+        &self,
+        far: &Arc<Far>,
+        patience: Option<Duration>,
+        reply: R,
+        refuse: F,
+    ) -> Arc<Waiting<R, F>> {
+        let waiting = Arc::new(Waiting { reply: Mutex::new(Some(reply)), refuse });
         if let Some(patience) = patience {
             let request: Arc<dyn GiveUp> = waiting.clone();
             if let Some(due) = far.wait_for(Arc::downgrade(&request), patience) {
                 self.watch(far.clone(), due);
             }
-            // It has been, where nobody would do so later.
-            if waiting.reply.lock().is_none() {
-                return;
-            }
+        }
+        waiting
+    }
+
+    /// Does what such a request asks for on one of the mount's threads, unless it is given up.
+    fn run_afar<T: 'static, R: Send + 'static>(
+        &self,
+        far: &Arc<Far>,
+        what: Opcode,
+        ino: INodeNo,
+        waiting: Arc<Waiting<R, impl Fn(R) + Send + Sync + 'static>>,
+        send: impl FnOnce(Res<T>, R) + Send + 'static,
+        operation: impl FnOnce(&Self) -> Res<T> + Send + 'static,
+    ) {
+        if waiting.is_answered() {
+            return;
         }
         let fs = self.clone();
         let mine = waiting.clone();
         let job = move || {
             fs.guarded(what, ino, || {
-                if mine.reply.lock().is_none() {
+                if mine.is_answered() {
                     return;
                 }
                 let done = operation(&fs);
@@ -608,13 +673,38 @@ impl FuseFs {
             self.shared.hand_over(Task::Seek(seek));
         }
     }
+
+    /// The same in a file of a far mount: what the kernel holds of it may be there before anything is copied up, and the
+    /// copy-up that writing it back begins with may never end. So the seek's patience begins before that.
+    pub(crate) fn seek_far<R: Send + 'static>(
+        &self,
+        ino: INodeNo,
+        offset: u64,
+        hole: bool,
+        reply: R,
+        send: impl Fn(Res<u64>, R) + Copy + Send + Sync + 'static,
+    ) {
+        let Some(far) = far_mount() else { return send(Err(Errno::IO), reply) };
+        let patience = Some(self.engine().patience);
+        let waiting = self.wait_for(&far, patience, reply, move |reply| send(Err(Errno::IO), reply));
+        let flushes = &self.shared.far_flushes;
+        let room = flushes.fetch_add(1, Ordering::AcqRel) < MAX_FAR_FLUSHES;
+        let mine = waiting.clone();
+        let seek = move |fs: &Self| {
+            fs.shared.flush(ino);
+            fs.shared.far_flushes.fetch_sub(1, Ordering::AcqRel);
+            let seek = move |fs: &Self| fs.on(ino, |node| fs.engine().seek(node, offset, hole));
+            fs.run_afar(&far, Opcode::Lseek, ino, mine, send, seek);
+        };
+        if !room || self.start_aside(Opcode::Lseek, ino, seek, |fs, seek| seek(fs)).is_err() {
+            flushes.fetch_sub(1, Ordering::AcqRel);
+            waiting.give_up();
+        }
+    }
 }
 
 fn answer_seek(engine: &Engine, seek: Seek) {
-    match engine.seek(&seek.node, seek.offset, seek.hole) {
-        Ok(offset) => seek.reply.offset(i64::try_from(offset).unwrap_or(i64::MAX)),
-        Err(err) => seek.reply.error(errno(err)),
-    }
+    reply_offset(engine.seek(&seek.node, seek.offset, seek.hole), seek.reply);
 }
 
 #[cfg(test)]

@@ -94,7 +94,7 @@ impl FuseFs {
         list: impl FnOnce(&Self, R) + Send + 'static,
     ) {
         self.run(what, ino, || {
-            if self.leaves(what, 0) {
+            if self.leaves(what, 0) && !self.is_far(ino) {
                 return self.aside(what, ino, move |fs| list(fs, reply));
             }
             list(self, reply);

@@ -844,6 +844,9 @@ impl Filesystem for FuseFs {
                 _ => return reply.error(fuser::Errno::EINVAL),
             };
             let Ok(offset) = u64::try_from(offset) else { return reply.error(fuser::Errno::ENXIO) };
+            if self.is_far(ino) {
+                return self.seek_far(ino, offset, hole, reply, reply_offset);
+            }
             match self.engine().node(ino.0) {
                 Ok(node) => self.seek_after_flush(Seek { node, offset, hole, reply }),
                 Err(err) => reply.error(errno(err)),
@@ -936,6 +939,13 @@ fn reply_data(data: Res<impl AsRef<[u8]>>, reply: ReplyData) {
 /// For bytes however long they live.
 fn reply_read(data: Res<&[u8]>, reply: ReplyData) {
     reply_data(data, reply);
+}
+
+pub(crate) fn reply_offset(offset: Res<u64>, reply: ReplyLseek) {
+    match offset {
+        Ok(offset) => reply.offset(i64::try_from(offset).unwrap_or(i64::MAX)),
+        Err(err) => reply.error(errno(err)),
+    }
 }
 
 fn reply_written(written: Res<usize>, reply: ReplyWrite) {

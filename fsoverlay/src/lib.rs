@@ -323,7 +323,7 @@ impl Overlay {
             shared.set_near(near);
             fs::FuseFs { shared: shared.clone() }.read_owners();
         }
-        shared.prepare();
+        shared.prepare().inspect_err(|_| shared.stop()).map_err(error)?;
         shared.engine.look_far();
         let session = session.spawn().inspect_err(|_| shared.stop()).map_err(error)?;
         Ok(Server { shared, session })

@@ -16,7 +16,9 @@
 //! - it works only while one thread asks, at once and again and again ([`worth::STREAK`]), and only where that turns out to
 //!   be faster than before ([`worth::Progress`]);
 //! - what may take long it leaves to other threads: directories are listed and removed, much is copied, large pieces are
-//!   read and written, and many names are forgotten by those ([`crate::errno::gives_way`]);
+//!   read and written, and many names are forgotten by those ([`crate::errno::gives_way`]). There is one exception: it
+//!   writes the file of links' owners anew, with the lock in hand for which whoever asks for a link waits, where no other
+//!   worker has done so for very long or there is no room left ([`crate::sidecar`]);
 //! - another worker looks every [`TICK`] whether a request waits while nothing is done, from the same processor; all
 //!   others do every [`LONG_TICK`], from any. If so, all work again, and for some time there is no companion
 //!   ([`Pause`]). To see that, nobody needs a lock that the companion may hold;
@@ -218,6 +220,14 @@ impl Near {
             Role::Ordinary { .. } => self.after_ordinary(asker),
             Role::Companion(companion) => self.after_companion(companion, asker),
         });
+    }
+
+    /// To be called by each other worker when it has forgotten names, instead: one that has seen a request and so sees the
+    /// companion off no longer relies on whoever reads that, whatever it asks for.
+    pub(crate) fn after_forget(self: &Arc<Self>) {
+        if self.phase.get() == Phase::Leaves {
+            self.after(0);
+        }
     }
 
     /// The first worker is an ordinary one, for it to see when the mount is gone; the second is the companion.
@@ -932,6 +942,28 @@ mod tests {
         until(&near, || worker.is_finished());
         let phase = if has_turns() { Phase::Reads } else { Phase::Ended };
         assert_eq!(worker.join().expect("no panic"), phase);
+    }
+
+    #[test]
+    fn who_was_told_to_forget_names_sees_the_companion_off() {
+        let scratch = Scratch::new("near-forgets-last");
+        let fs = FuseFs { shared: Shared::new(Engine::open(&scratch.spec()).expect("an overlay")) };
+        let (near, requests, mut queue) = alone(Phase::Leaves);
+        fs.shared.set_near(near.clone());
+        queue.write_all(b"a").expect("write");
+        let worker = std::thread::spawn(move || {
+            fs.run(Opcode::GetAttr, INodeNo(1), || {});
+            // There is a request, so this one sees nobody off; and this is what it asks for.
+            assert_eq!(one(&requests), b'a');
+            fs.run(Opcode::Forget, INodeNo(1), || {});
+        });
+        until(&near, || is_seen_off(&near) || worker.is_finished());
+        assert!(!worker.is_finished(), "nobody sees it off");
+        // The companion has its last request.
+        near.begin();
+        queue.write_all(b"b").expect("write");
+        until(&near, || worker.is_finished());
+        worker.join().expect("no panic");
     }
 
     #[test]

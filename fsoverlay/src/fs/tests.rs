@@ -232,6 +232,73 @@ fn a_reader_of_a_far_file_is_not_kept_waiting() {
     drop(release);
 }
 
+/// Has each thread of the mount wait until what is given is dropped.
+fn hold(far: &Arc<Far>) -> Sender<()> {
+    let ((release, gate), (began, begun)) = (channel::<()>(), channel());
+    let gate = Arc::new(Mutex::new(gate));
+    for _ in 0..MAX_THREADS {
+        let (began, gate) = (began.clone(), gate.clone());
+        assert!(far.run(move || {
+            let _ = began.send(());
+            let _ = gate.lock().recv();
+        }));
+    }
+    for _ in 0..MAX_THREADS {
+        assert_eq!(begun.recv(), Ok(()));
+    }
+    release
+}
+
+#[test]
+fn a_seek_in_a_far_file_is_done_by_the_mount_s_threads_or_given_up() {
+    let beside = BesideFar::new("seek-far");
+    let _ = (beside.go_on.send(()), beside.go_on.send(()), beside.go_on.send(()));
+    let file = beside.fs.engine().lookup(&beside.dir, b"file").expect("found");
+    let (reply, replied) = channel();
+    let send = |offset: Res<u64>, reply: Sender<_>| {
+        let _ = reply.send((offset, std::thread::current().name().map(str::to_owned)));
+    };
+    let seek = || {
+        assert!(beside.fs.is_far(INodeNo(file.ino)));
+        beside.fs.seek_far(INodeNo(file.ino), 0, true, reply.clone(), send);
+    };
+    seek();
+    // (It is empty.)
+    assert_eq!(replied.recv(), Ok((Err(Errno::NXIO), Some("fsoverlay-far".to_owned()))));
+    let release = hold(&beside.far);
+    seek();
+    let answer = in_time(|| {
+        beside.far.give_up_late(Instant::now() + 2 * HOUR);
+        replied.try_recv().ok()
+    });
+    assert_eq!(answer.0, Err(Errno::IO));
+    drop(release);
+    // Nor does one wait for a thread that cannot be had, or that is not for so many.
+    beside.fs.shared.prepare().expect("nothing is limited");
+    without_threads(seek);
+    assert_eq!(replied.try_recv().map(|answer| answer.0), Ok(Err(Errno::IO)));
+}
+
+#[test]
+fn who_gives_way_leaves_what_is_far_to_the_mount_s_threads() {
+    let beside = BesideFar::new("gives-way-far");
+    let (fs, ino) = (beside.fs.clone(), INodeNo(beside.dir.ino));
+    let by = std::thread::spawn(move || {
+        set_gives_way();
+        let (done, by) = channel();
+        let send = |_: Res<()>, done: Sender<_>| {
+            let _ = done.send(std::thread::current().name().map(str::to_owned));
+        };
+        let touch = move |fs: &FuseFs| fs.on(ino, |_| Ok(()));
+        fs.serve_named(Opcode::RmDir, ino, OsStr::new("x"), done.clone(), send, move |fs, _| touch(fs));
+        let rmdir = by.recv_timeout(HOUR).expect("an answer");
+        fs.answer(Opcode::Fallocate, ino, done, send, touch);
+        [rmdir, by.recv_timeout(HOUR).expect("an answer")]
+    });
+    let far = Some("fsoverlay-far".to_owned());
+    assert_eq!(by.join().expect("no panic"), [far.clone(), far]);
+}
+
 #[test]
 fn where_too_much_waits_a_request_is_refused() {
     let beside = BesideFar::new("refused-far");
@@ -279,7 +346,7 @@ fn a_request_that_nobody_would_give_up_is_not_begun() {
     assert_eq!(beside.look().recv(), Ok(Ok(true)));
     // So has one that the thread is there for, but not the mount's own.
     let other = BesideFar::new("threadless-far");
-    other.fs.shared.prepare();
+    other.fs.shared.prepare().expect("nothing is limited");
     let replied = without_threads(|| other.look());
     assert_eq!(in_time(|| replied.try_recv().ok()), Err(Errno::IO));
 }
@@ -291,6 +358,27 @@ struct Moment;
 impl RateLimit for Moment {
     fn delay(&self, _direction: Direction, _bytes: u64) -> Duration {
         Duration::from_nanos(1)
+    }
+}
+
+#[test]
+fn a_limit_on_rates_holds_or_nothing_is_served() {
+    for (is_limited, name) in [(true, "limited"), (false, "not-limited")] {
+        let scratch = Scratch::new(name);
+        let mut engine = Engine::open(&scratch.spec()).expect("an overlay");
+        let rate = is_limited.then(|| Arc::new(Moment) as Arc<dyn RateLimit>);
+        engine.set_hooks(Hooks { rate, ..Hooks::default() });
+        let fs = FuseFs { shared: Shared::new(engine) };
+        assert_eq!(without_threads(|| fs.shared.prepare()).is_err(), is_limited);
+        assert!(fs.shared.prepare().is_ok());
+        // Where there is a limit, its thread is there from then on.
+        let (sender, receiver) = channel();
+        let serve = move |_: &FuseFs| {
+            let _ = sender.send(());
+        };
+        without_threads(|| fs.delayed(Opcode::Read, INodeNo::ROOT, HOUR, serve));
+        assert_eq!(receiver.try_recv().is_ok(), !is_limited, "it is held back");
+        fs.shared.stop();
     }
 }
 

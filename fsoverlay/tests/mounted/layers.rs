@@ -9,6 +9,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::harness::{Case, Check, Failure, Mount, World, errno, errno_of, holds, same};
+use crate::limits::Stopped;
 use crate::semantics::no_leftovers;
 
 pub(crate) const CASES: &[Case] = &[
@@ -17,6 +18,7 @@ pub(crate) const CASES: &[Case] = &[
     Case { name: "a_dead_mount_below_holds_up_nobody_else", outside: dead_mount, inside: beside_dead },
     Case { name: "what_nobody_touches_costs_nothing", outside: large_layer, inside: crate::harness::nothing },
     Case { name: "a_remote_mount_below_is_shown", outside: remote_mount, inside: use_remote },
+    Case { name: "no_seek_waits_for_a_silent_remote_mount", outside: silent_mount, inside: seek_in_silent },
 ];
 
 fn live_layer(world: &mut World) -> Check {
@@ -314,24 +316,70 @@ fn remote_mount(world: &mut World) -> Check {
     Ok(())
 }
 
-/// The mount below is one of ours, with its root where the layer has an empty directory.
+/// Mounts one of ours below, with its root where the layer has an empty directory, and has the inner half of the case
+/// go on in it.
+fn mount_remote(case: &str, dir: &Path, rest: &[String]) -> Check {
+    let status = crate::harness::mount_program()?
+        .arg("--lower")
+        .arg(dir.join("lower2"))
+        .arg("--at")
+        .arg(dir.join("lower/far"))
+        .arg("--")
+        .arg(std::env::current_exe()?)
+        .args(["--inside", case, "go on"])
+        .args(rest)
+        .stdin(std::process::Stdio::null())
+        .status()?;
+    holds!(status.success());
+    Ok(())
+}
+
+fn silent_mount(world: &mut World) -> Check {
+    for file in ["read", "written"] {
+        fs::write(world.path("lower2").join(file), "content")?;
+    }
+    fs::create_dir(world.lower().join("far"))?;
+    below_mounts(world)?.run()?;
+    no_leftovers(world)
+}
+
+/// Seeks while the server of the mount below stands still.
+fn seek_in_silent(args: &[String]) -> Check {
+    let server = match args {
+        [wrap, dir, rest @ ..] if wrap == "wrap" => {
+            return mount_remote("no_seek_waits_for_a_silent_remote_mount", Path::new(dir), rest);
+        }
+        // It has started this; the overlay's inner half is told.
+        [go, rest @ ..] if go == "go on" => {
+            return go_on(&[rest, &[nix::unistd::getppid().to_string()]].concat());
+        }
+        [server] => nix::unistd::Pid::from_raw(server.parse()?),
+        _ => return Err("the server is wanted".into()),
+    };
+    let read = File::open("far/read")?;
+    let written = OpenOptions::new().read(true).write(true).open("far/written")?;
+    // Stays in the kernel until the seek, which then waits for the copy-up.
+    std::os::unix::fs::FileExt::write_all_at(&written, b"C", 0)?;
+    let data = |file: &File| rustix::fs::seek(file, rustix::fs::SeekFrom::Data(0));
+    let stopped = Stopped::new(server)?;
+    for file in [&read, &written, &read, &written] {
+        errno!(data(file), IO);
+        // Elsewhere it goes on.
+        fs::write("near", "near")?;
+        fs::remove_file("near")?;
+    }
+    drop(stopped);
+    for file in [&read, &written] {
+        becomes("a seek", Some(0), || data(file).ok())?;
+    }
+    same!(fs::read_to_string("far/written")?, "Content");
+    Ok(())
+}
+
 fn use_remote(args: &[String]) -> Check {
     match args {
         [wrap, dir, rest @ ..] if wrap == "wrap" => {
-            let dir = Path::new(dir);
-            let status = crate::harness::mount_program()?
-                .arg("--lower")
-                .arg(dir.join("lower2"))
-                .arg("--at")
-                .arg(dir.join("lower/far"))
-                .arg("--")
-                .arg(std::env::current_exe()?)
-                .args(["--inside", "a_remote_mount_below_is_shown", "go on"])
-                .args(rest)
-                .stdin(std::process::Stdio::null())
-                .status()?;
-            holds!(status.success());
-            return Ok(());
+            return mount_remote("a_remote_mount_below_is_shown", Path::new(dir), rest);
         }
         [go, rest @ ..] if go == "go on" => return go_on(rest),
         _ => {}
